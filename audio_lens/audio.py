@@ -1,0 +1,94 @@
+"""Read and resample audio; every clip becomes mono float32 at the model's sampling rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from jaxtyping import Float
+
+AudioSource = str | Path | np.ndarray | torch.Tensor
+_MOST_CHANNELS = 8
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the message names the clip and what to do."""
+
+
+def read(path: str | Path, sampling_rate: int = 16_000) -> Float[np.ndarray, " samples"]:
+    """Read a sound file as mono float32 at ``sampling_rate`` Hz (channels are averaged).
+
+    Raises:
+        AudioError: if the file is missing, empty, not audio, or holds NaN or infinite samples.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AudioError(f"no audio file at {path}")
+    if path.stat().st_size == 0:
+        raise AudioError(f"{path} is empty (0 bytes)")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path} cannot be read as audio: {error}") from error
+    return resample(_checked(samples.mean(axis=1), str(path)), rate, sampling_rate)
+
+
+def resample(
+    samples: Float[np.ndarray, " samples"], from_hz: int, to_hz: int
+) -> Float[np.ndarray, " resampled"]:
+    """Band-limited resampling of a mono signal (soxr, high quality); float32 out."""
+    if from_hz == to_hz:
+        return samples.astype(np.float32, copy=False)
+    return soxr.resample(samples.astype(np.float32, copy=False), from_hz, to_hz)
+
+
+def load(
+    source: AudioSource, sampling_rate: int, source_rate: int | None = None
+) -> Float[np.ndarray, " samples"]:
+    """A clip from a path, array or tensor as mono float32 at ``sampling_rate`` Hz.
+
+    Args:
+        source: path to a sound file, or samples: ``[samples]``, ``[channels, samples]`` or
+            ``[samples, channels]`` (the short axis, at most 8, is taken as channels).
+        sampling_rate: the rate wanted, in Hz.
+        source_rate: the rate of samples given as an array, in Hz; files know their own.
+
+    Raises:
+        AudioError: empty, NaN or oddly shaped audio, or an array without ``source_rate``.
+    """
+    if isinstance(source, (str, Path)):
+        return read(source, sampling_rate)
+    if source_rate is None:
+        raise AudioError(
+            "samples without a sampling rate: pass sampling_rate= (Hz) of the array; "
+            f"it is resampled to {sampling_rate} Hz where they differ"
+        )
+    if source_rate <= 0:
+        raise AudioError(f"sampling_rate must be a positive number of Hz, got {source_rate}")
+    array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
+    return resample(_checked(_mono(np.asarray(array)), "the clip"), source_rate, sampling_rate)
+
+
+def _mono(array: np.ndarray) -> Float[np.ndarray, " samples"]:
+    if not np.issubdtype(array.dtype, np.number):
+        raise AudioError(f"samples must be numbers, got an array of {array.dtype}")
+    if np.issubdtype(array.dtype, np.unsignedinteger):
+        raise AudioError(f"unsigned samples ({array.dtype}) have no agreed zero; convert to float")
+    if np.issubdtype(array.dtype, np.integer):
+        array = array / (np.iinfo(array.dtype).max + 1.0)
+    if array.ndim == 2 and min(array.shape) <= _MOST_CHANNELS:
+        array = array.mean(axis=int(np.argmin(array.shape)))
+    if array.ndim != 1:
+        raise AudioError(f"a clip is [samples] or [channels, samples], got shape {array.shape}")
+    return array.astype(np.float32)
+
+
+def _checked(samples: Float[np.ndarray, " samples"], name: str) -> Float[np.ndarray, " samples"]:
+    if len(samples) == 0:
+        raise AudioError(f"{name} holds no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{name} holds NaN or infinite samples")
+    return samples

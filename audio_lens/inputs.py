@@ -1,0 +1,171 @@
+"""Everything a forward needs for a batch of prompts, as one object."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Inputs that the model cannot take; the message says what to change."""
+
+
+@dataclass
+class AudioInputs:
+    """A batch of prompts: one row of tokens each, and the clips they hold.
+
+    Made by ``model.prepare``; any mapping a Hugging Face processor returns is accepted in its
+    place. Rows are prompts; `features` has one entry per clip, in the order of the prompts.
+
+    Attributes:
+        features: log-mel features.
+        tokens: decoder token ids; for audio LLMs with one placeholder per audio position.
+        attention_mask: True at tokens, False at padding; None if nothing is padded.
+        feature_mask: True at mel frames that hold audio; None counts all as audio.
+        position_ids: positions of the tokens; None counts from the start of the row.
+        clips_per_row: how many clips each prompt holds.
+        audio: the waveforms, mono at the model's sampling rate, one per clip.
+        text: the text each row was made from.
+    """
+
+    features: Float[Tensor, "clips mels frames"]
+    tokens: Int[Tensor, "b t"]
+    clips_per_row: tuple[int, ...]
+    attention_mask: Bool[Tensor, "b t"] | None = None
+    feature_mask: Bool[Tensor, "clips frames"] | None = None
+    position_ids: Int[Tensor, "b t"] | None = None
+    audio: list[np.ndarray] | None = None
+    text: list[str] | None = None
+    remake: Callable[..., AudioInputs] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.clips_per_row) != len(self.tokens) or sum(self.clips_per_row) != len(
+            self.features
+        ):
+            raise InputError(
+                f"{len(self.tokens)} prompts hold {sum(self.clips_per_row)} clips by their tokens, "
+                f"but there are features of {len(self.features)} clips"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(batch, positions)`` of the decoder, as TransformerLens reads it."""
+        return self.tokens.shape
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def to(self, device: torch.device | str) -> AudioInputs:
+        """The same inputs on another device."""
+        return self._map_tensors(lambda x: x.to(device))
+
+    def _map_tensors(self, fn: Callable[[Tensor], Tensor]) -> AudioInputs:
+        changed = {
+            name: fn(value)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **changed)
+
+    def _clips_of(self, rows: Sequence[int]) -> list[int]:
+        starts = np.cumsum([0, *self.clips_per_row])
+        return [int(c) for row in rows for c in range(starts[row], starts[row + 1])]
+
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> AudioInputs:
+        """Some of the prompts, as a batch; an int gives a batch of one."""
+        if isinstance(rows, int):
+            rows = [range(len(self))[rows]]
+        elif isinstance(rows, slice):
+            rows = list(range(len(self)))[rows]
+        return self._select(list(rows))
+
+    def repeat(self, times: int) -> AudioInputs:
+        """The whole batch ``times`` over, copy after copy."""
+        return self._select(list(range(len(self))) * times)
+
+    def _select(self, rows: list[int]) -> AudioInputs:
+        clips = self._clips_of(rows)
+
+        def take(items: Any, index: list[int]) -> Any:
+            if items is None:
+                return None
+            return items[index] if isinstance(items, torch.Tensor) else [items[i] for i in index]
+
+        return replace(
+            self,
+            features=take(self.features, clips),
+            feature_mask=take(self.feature_mask, clips),
+            audio=take(self.audio, clips),
+            tokens=take(self.tokens, rows),
+            attention_mask=take(self.attention_mask, rows),
+            position_ids=take(self.position_ids, rows),
+            text=take(self.text, rows),
+            clips_per_row=tuple(self.clips_per_row[row] for row in rows),
+        )
+
+    def with_audio(self, audio: Any, sampling_rate: int | None = None) -> AudioInputs:
+        """The same prompts with other clips, for a counterfactual pair.
+
+        Raises:
+            InputError: if the new clips do not give the same shapes (make them equally long), or
+                these inputs were not made by ``model.prepare``.
+        """
+        return self._remade(audio=audio, sampling_rate=sampling_rate)
+
+    def with_text(self, text: Any) -> AudioInputs:
+        """The same clips with another text, for a counterfactual pair.
+
+        Raises:
+            InputError: if the new text does not give the same number of tokens, or these inputs
+                were not made by ``model.prepare``.
+        """
+        return self._remade(text=text)
+
+    def _remade(self, **changes: Any) -> AudioInputs:
+        if self.remake is None:
+            raise InputError("with_audio and with_text need inputs made by model.prepare")
+        made = self.remake(**changes)
+        self.check_pairs_with(made, "the original", "the changed inputs")
+        return made
+
+    def check_pairs_with(self, other: AudioInputs, mine: str, theirs: str) -> None:
+        """Raise unless every position of the two batches corresponds.
+
+        Raises:
+            InputError: naming the difference and what to do about it.
+        """
+        if self.tokens.shape != other.tokens.shape or self.clips_per_row != other.clips_per_row:
+            raise InputError(
+                f"{mine} is {tuple(self.tokens.shape)} tokens with {self.clips_per_row} clips, "
+                f"{theirs} {tuple(other.tokens.shape)} with {other.clips_per_row}: patching needs "
+                "equal shapes. Use clips of equal length (pad or cut) and texts of equal tokens"
+            )
+        if self.features.shape != other.features.shape:
+            raise InputError(
+                f"features of {mine} are {tuple(self.features.shape)}, of {theirs} "
+                f"{tuple(other.features.shape)}: patching needs equal shapes"
+            )
+        lengths = [None if x.feature_mask is None else x.feature_mask.sum(1) for x in (self, other)]
+        if None not in lengths and not torch.equal(*lengths):
+            raise InputError(
+                f"clips of {mine} hold {lengths[0].tolist()} mel frames (10 ms), of {theirs} "
+                f"{lengths[1].tolist()}: pad or cut them to equal length"
+            )
+
+    def digest(self) -> str:
+        """A hash of features and tokens, so that a result can name what it was computed on."""
+        digest = hashlib.sha256()
+        for tensor in (self.features.float(), self.tokens):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,261 @@
+"""One part of a model (encoder or decoder), as TransformerLens sees a model.
+
+`transformer_lens.patching.get_act_patch_*` and the methods of `ActivationCache` run on it
+unchanged: names are local (`blocks.3.attn.hook_z`), `cfg` is the part's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from audio_lens.cache import AudioCache
+from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
+
+if TYPE_CHECKING:
+    from audio_lens.inputs import AudioInputs
+    from audio_lens.models.base import HookedAudioTransformer
+    from audio_lens.models.layers import PartConfig
+
+
+@dataclass(frozen=True)
+class PartInputs:
+    """Inputs of the whole model, with the shape ``(batch, positions)`` they have in one part."""
+
+    inputs: AudioInputs
+    shape: torch.Size
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class Part:
+    """A view of one part of a model; it holds nothing of its own."""
+
+    def __init__(self, model: HookedAudioTransformer, name: str):
+        self.model, self.name = model, name
+
+    # ---------------------------------------------------------------- what TransformerLens reads
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.model, self.name)
+
+    @property
+    def cfg(self) -> PartConfig:
+        """The part's shape, with the device and dtype it has now."""
+        cfg = self.model.cfg.parts[self.name]
+        cfg.device, cfg.dtype = self.model.device, self.model.dtype
+        return cfg
+
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.module.blocks
+
+    @property
+    def ln_final(self) -> nn.Module:
+        return self.module.ln_final
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """The part's hook points under local names."""
+        return {
+            self.local(name): point
+            for name, point in self.model.hook_dict.items()
+            if self.owns(name)
+        }
+
+    def inputs(self, inputs: Any) -> PartInputs:
+        """The model's inputs as this part's: ``.shape`` is ``(batch, positions)`` of the part."""
+        inputs = self.model.as_inputs(inputs)
+        if self.name == self.model.output_part:
+            return PartInputs(inputs, inputs.tokens.shape)
+        return PartInputs(inputs, torch.Size([len(inputs.features), self.cfg.n_ctx]))
+
+    # ---------------------------------------------------------------- names
+
+    def owns(self, name: str) -> bool:
+        return name.startswith(f"{self.name}.")
+
+    def local(self, name: str) -> str:
+        return name.removeprefix(f"{self.name}.")
+
+    def resolve(self, name: str) -> str:
+        """The full name of a local (or full) hook name.
+
+        Raises:
+            HookNameError: if this part has no such point.
+        """
+        full = name if self.owns(name) else f"{self.name}.{name}"
+        if full not in self.model.hook_dict:
+            raise HookNameError(f"the {self.name} has no {name!r}; {suggest(name, self.hook_dict)}")
+        return full
+
+    def _full(self, name: str | Callable[[str], bool]) -> str | Callable[[str], bool]:
+        if isinstance(name, str):
+            return self.resolve(name)
+        return lambda full: self.owns(full) and name(self.local(full))
+
+    def _full_hooks(self, hooks: Hooks) -> list:
+        return [(self._full(name), fn) for name, fn in hooks]
+
+    def _full_filter(self, names: NamesFilter, attention: bool) -> NamesFilter:
+        if names is None:
+            kept = self.model.matching((lambda _: True) if attention else None)
+            return [name for name in kept if self.owns(name)]
+        if isinstance(names, str) or callable(names):
+            return self._full(names)
+        return [self.resolve(name) for name in names]
+
+    # ---------------------------------------------------------------- running
+
+    def __call__(self, inputs: Any, **options: Any) -> Any:
+        return self.model(_unwrapped(inputs), **options)
+
+    forward = __call__
+
+    def run_with_hooks(
+        self, inputs: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
+    ) -> Any:
+        """The model's output with hooks on local names; see `HookedRoot.hooks` for errors."""
+        return self.model.run_with_hooks(
+            _unwrapped(inputs),
+            fwd_hooks=self._full_hooks(fwd_hooks),
+            bwd_hooks=self._full_hooks(bwd_hooks),
+            **options,
+        )
+
+    def run_with_cache(
+        self,
+        inputs: Any,
+        names_filter: NamesFilter = None,
+        attention: bool = False,
+        **options: Any,
+    ) -> tuple[Any, AudioCache]:
+        """The model's output and the part's activations under local names.
+
+        ``pos_slice`` selects positions of this part; the rest is as `HookedRoot.run_with_cache`.
+        """
+        output, cache = self.model.cache_run(
+            _unwrapped(inputs),
+            names_filter=self._full_filter(names_filter, attention),
+            part=self.name,
+            **options,
+        )
+        local = {self.local(name): tensor for name, tensor in cache.items()}
+        has_batch_dim = not options.get("remove_batch_dim", False)
+        return output, AudioCache(local, {self.name: self}, self.name, has_batch_dim, prefixed=False)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Iterator[Part]:
+        """Attach hooks on local names inside a ``with`` block."""
+        with self.model.hooks(
+            self._full_hooks(fwd_hooks), self._full_hooks(bwd_hooks), **options
+        ):
+            yield self
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: HookFn, **options: Any) -> None:
+        self.model.add_hook(self._full(name), hook, **options)
+
+    def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFn) -> None:
+        self.add_hook(name, hook, is_permanent=True)
+
+    def reset_hooks(self, **options: Any) -> None:
+        self.model.reset_hooks(**options)
+
+    # ---------------------------------------------------------------- weights and tokens
+
+    def _stacked(self, weight: str, sublayer: str) -> Tensor:
+        return torch.stack([getattr(getattr(block, sublayer), weight) for block in self.blocks])
+
+    @property
+    def W_Q(self) -> Float[Tensor, "l h d e"]:
+        return self._stacked("W_Q", "attn")
+
+    @property
+    def W_K(self) -> Float[Tensor, "l kv d e"]:
+        return self._stacked("W_K", "attn")
+
+    @property
+    def W_V(self) -> Float[Tensor, "l kv d e"]:
+        return self._stacked("W_V", "attn")
+
+    @property
+    def W_O(self) -> Float[Tensor, "l h e d"]:
+        return self._stacked("W_O", "attn")
+
+    @property
+    def W_in(self) -> Float[Tensor, "l d f"]:
+        return self._stacked("W_in", "mlp")
+
+    @property
+    def W_out(self) -> Float[Tensor, "l f d"]:
+        return self._stacked("W_out", "mlp")
+
+    @property
+    def W_E(self) -> Float[Tensor, "v d"]:
+        return self._with_vocabulary().token_embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d v"]:
+        return self._with_vocabulary().unembed.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " v"]:
+        return self.W_U.new_zeros(self.W_U.shape[1])
+
+    def unembed(self, resid: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
+        return self._with_vocabulary().unembed(resid)
+
+    def _with_vocabulary(self) -> nn.Module:
+        if not hasattr(self.module, "unembed"):
+            raise ValueError(f"the {self.name} has no vocabulary; use the decoder")
+        return self.module
+
+    def to_single_token(self, text: str | int) -> int:
+        """The id of a word that is one token; see `HookedAudioTransformer.to_single_token`."""
+        return self.model.to_single_token(text)
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*batch"] | Sequence[int]
+    ) -> Float[Tensor, "*batch d"]:
+        """The direction of the normed residual stream that writes each token: columns of `W_U`.
+
+        Norm gains are not folded into weights here; `AudioCache.apply_ln_to_stack` applies them.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        index = torch.as_tensor(tokens, device=self.W_U.device)
+        return self.W_U.T[index]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d"]:
+        """Sum of the output biases written to the residual stream before ``layer``.
+
+        With ``mlp_input``, also those of the attention of that layer.
+        """
+        bias = torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
+        for index, block in enumerate(self.blocks[: layer + 1]):
+            if index < layer or mlp_input:
+                bias = bias + block.attn.b_O
+                if hasattr(block, "cross_attn"):
+                    bias = bias + block.cross_attn.b_O
+            if index < layer and include_mlp_biases:
+                bias = bias + block.mlp.b_out
+        return bias
+
+
+def _unwrapped(inputs: Any) -> Any:
+    return inputs.inputs if isinstance(inputs, PartInputs) else inputs
+

@@ -1,0 +1,410 @@
+"""Whisper: an audio encoder, and a text decoder that reads it by cross-attention.
+
+Every size, English-only and multilingual, large-v3, turbo and distilled checkpoints with fewer
+decoder layers. The encoder here is also the ear of Qwen2-Audio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from audio_lens.hooks import HookPoint
+from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError
+from audio_lens.models.layers import (
+    Context,
+    CrossAttentionBlock,
+    Float16SafeBlock,
+    KVCache,
+    PartConfig,
+    Stack,
+    padding_mask,
+)
+from audio_lens.timeline import Row, Timeline, Track
+
+FRAME_S = 0.02  # one encoder position: two mel frames of 10 ms
+
+
+class WhisperEncoder(Stack):
+    """Two convolutions (the second halves the frames), a position table, pre-norm blocks."""
+
+    def __init__(self, cfg: PartConfig, n_mels: int):
+        super().__init__(cfg, Float16SafeBlock)
+        self.hook_mel, self.hook_conv1 = HookPoint(), HookPoint()
+        self.conv1 = nn.Conv1d(n_mels, cfg.d_model, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, kernel_size=3, stride=2, padding=1)
+        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.hook_pos_embed = HookPoint()
+
+    def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        mel = self.hook_mel(features.to(self.conv1.weight))
+        x = self.hook_conv1(F.gelu(self.conv1(mel)))
+        x = self.hook_embed(rearrange(F.gelu(self.conv2(x)), "b d t -> b t d"))
+        positions = self.pos_embed.weight.repeat(len(x), 1, 1)
+        return x + self.hook_pos_embed(positions)
+
+    def finish(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """From the residual stream after the last block to the encoder's output."""
+        return self.hook_out(self.ln_final(resid))
+
+
+class WhisperDecoder(Stack):
+    """Text decoder with learned positions; its unembedding is tied to its embedding."""
+
+    def __init__(self, cfg: PartConfig):
+        super().__init__(cfg, CrossAttentionBlock)
+        self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.hook_pos_embed = HookPoint()
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+
+    def embed_tokens(
+        self, tokens: Int[Tensor, "b t"], positions: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        embed = self.hook_embed(self.token_embed(tokens))
+        return embed + self.hook_pos_embed(self.pos_embed(positions))
+
+
+class HookedWhisper(HookedAudioTransformer):
+    """Whisper with every activation hooked."""
+
+    hf_class = "WhisperForConditionalGeneration"
+    weight_names = {
+        "model.encoder.conv1": "encoder.conv1",
+        "model.encoder.conv2": "encoder.conv2",
+        "model.encoder.embed_positions": "encoder.pos_embed",
+        "model.encoder.layers.{l}.self_attn.q_proj": "encoder.blocks.{l}.attn.q_proj",
+        "model.encoder.layers.{l}.self_attn.k_proj": "encoder.blocks.{l}.attn.k_proj",
+        "model.encoder.layers.{l}.self_attn.v_proj": "encoder.blocks.{l}.attn.v_proj",
+        "model.encoder.layers.{l}.self_attn.out_proj": "encoder.blocks.{l}.attn.o_proj",
+        "model.encoder.layers.{l}.self_attn_layer_norm": "encoder.blocks.{l}.ln1",
+        "model.encoder.layers.{l}.fc1": "encoder.blocks.{l}.mlp.fc_in",
+        "model.encoder.layers.{l}.fc2": "encoder.blocks.{l}.mlp.fc_out",
+        "model.encoder.layers.{l}.final_layer_norm": "encoder.blocks.{l}.ln2",
+        "model.encoder.layer_norm": "encoder.ln_final",
+        "model.decoder.embed_tokens": "decoder.token_embed",
+        "model.decoder.embed_positions": "decoder.pos_embed",
+        "model.decoder.layers.{l}.self_attn.q_proj": "decoder.blocks.{l}.attn.q_proj",
+        "model.decoder.layers.{l}.self_attn.k_proj": "decoder.blocks.{l}.attn.k_proj",
+        "model.decoder.layers.{l}.self_attn.v_proj": "decoder.blocks.{l}.attn.v_proj",
+        "model.decoder.layers.{l}.self_attn.out_proj": "decoder.blocks.{l}.attn.o_proj",
+        "model.decoder.layers.{l}.self_attn_layer_norm": "decoder.blocks.{l}.ln1",
+        "model.decoder.layers.{l}.encoder_attn.q_proj": "decoder.blocks.{l}.cross_attn.q_proj",
+        "model.decoder.layers.{l}.encoder_attn.k_proj": "decoder.blocks.{l}.cross_attn.k_proj",
+        "model.decoder.layers.{l}.encoder_attn.v_proj": "decoder.blocks.{l}.cross_attn.v_proj",
+        "model.decoder.layers.{l}.encoder_attn.out_proj": "decoder.blocks.{l}.cross_attn.o_proj",
+        "model.decoder.layers.{l}.encoder_attn_layer_norm": "decoder.blocks.{l}.ln_cross",
+        "model.decoder.layers.{l}.fc1": "decoder.blocks.{l}.mlp.fc_in",
+        "model.decoder.layers.{l}.fc2": "decoder.blocks.{l}.mlp.fc_out",
+        "model.decoder.layers.{l}.final_layer_norm": "decoder.blocks.{l}.ln2",
+        "model.decoder.layer_norm": "decoder.ln_final",
+        "proj_out": "decoder.unembed",
+    }
+
+    def __init__(self, cfg: AudioConfig):
+        super().__init__(cfg)
+        self.encoder = WhisperEncoder(cfg.encoder, cfg.n_mels)
+        self.decoder = WhisperDecoder(cfg.decoder)
+        self.setup()
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> AudioConfig:
+        """The shape of a `WhisperConfig`."""
+        shared = {
+            "d_model": hf_config.d_model,
+            "act_fn": hf_config.activation_function,
+            "eps": 1e-5,
+            "normalization_type": "LN",
+            "model_name": hf_config.name_or_path,
+        }
+        encoder = PartConfig(
+            n_layers=hf_config.encoder_layers,
+            n_heads=hf_config.encoder_attention_heads,
+            n_key_value_heads=hf_config.encoder_attention_heads,
+            d_head=hf_config.d_model // hf_config.encoder_attention_heads,
+            d_mlp=hf_config.encoder_ffn_dim,
+            n_ctx=hf_config.max_source_positions,
+            **shared,
+        )
+        decoder = PartConfig(
+            n_layers=hf_config.decoder_layers,
+            n_heads=hf_config.decoder_attention_heads,
+            n_key_value_heads=hf_config.decoder_attention_heads,
+            d_head=hf_config.d_model // hf_config.decoder_attention_heads,
+            d_mlp=hf_config.decoder_ffn_dim,
+            n_ctx=hf_config.max_target_positions,
+            d_vocab=hf_config.vocab_size,
+            causal=True,
+            **shared,
+        )
+        return AudioConfig(
+            family="whisper",
+            model_name=hf_config.name_or_path,
+            encoder=encoder,
+            decoder=decoder,
+            n_mels=hf_config.num_mel_bins,
+            n_frames=2 * hf_config.max_source_positions,
+        )
+
+    # ---------------------------------------------------------------- forward
+
+    def encode(
+        self,
+        inputs: AudioInputs,
+        resid: Float[Tensor, "b t d"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The encoder's output, or with ``stop`` the residual stream entering that block.
+
+        Whisper's encoder attends to padding too: it always hears the full length.
+        """
+        check_features(inputs.features, self.cfg)
+        resid = self.encoder.embed(inputs.features) if resid is None else resid
+        until = self.cfg.encoder.n_layers if stop is None else stop
+        resid = self.encoder.run_blocks(resid, Context(), start, until)
+        return self.encoder.finish(resid) if stop is None else resid
+
+    def decode(
+        self,
+        inputs: AudioInputs,
+        encoded: Float[Tensor, "b s d"],
+        resid: Float[Tensor, "b t d"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        past: KVCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The final hidden states, or with ``stop`` the residual stream entering that block."""
+        if resid is None:
+            resid = self.decoder.embed_tokens(inputs.tokens, self._positions(inputs, past))
+        allowed = decoder_mask(inputs, past)
+        context = Context(allowed=allowed, memory=encoded, past=past)
+        until = self.cfg.decoder.n_layers if stop is None else stop
+        resid = self.decoder.run_blocks(resid, context, start, until)
+        if past is not None:
+            past.length += resid.shape[1]
+        return resid if stop is not None else self.decoder.hook_out(self.decoder.ln_final(resid))
+
+    def _positions(self, inputs: AudioInputs, past: KVCache | None) -> Int[Tensor, "b t"]:
+        earlier = past.length if past is not None else 0
+        last = earlier + inputs.tokens.shape[1]
+        if last > self.cfg.decoder.n_ctx:
+            raise InputError(f"{last} tokens are more than the {self.cfg.decoder.n_ctx} it takes")
+        if inputs.position_ids is not None:
+            return inputs.position_ids
+        return torch.arange(earlier, last, device=inputs.device).expand(inputs.tokens.shape)
+
+    # ---------------------------------------------------------------- inputs
+
+    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
+        """Inputs from what `WhisperProcessor` returns; without tokens, the default prompt."""
+        known = (
+            "input_features",
+            "attention_mask",
+            "decoder_input_ids",
+            "decoder_attention_mask",
+            "decoder_position_ids",
+        )
+        given = self._mapping_tensors(mapping, known)
+        features, tokens = given["input_features"], given["decoder_input_ids"]
+        check_features(features, self.cfg)
+        if tokens is None:
+            tokens = torch.tensor([self.prompt()] * len(features), device=features.device)
+        mask, frames = given["decoder_attention_mask"], given["attention_mask"]
+        return AudioInputs(
+            features=features,
+            tokens=tokens,
+            clips_per_row=(1,) * len(tokens),
+            attention_mask=None if mask is None else mask.bool(),
+            feature_mask=None if frames is None else frames.bool(),
+            position_ids=given["decoder_position_ids"],
+        )
+
+    def prepare(
+        self,
+        audio: Any,
+        text: str | Sequence[int] | Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        language: str | None = None,
+        task: str = "transcribe",
+    ) -> AudioInputs:
+        """Inputs from clips and, if given, the text decoded so far.
+
+        Args:
+            audio: a path, array or tensor, or a list of them (one prompt each).
+            text: what the decoder has already written (str, or one per clip), after the control
+                tokens; or token ids, which are then the whole decoder prompt.
+            sampling_rate: of arrays, in Hz; files know their own.
+            language: a code like "en" for multilingual checkpoints; None lets the model choose.
+            task: "transcribe" or "translate" (multilingual checkpoints).
+
+        Raises:
+            AudioError: unusable or too long audio.
+            InputError: one text per clip is needed, an unknown language or task.
+            TokenError: text without a tokenizer.
+        """
+        sources = audio if isinstance(audio, (list, tuple)) else [audio]
+        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        made = self.extract_features(clips)
+        languages = self._languages(made["features"], language)
+        prompts = [self._prompt_of(t, lang, task) for t, lang in zip(_texts(text, clips), languages)]
+
+        def remake(**changes: Any) -> AudioInputs:
+            options = {"audio": audio, "text": text, "sampling_rate": sampling_rate, **changes}
+            return self.prepare(**options, language=language, task=task)
+
+        tokens, mask = _left_padded(prompts, self._pad_token(), self.device)
+        return AudioInputs(
+            features=made["features"],
+            tokens=tokens,
+            clips_per_row=(1,) * len(clips),
+            attention_mask=None if mask.all() else mask,
+            feature_mask=made["mask"],
+            position_ids=None if mask.all() else (mask.cumsum(1) - 1).clamp(min=0),
+            audio=clips,
+            text=None if text is None else [str(t) for t in _texts(text, clips)],
+            remake=remake,
+        )
+
+    def prompt(self, language: str | None = None, task: str = "transcribe") -> list[int]:
+        """The control tokens decoding starts from: start, language, task, no timestamps.
+
+        Raises:
+            InputError: an unknown language or task, or one given to an English-only model.
+        """
+        config = self.generation_config
+        tokens = [config.decoder_start_token_id]
+        languages = getattr(config, "lang_to_id", None)
+        if languages:
+            tokens.append(_chosen(languages, f"<|{language or 'en'}|>", "language"))
+            tokens.append(_chosen(config.task_to_id, task, "task"))
+        elif language not in (None, "en") or task != "transcribe":
+            raise InputError("this checkpoint knows only English transcription")
+        no_timestamps = getattr(config, "no_timestamps_token_id", None)
+        return tokens + ([] if no_timestamps is None else [no_timestamps])
+
+    def _prompt_of(self, text: Any, language: str | None, task: str) -> list[int]:
+        if text is not None and not isinstance(text, str):
+            return [int(token) for token in text]
+        written = []
+        if text:
+            tokenizer = self.need_tokenizer("text for the decoder")
+            written = tokenizer.encode(text, add_special_tokens=False)
+        return self.prompt(language, task) + written
+
+    @torch.no_grad()
+    def _languages(
+        self, features: Float[Tensor, "b mels frames"], language: str | None
+    ) -> list[str | None]:
+        """The language of each clip: as given, or what the model itself finds likeliest."""
+        known = getattr(self.generation_config, "lang_to_id", None)
+        if language is not None or not known:
+            return [language] * len(features)
+        start = self.generation_config.decoder_start_token_id
+        tokens = torch.full((len(features), 1), start, device=features.device)
+        logits = self(AudioInputs(features, tokens, (1,) * len(tokens)))[:, -1]
+        names, ids = zip(*known.items())
+        best = logits[:, list(ids)].argmax(-1).tolist()
+        return [names[i].strip("<|>") for i in best]
+
+    def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
+        """Encoder frame i is centred at 0.02 i seconds; decoder positions have no time."""
+        inputs = self.as_inputs(inputs)
+        rows = []
+        for row in range(len(inputs)):
+            n_mel = mel_frames(inputs, row)
+            valid = self.is_text(inputs)[row].cpu()
+            tracks = {
+                "encoder": [encoder_track(self.cfg, n_mel, clip=0)],
+                "decoder": [Track.of_tokens(valid)],
+            }
+            rows.append(Row(tracks, [n_mel / 100]))
+        return Timeline(rows)
+
+    # ---------------------------------------------------------------- generation
+
+    def _allowed(self, logits: Float[Tensor, "b v"], is_first: bool) -> Float[Tensor, "b v"]:
+        config = self.generation_config
+        banned = list(getattr(config, "suppress_tokens", None) or [])
+        if is_first:
+            banned += getattr(config, "begin_suppress_tokens", None) or []
+        if not banned:
+            return logits
+        return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
+
+
+# -------------------------------------------------------------------------------- shared pieces
+
+
+def check_features(features: Tensor, cfg: AudioConfig) -> None:
+    """Raise unless the features are the log-mel frames this model takes.
+
+    Raises:
+        InputError: naming both shapes.
+    """
+    if features.ndim != 3 or tuple(features.shape[1:]) != (cfg.n_mels, cfg.n_frames):
+        raise InputError(
+            f"features must be (clips, {cfg.n_mels} mel bins, {cfg.n_frames} frames), padded to "
+            f"{cfg.max_audio_s:g} s; got {tuple(features.shape)}"
+        )
+
+
+def decoder_mask(inputs: AudioInputs, past: KVCache | None) -> Bool[Tensor, "b 1 q k"] | None:
+    """What each decoder position may attend to; None where nothing is padded or cached."""
+    n_queries = inputs.tokens.shape[1]
+    earlier = past.length if past is not None else 0
+    if inputs.attention_mask is not None and not inputs.attention_mask.all():
+        return padding_mask(inputs.attention_mask.bool(), n_queries, causal=True)
+    if earlier and n_queries > 1:
+        everything = inputs.tokens.new_ones(1, earlier + n_queries, dtype=torch.bool)
+        return padding_mask(everything, n_queries, causal=True)
+    return None
+
+
+def mel_frames(inputs: AudioInputs, clip: int) -> int:
+    """Mel frames (10 ms) of a clip that hold audio; all of them where no mask says."""
+    if inputs.feature_mask is None:
+        return inputs.features.shape[-1]
+    return int(inputs.feature_mask[clip].sum())
+
+
+def encoder_track(cfg: AudioConfig, n_mel: int, clip: int) -> Track:
+    """Encoder positions of a clip with ``n_mel`` valid mel frames."""
+    seconds = FRAME_S * torch.arange(cfg.encoder.n_ctx, dtype=torch.float64)
+    return Track.of_clip(seconds, (n_mel - 1) // 2 + 1, clip)
+
+
+def _texts(text: Any, clips: list) -> list[Any]:
+    """One text per clip; a single text serves all."""
+    is_many = isinstance(text, (list, tuple)) and len(text) and not isinstance(text[0], int)
+    if not is_many:
+        return [text] * len(clips)
+    if len(text) != len(clips):
+        raise InputError(f"{len(clips)} clips need as many texts, got {len(text)}")
+    return list(text)
+
+
+def _chosen(known: Mapping[str, int], key: str, what: str) -> int:
+    if key not in known:
+        raise InputError(f"unknown {what} {key!r}; known: {', '.join(sorted(known))}")
+    return known[key]
+
+
+def _left_padded(
+    prompts: list[list[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    if not all(prompts):
+        raise TokenError("the decoder needs at least one token to start from")
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    return tokens, mask.to(device)

@@ -1,0 +1,389 @@
+"""What a sweep found: values by layer, head and seconds, with both baselines beside them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from audio_lens.timeline import Span
+
+BATCH_DIMS = ("metric", "stimulus")
+AXES = ("layer", "head", "time", "position", "neuron")
+RELATIVE_GAP, ABSOLUTE_GAP = 1e-4, 1e-6
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False)
+class Cell:
+    """One patched place and what patching it did.
+
+    Attributes:
+        value: the metric of the patched run.
+        recovery: (value - corrupted) / (clean - corrupted).
+        effect: 0 where the patch changed nothing, 1 where it moved the run the whole way to the
+            other baseline.
+        layer, head, position, neuron, span: where, as far as the sweep had that axis.
+    """
+
+    value: float
+    recovery: float
+    effect: float
+    layer: int | None = None
+    head: int | None = None
+    position: int | None = None
+    neuron: int | None = None
+    span: Span | None = None
+
+    @property
+    def place(self) -> str:
+        """The cell in words, e.g. ``layer 3, 0.40-0.50 s "seven"``."""
+        numbered = ((axis, getattr(self, axis)) for axis in AXES if axis != "time")
+        parts = [f"{axis} {number}" for axis, number in numbered if number is not None]
+        if self.span is not None:
+            parts.append(describe_span(self.span))
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings for JSON; seconds for the span, None for NaN."""
+        places = {axis: getattr(self, axis) for axis in AXES if axis != "time"}
+        if self.span is not None:
+            places |= {"start_s": self.span.start_s, "end_s": self.span.end_s}
+            places |= {"label": self.span.label}
+        numbers = {"value": self.value, "recovery": self.recovery, "effect": self.effect}
+        numbers = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        return {name: at for name, at in places.items() if at is not None} | numbers
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.place}: effect {self.effect:+.3f} "
+            f"(recovery {self.recovery:+.3f}, value {self.value:.4g})"
+        )
+
+
+def describe_span(span: Span) -> str:
+    """A span for people, e.g. ``0.40-0.50 s "seven"``; later clips are named."""
+    clip = f" of clip {span.clip}" if span.clip else ""
+    label = f' "{span.label}"' if span.label else ""
+    return f"{span.start_s:.2f}\N{EN DASH}{span.end_s:.2f} s{clip}{label}"
+
+
+@dataclass
+class SweepResult:
+    """Metric values of every patched cell of a sweep, labelled, with both baselines.
+
+    Attributes:
+        values: metric of each patched run, ``[metric?, stimulus?, *axes]`` as ``dims`` says.
+            NaN marks a cell that has not been computed.
+        dims: name of every dimension of ``values``: first "metric" where several were asked,
+            then "stimulus" where the batch holds several, then the axes in the order asked.
+        coords: per dimension its coordinates: names of metrics, labels of stimuli, numbers of
+            layers, heads, positions or neurons, a `Span` for every window of "time".
+        clean, corrupted: metric of the unpatched runs, shaped as ``values`` without the axes.
+        site: what was patched, as ``part.activation``.
+        direction: "denoise" (clean activations into the corrupted run) or "noise" (the other way).
+        report: notes, for instance about skipped work or a metric that tells nothing.
+        meta: model, versions, input hash, seed: what it takes to make the map again.
+
+    Raises:
+        ValueError: if dims, coords and the shapes do not fit together.
+    """
+
+    values: Float[Tensor, ...]
+    dims: tuple[str, ...]
+    coords: dict[str, list]
+    clean: Float[Tensor, ...]
+    corrupted: Float[Tensor, ...]
+    site: str
+    direction: str
+    report: list[str] = field(default_factory=list)
+    meta: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check()
+        alike = int(self._alike.sum())
+        if not alike:
+            return
+        note = (
+            f"clean and corrupted metric are alike for {alike} of {self._alike.numel()} baselines: "
+            "the inputs do not differ in what the metric measures, so recovery is NaN there"
+        )
+        if note not in self.report:
+            self.report = [*self.report, note]
+            log.warning(note)
+
+    def _check(self) -> None:
+        if self.direction not in ("denoise", "noise"):
+            raise ValueError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
+        if any(dim not in BATCH_DIMS for dim in self.dims[: self._n_batch_dims]):
+            raise ValueError(f"{' and '.join(BATCH_DIMS)} come before the axes, got {self.dims}")
+        unknown = [dim for dim in self.axes if dim not in AXES]
+        if unknown:
+            raise ValueError(f"unknown axes {unknown}; a sweep has {', '.join(AXES)}")
+        lengths = [len(self.coords.get(dim, [])) for dim in self.dims]
+        if list(self.values.shape) != lengths:
+            shape = list(self.values.shape)
+            raise ValueError(f"values have shape {shape}, but coords of {self.dims} are {lengths}")
+        batch_shape = self.values.shape[: self._n_batch_dims]
+        for name in ("clean", "corrupted"):
+            shape = getattr(self, name).shape
+            if shape != batch_shape:
+                raise ValueError(f"{name} has shape {list(shape)}, expected {list(batch_shape)}")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The patched axes: the dims without metric and stimulus."""
+        return tuple(dim for dim in self.dims if dim not in BATCH_DIMS)
+
+    @property
+    def _n_batch_dims(self) -> int:
+        return len(self.dims) - len(self.axes)
+
+    @property
+    def _alike(self) -> Bool[Tensor, ...]:
+        """Where the baselines are too close for their difference to mean anything.
+
+        Closer than 1e-4 of the larger of the two (or 1e-6): below that, float32 rounding of a
+        forward pass is a visible share of the difference.
+        """
+        larger = torch.maximum(self.clean.abs(), self.corrupted.abs())
+        gap = (self.clean - self.corrupted).abs()
+        return gap < (RELATIVE_GAP * larger).clamp(min=ABSOLUTE_GAP)
+
+    @property
+    def recovery(self) -> Float[Tensor, ...]:
+        """(value - corrupted) / (clean - corrupted): 0 as corrupted, 1 as clean; same shape.
+
+        May lie below 0 or above 1. NaN where the baselines are alike (see ``report``).
+        """
+        gap = (self.clean - self.corrupted).masked_fill(self._alike, math.nan)
+        return (self.values - self._over_axes(self.corrupted)) / self._over_axes(gap)
+
+    @property
+    def effect(self) -> Float[Tensor, ...]:
+        """How far the patch moved the run towards the other baseline: 0 nothing, 1 all the way.
+
+        Denoising: the recovery. Noising: (clean - value) / (clean - corrupted).
+        """
+        return self.recovery if self.direction == "denoise" else 1 - self.recovery
+
+    def _over_axes(self, baseline: Tensor) -> Tensor:
+        return baseline.reshape(*baseline.shape, *[1] * len(self.axes))
+
+    def mean(self) -> SweepResult:
+        """Mean over the stimuli; recovery is then a ratio of means, the stable aggregate."""
+        if "stimulus" not in self.dims:
+            return self
+        at = self.dims.index("stimulus")
+        return replace(
+            self,
+            values=self.values.mean(at),
+            dims=self.dims[:at] + self.dims[at + 1 :],
+            coords=_without(self.coords, "stimulus"),
+            clean=self.clean.mean(at),
+            corrupted=self.corrupted.mean(at),
+        )
+
+    def select(self, **wanted: Any) -> SweepResult:
+        """The part of the result at given coordinates: ``select(layer=3, time="seven")``.
+
+        One coordinate drops its dimension; a list of them keeps it. A window of "time" is named
+        by its Span, by its label, or by a number of seconds inside it.
+
+        Raises:
+            ValueError: for a dimension or coordinate the result does not have, or one that
+                names several windows.
+        """
+        result = self
+        for dim, at in wanted.items():
+            result = result._select(dim, at)
+        return result
+
+    def _select(self, dim: str, wanted: Any) -> SweepResult:
+        if dim not in self.dims:
+            raise ValueError(f"no dimension {dim!r}; this result has {', '.join(self.dims)}")
+        many = isinstance(wanted, list)
+        places = [self._place(dim, one) for one in (wanted if many else [wanted])]
+        chosen = [self.coords[dim][place] for place in places]
+        before = (slice(None),) * self.dims.index(dim)
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[(*before, places if many else places[0])]
+
+        return replace(
+            self,
+            values=pick(self.values),
+            dims=self.dims if many else tuple(name for name in self.dims if name != dim),
+            coords=self.coords | {dim: chosen} if many else _without(self.coords, dim),
+            clean=pick(self.clean) if dim in BATCH_DIMS else self.clean,
+            corrupted=pick(self.corrupted) if dim in BATCH_DIMS else self.corrupted,
+        )
+
+    def _place(self, dim: str, wanted: Any) -> int:
+        names = self.coords[dim]
+        places = [i for i, name in enumerate(names) if _names(name, wanted)]
+        if len(places) == 1:
+            return places[0]
+        listed = ", ".join(describe_span(name) if dim == "time" else str(name) for name in names)
+        if not places:
+            raise ValueError(f"no {dim} {wanted!r}; there is {listed}")
+        raise ValueError(f"{len(places)} of {dim} fit {wanted!r}: name one by its Span; {listed}")
+
+    def cells(self, metric: str | None = None) -> list[Cell]:
+        """Every cell, in the order of the axes, averaged over the stimuli (ratio of means).
+
+        Raises:
+            ValueError: if there are several metrics and none is named.
+        """
+        one = self._of_metric(metric).mean()
+        numbers = zip(*(x.flatten().tolist() for x in (one.values, one.recovery, one.effect)))
+        return [Cell(*three, **place) for three, place in zip(numbers, one._places(), strict=True)]
+
+    def _places(self) -> Iterator[dict[str, Any]]:
+        names = ["span" if axis == "time" else axis for axis in self.axes]
+        for place in itertools.product(*(self.coords[axis] for axis in self.axes)):
+            yield dict(zip(names, place, strict=True))
+
+    def _of_metric(self, metric: str | None) -> SweepResult:
+        if metric is not None:
+            return self.select(metric=metric)
+        if "metric" in self.dims:
+            raise ValueError(f"name one of the metrics: metric= {', '.join(self.coords['metric'])}")
+        return self
+
+    def top(self, n: int = 10, metric: str | None = None) -> list[Cell]:
+        """The ``n`` cells of largest |effect|, strongest first; cells without a number are left out.
+
+        Several stimuli are averaged (ratio of means).
+
+        Raises:
+            ValueError: if there are several metrics and none is named.
+        """
+        known = [cell for cell in self.cells(metric) if math.isfinite(cell.effect)]
+        return sorted(known, key=lambda cell: -abs(cell.effect))[:n]
+
+    def to_xarray(self) -> xr.Dataset:
+        """A labelled Dataset: variables value, recovery, clean, corrupted.
+
+        Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
+        ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a
+        window has no label). Site, direction, meta and report (both JSON) are attributes.
+        """
+        batch_dims = self.dims[: self._n_batch_dims]
+        variables = {
+            "value": (self.dims, _array(self.values)),
+            "recovery": (self.dims, _array(self.recovery)),
+            "clean": (batch_dims, _array(self.clean)),
+            "corrupted": (batch_dims, _array(self.corrupted)),
+        }
+        coords = {dim: self.coords[dim] for dim in self.dims if dim != "time"}
+        if "time" in self.dims:
+            coords |= _time_coords(self.coords["time"])
+        attrs = {"site": self.site, "direction": self.direction}
+        attrs |= {"meta": json.dumps(self.meta), "report": json.dumps(self.report)}
+        return xr.Dataset(variables, coords, attrs)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as netCDF; `load` reads back exactly the same."""
+        path = Path(path)
+        self.to_xarray().to_netcdf(path, engine="h5netcdf")
+        return path
+
+    def plot(self, quantity: str = "effect", metric: str | None = None) -> go.Figure:
+        """The map of one or two axes as a plotly figure; stimuli are averaged.
+
+        Args:
+            quantity: "effect", "recovery" or "value".
+            metric: which metric, where there are several.
+
+        Raises:
+            ValueError: for three axes (select one first), or several metrics and none named.
+        """
+        from audio_lens.report.figures import (
+            sweep_figure,
+        )  # pictures stand above patching: a doorway only
+
+        return sweep_figure(self._of_metric(metric).mean(), quantity)
+
+
+def load(path: str | Path) -> SweepResult:
+    """Read a result that `SweepResult.save` wrote.
+
+    Raises:
+        ValueError: if the file is missing or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no saved sweep at {path}")
+    try:
+        data = xr.load_dataset(path, engine="h5netcdf")
+        return _from_xarray(data)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} does not hold a saved sweep: {error}") from error
+
+
+def _from_xarray(data: xr.Dataset) -> SweepResult:
+    dims = tuple(str(dim) for dim in data["value"].dims)
+    coords = {dim: data[dim].values.tolist() for dim in dims if dim != "time"}
+    if "time" in dims:
+        columns = ("time_start", "time_end", "time_label", "time_clip", "time_labelled")
+        rows = zip(*(data[column].values.tolist() for column in columns))
+        coords["time"] = [
+            Span(start, end, label if labelled else None, clip)
+            for start, end, label, clip, labelled in rows
+        ]
+    tensors = {name: torch.tensor(data[name].values) for name in ("value", "clean", "corrupted")}
+    return SweepResult(
+        values=tensors["value"],
+        dims=dims,
+        coords=coords,
+        clean=tensors["clean"],
+        corrupted=tensors["corrupted"],
+        site=data.attrs["site"],
+        direction=data.attrs["direction"],
+        report=json.loads(data.attrs["report"]),
+        meta=json.loads(data.attrs["meta"]),
+    )
+
+
+def _time_coords(spans: list[Span]) -> dict[str, tuple[str, list]]:
+    columns = {
+        "time": [span.centre_s for span in spans],
+        "time_start": [span.start_s for span in spans],
+        "time_end": [span.end_s for span in spans],
+        "time_clip": [span.clip for span in spans],
+        "time_label": [span.label or "" for span in spans],
+        "time_labelled": [span.label is not None for span in spans],
+    }
+    return {name: ("time", column) for name, column in columns.items()}
+
+
+def _array(tensor: Tensor):
+    """The tensor for numpy, which has no bfloat16."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _names(name: Any, wanted: Any) -> bool:
+    """Whether ``wanted`` means the coordinate ``name``; windows have several names."""
+    if not isinstance(name, Span) or isinstance(wanted, Span):
+        return name == wanted
+    if isinstance(wanted, str):
+        return name.label == wanted
+    return name.start_s <= wanted < name.end_s
+
+
+def _without(coords: dict[str, list], dim: str) -> dict[str, list]:
+    return {name: values for name, values in coords.items() if name != dim}

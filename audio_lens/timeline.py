@@ -1,0 +1,226 @@
+"""Positions of a model and seconds of audio, both ways.
+
+A `Timeline` is made by `model.timeline(inputs)` from the real feature masks and token ids, and
+answers where each position of each part lies in its clip. Everything else in the library that
+speaks of time (windows of a sweep, pictures, alignments) asks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+NO_CLIP = -1
+_EDGE = 1e-9  # seconds; keeps 3 * 0.1 s from taking in the frame centred at 0.3 s
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of one clip, ``[start_s, end_s)`` in seconds, with an optional label.
+
+    Raises:
+        ValueError: if a bound is not finite or the end does not come after the start.
+    """
+
+    start_s: float
+    end_s: float
+    label: str | None = None
+    clip: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.start_s) and math.isfinite(self.end_s)):
+            raise ValueError(f"span bounds must be finite seconds, got {self}")
+        if self.end_s <= self.start_s:
+            raise ValueError(f"a span must end after it starts, got {self.start_s} to {self.end_s} s")
+
+    @property
+    def centre_s(self) -> float:
+        return (self.start_s + self.end_s) / 2
+
+    @staticmethod
+    def of(window: Span | tuple[float, float]) -> Span:
+        """The window as a Span; pairs are ``(start_s, end_s)``."""
+        return window if isinstance(window, Span) else Span(float(window[0]), float(window[1]))
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where the positions of one part lie.
+
+    Attributes:
+        seconds: centre of each position in seconds of its clip; NaN where it has no time.
+        clip: which clip of the prompt the position belongs to; -1 for none.
+        valid: True where the position holds audio or an attended token, False for padding.
+    """
+
+    seconds: Float[Tensor, " t"]
+    clip: Int[Tensor, " t"]
+    valid: Bool[Tensor, " t"]
+
+    @staticmethod
+    def of_clip(seconds: Float[Tensor, " t"], n_valid: int, clip: int) -> Track:
+        """A part whose positions are the frames of one clip, padded at the end."""
+        index = torch.arange(len(seconds))
+        return Track(seconds.double(), torch.full_like(index, clip), index < n_valid)
+
+    @staticmethod
+    def of_tokens(valid: Bool[Tensor, " t"]) -> Track:
+        """A part whose positions are text tokens, which have no time."""
+        seconds = torch.full((len(valid),), math.nan, dtype=torch.float64)
+        return Track(seconds, torch.full((len(valid),), NO_CLIP), valid)
+
+    def same_as(self, other: Track) -> bool:
+        return (
+            torch.equal(self.clip, other.clip)
+            and torch.equal(self.valid, other.valid)
+            and torch.allclose(self.seconds, other.seconds, equal_nan=True)
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tracks of one prompt: part name -> one track, or one per clip where clips run apart."""
+
+    tracks: dict[str, list[Track]]
+    durations_s: list[float]
+
+    def track(self, part: str, clip: int) -> Track:
+        if part not in self.tracks:
+            raise ValueError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
+        if not 0 <= clip < len(self.durations_s):
+            raise ValueError(
+                f"clip {clip} does not exist; the prompt holds {len(self.durations_s)} clip(s)"
+            )
+        tracks = self.tracks[part]
+        return tracks[clip] if len(tracks) > 1 else tracks[0]
+
+
+class Timeline:
+    """Positions and seconds of a batch of inputs.
+
+    Every question is answered for the whole batch where all rows agree; where they differ
+    (left padding, clips of unequal length) it raises and asks for one row: ``timeline[0]``.
+    Seconds count from the start of each clip.
+    """
+
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Timeline:
+        return Timeline([self.rows[row]])
+
+    def _agreed(self, what: str, ask: Callable[[Row], Answer], same: Callable) -> Answer:
+        first, *others = [ask(row) for row in self.rows]
+        if not all(same(first, other) for other in others):
+            raise ValueError(f"the rows of this batch differ in {what}; ask one: timeline[row]")
+        return first
+
+    def _track(self, part: str, clip: int) -> Track:
+        return self._agreed(f"the {part}", lambda row: row.track(part, clip), Track.same_as)
+
+    @property
+    def n_clips(self) -> int:
+        """Clips per prompt."""
+        return self._agreed("clips", lambda row: len(row.durations_s), int.__eq__)
+
+    def duration_s(self, clip: int = 0) -> float:
+        """Length of the clip in seconds, without padding."""
+        return self._agreed("duration", lambda row: row.durations_s[clip], math.isclose)
+
+    def has_time(self, part: str) -> bool:
+        """Whether positions of the part lie in time (Whisper's decoder positions do not)."""
+        return bool(torch.isfinite(self.rows[0].track(part, 0).seconds).any())
+
+    def seconds(self, part: str, clip: int = 0) -> Float[Tensor, " t"]:
+        """Centre of every position of the part in seconds of its clip; NaN for text.
+
+        ``clip`` matters where clips run through the part one by one (encoder, connector).
+        """
+        return self._track(part, clip).seconds
+
+    def valid(self, part: str, clip: int = 0) -> Bool[Tensor, " t"]:
+        """True at positions that hold audio or an attended token, False at padding."""
+        return self._track(part, clip).valid
+
+    def positions(
+        self, part: str, start_s: float | Span, end_s: float | None = None, clip: int = 0
+    ) -> slice:
+        """The positions whose centres lie in ``[start_s, end_s)`` seconds of the clip.
+
+        Bounds outside the clip are clipped. A `Span` may stand for both bounds and the clip.
+
+        Raises:
+            ValueError: if the part has no time, or no position lies in the window.
+        """
+        span = start_s if isinstance(start_s, Span) else Span(start_s, end_s, clip=clip)
+        index = self._inside(part, span).nonzero().flatten()
+        if len(index) == 0:
+            raise ValueError(
+                f"no position of the {part} lies between {span.start_s:g} and {span.end_s:g} s of "
+                f"clip {span.clip} ({self.duration_s(span.clip):g} s long)"
+            )
+        return slice(int(index[0]), int(index[-1]) + 1)
+
+    def _inside(self, part: str, span: Span) -> Bool[Tensor, " t"]:
+        track = self._track(part, span.clip)
+        if not torch.isfinite(track.seconds).any():
+            raise ValueError(
+                f"positions of the {part} are tokens and have no time; address them by position "
+                f"(axes 'position'), or use a part with time: {', '.join(self._timed_parts())}"
+            )
+        here = track.valid & (track.clip == span.clip)
+        return (
+            here
+            & (track.seconds >= span.start_s - _EDGE)
+            & (track.seconds < span.end_s - _EDGE)
+        )
+
+    def _timed_parts(self) -> list[str]:
+        return [part for part in self.rows[0].tracks if self.has_time(part)]
+
+    def windows(
+        self, part: str, width_s: float, stride_s: float | None = None, clip: int = 0
+    ) -> list[Span]:
+        """Windows of ``width_s`` seconds every ``stride_s`` (default: the width) over the clip.
+
+        Windows narrower than the part's frame spacing that hold no position are left out.
+
+        Raises:
+            ValueError: if width or stride is not positive, or the part has no time.
+        """
+        stride_s = width_s if stride_s is None else stride_s
+        if not (width_s > 0 and stride_s > 0):
+            raise ValueError(f"width and stride must be positive seconds, got {width_s}, {stride_s}")
+        duration = self.duration_s(clip)
+        count = math.ceil(duration / stride_s - _EDGE)
+        spans = [
+            Span(round(i * stride_s, 9), round(min(i * stride_s + width_s, duration), 9), clip=clip)
+            for i in range(count)
+        ]
+        return [span for span in spans if self._inside(part, span).any()]
+
+    @property
+    def audio_span(self) -> slice:
+        """The decoder positions that hold the first clip (audio LLMs)."""
+        return self.clip_span(0)
+
+    def clip_span(self, clip: int) -> slice:
+        """The decoder positions that hold the given clip (audio LLMs)."""
+        return self.positions("decoder", Span(0.0, self.duration_s(clip) + 1.0, clip=clip))
+
+    @property
+    def text_span(self) -> Int[Tensor, " n"]:
+        """Indices of the attended decoder positions that hold text."""
+        track = self._track("decoder", 0)
+        return (track.valid & (track.clip == NO_CLIP)).nonzero().flatten()
