@@ -73,6 +73,16 @@ class Cell:
         )
 
 
+def alike(clean: Float[Tensor, ...], corrupted: Float[Tensor, ...]) -> Bool[Tensor, ...]:
+    """Where two baselines are too close for their difference to mean anything.
+
+    Closer than 1e-4 of the larger of the two (or 1e-6): below that, float32 rounding of a forward
+    pass is a visible share of the difference.
+    """
+    larger = torch.maximum(clean.abs(), corrupted.abs())
+    return (clean - corrupted).abs() < (RELATIVE_GAP * larger).clamp(min=ABSOLUTE_GAP)
+
+
 def describe_span(span: Span) -> str:
     """A span for people, e.g. ``0.40-0.50 s "seven"``; later clips are named."""
     clip = f" of clip {span.clip}" if span.clip else ""
@@ -153,14 +163,7 @@ class SweepResult:
 
     @property
     def _alike(self) -> Bool[Tensor, ...]:
-        """Where the baselines are too close for their difference to mean anything.
-
-        Closer than 1e-4 of the larger of the two (or 1e-6): below that, float32 rounding of a
-        forward pass is a visible share of the difference.
-        """
-        larger = torch.maximum(self.clean.abs(), self.corrupted.abs())
-        gap = (self.clean - self.corrupted).abs()
-        return gap < (RELATIVE_GAP * larger).clamp(min=ABSOLUTE_GAP)
+        return alike(self.clean, self.corrupted)
 
     @property
     def recovery(self) -> Float[Tensor, ...]:
@@ -248,8 +251,9 @@ class SweepResult:
             ValueError: if there are several metrics and none is named.
         """
         one = self._of_metric(metric).mean()
-        numbers = zip(*(x.flatten().tolist() for x in (one.values, one.recovery, one.effect)))
-        return [Cell(*three, **place) for three, place in zip(numbers, one._places(), strict=True)]
+        columns = (x.flatten().tolist() for x in (one.values, one.recovery, one.effect))
+        rows = zip(*columns, one._places(), strict=True)
+        return [Cell(*numbers, **place) for *numbers, place in rows]
 
     def _places(self) -> Iterator[dict[str, Any]]:
         names = ["span" if axis == "time" else axis for axis in self.axes]
@@ -264,7 +268,7 @@ class SweepResult:
         return self
 
     def top(self, n: int = 10, metric: str | None = None) -> list[Cell]:
-        """The ``n`` cells of largest |effect|, strongest first; cells without a number are left out.
+        """The ``n`` cells of largest |effect|, strongest first, without NaN.
 
         Several stimuli are averaged (ratio of means).
 
@@ -339,7 +343,7 @@ def _from_xarray(data: xr.Dataset) -> SweepResult:
     coords = {dim: data[dim].values.tolist() for dim in dims if dim != "time"}
     if "time" in dims:
         columns = ("time_start", "time_end", "time_label", "time_clip", "time_labelled")
-        rows = zip(*(data[column].values.tolist() for column in columns))
+        rows = zip(*(data[column].values.tolist() for column in columns), strict=True)
         coords["time"] = [
             Span(start, end, label if labelled else None, clip)
             for start, end, label, clip, labelled in rows

@@ -108,7 +108,8 @@ def test_top_is_sorted_by_absolute_effect_and_leaves_out_nan():
 
 def test_cells_print_for_people_and_for_machines():
     cell = layer_time().top(1)[0]
-    assert repr(cell) == 'layer 0, 0.10–0.20 s "seven": effect +1.000 (recovery +1.000, value 3)'
+    place = 'layer 0, 0.10\N{EN DASH}0.20 s "seven"'
+    assert repr(cell) == f"{place}: effect +1.000 (recovery +1.000, value 3)"
     assert cell.to_dict() == {
         "layer": 0, "start_s": 0.1, "end_s": 0.2, "label": "seven",
         "value": 3.0, "recovery": 1.0, "effect": 1.0,

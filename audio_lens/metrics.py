@@ -1,0 +1,256 @@
+"""Metrics of a run: numbers that say how strongly a model gives an answer.
+
+A metric is anything that maps logits ``b t d_vocab`` to a scalar or to one value per row. Those
+here take words or token ids and are bound to a model and inputs by the sweep (or by `bind`), since
+words need a tokenizer and "the last position" needs the mask.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.inputs import AudioInputs, InputError
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+Word = str | int
+Words = Word | Sequence[Word]
+MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
+
+
+class Metric(ABC):
+    """A metric that needs a model and inputs before it can read logits."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the metric is called in results and pictures."""
+
+    @abstractmethod
+    def bind(
+        self,
+        model: HookedAudioTransformer,
+        inputs: AudioInputs,
+        reference: Float[Tensor, "b t v"] | None = None,
+    ) -> MetricFn:
+        """The metric as a function of logits, one value per row.
+
+        Args:
+            reference: logits of the clean run, for metrics that compare with it.
+
+        Raises:
+            TokenError: a word that is not exactly one token.
+            InputError: answers that do not fit the batch, or positions outside it.
+        """
+
+
+def bound(
+    metric: Metric | MetricFn,
+    model: HookedAudioTransformer,
+    inputs: AudioInputs,
+    reference: Float[Tensor, "b t v"] | None = None,
+) -> MetricFn:
+    """The metric as a function of logits; plain functions are one already.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(metric, Metric):
+        return metric.bind(model, inputs, reference)
+    if not callable(metric):
+        raise TypeError(f"a metric maps logits to numbers, got {type(metric).__name__}")
+    return metric
+
+
+def named(metric: Any) -> dict[str, Any]:
+    """One metric or a mapping of them, by name.
+
+    Raises:
+        ValueError: for an empty mapping.
+    """
+    if isinstance(metric, Mapping):
+        if not metric:
+            raise ValueError("the mapping of metrics is empty")
+        return dict(metric)
+    return {getattr(metric, "name", None) or getattr(metric, "__name__", "metric"): metric}
+
+
+# -------------------------------------------------------------------------------- answers
+
+
+def logit_diff(answer: Words, against: Words, position: int | None = None) -> Metric:
+    """Logit of the answer minus logit of the wrong answer, at the last attended position.
+
+    Args:
+        answer, against: a word that is one token, a token id, or a list with one per row.
+        position: read there instead; negative counts from the end of the row.
+    """
+    return _LogitDiff(answer, against, position=position)
+
+
+def log_prob(answer: Words, position: int | None = None) -> Metric:
+    """Log-probability (natural log) of the answer at the last attended position."""
+    return _LogProb(answer, position=position)
+
+
+def prob(answer: Words, position: int | None = None) -> Metric:
+    """Probability of the answer at the last attended position."""
+    return _Prob(answer, position=position)
+
+
+def kl(position: int | None = None) -> Metric:
+    """KL divergence in nats from the clean run's next-token distribution to this run's."""
+    return _KL(position=position)
+
+
+def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
+    """Summed log-probability of the tokens the prompts end with (teacher forcing).
+
+    For answers of several tokens: put them at the end of the inputs' text and name them here.
+    """
+    return _SequenceLogProb(tokens if isinstance(tokens, str) else tuple(tokens))
+
+
+def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> float:
+    """Word error rate of transcripts; case and spacing at the ends are ignored.
+
+    Raises:
+        ImportError: without jiwer (``pip install audio_lens[asr]``).
+    """
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ImportError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
+    pair = [[x] if isinstance(x, str) else list(x) for x in (reference, hypothesis)]
+    said, heard = ([text.strip().lower() for text in texts] for texts in pair)
+    return jiwer.wer(said, heard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AtPosition(Metric):
+    """Reads the logits of one position of each row; None is the last attended one."""
+
+    position: int | None = None
+
+    def _positions(self, inputs: AudioInputs) -> Int[Tensor, " b"]:
+        batch, width = inputs.tokens.shape
+        if self.position is not None:
+            if not -width <= self.position < width:
+                raise InputError(f"position {self.position} lies outside rows of {width} tokens")
+            return torch.full((batch,), self.position % width, device=inputs.device)
+        if inputs.attention_mask is None:
+            return torch.full((batch,), width - 1, device=inputs.device)
+        steps = torch.arange(width, device=inputs.device)
+        return (inputs.attention_mask.bool() * steps).argmax(-1)
+
+    def _reader(self, inputs: AudioInputs) -> MetricFn:
+        positions = self._positions(inputs)
+        rows = torch.arange(len(positions), device=positions.device)
+        return lambda logits: logits[rows, positions]
+
+
+@dataclass(frozen=True)
+class _LogitDiff(_AtPosition):
+    answer: Words
+    against: Words
+
+    @property
+    def name(self) -> str:
+        return f"logit difference {_shown(self.answer)} - {_shown(self.against)}"
+
+    def bind(self, model, inputs, reference=None) -> MetricFn:
+        read = self._reader(inputs)
+        right, wrong = (_ids(w, model, inputs) for w in (self.answer, self.against))
+        if (right == wrong).any():
+            raise InputError(f"answer and against are the same token in {self.name}")
+        return lambda logits: _at(read(logits), right) - _at(read(logits), wrong)
+
+
+@dataclass(frozen=True)
+class _LogProb(_AtPosition):
+    answer: Words
+
+    @property
+    def name(self) -> str:
+        return f"log-probability of {_shown(self.answer)}"
+
+    def bind(self, model, inputs, reference=None) -> MetricFn:
+        read, ids = self._reader(inputs), _ids(self.answer, model, inputs)
+        return lambda logits: _at(read(logits).log_softmax(-1), ids)
+
+
+@dataclass(frozen=True)
+class _Prob(_LogProb):
+    @property
+    def name(self) -> str:
+        return f"probability of {_shown(self.answer)}"
+
+    def bind(self, model, inputs, reference=None) -> MetricFn:
+        log_prob = super().bind(model, inputs, reference)
+        return lambda logits: log_prob(logits).exp()
+
+
+@dataclass(frozen=True)
+class _KL(_AtPosition):
+    @property
+    def name(self) -> str:
+        return "KL from the clean run (nats)"
+
+    def bind(self, model, inputs, reference=None) -> MetricFn:
+        if reference is None:
+            raise InputError("kl compares with the clean run: pass its logits as reference=")
+        read = self._reader(inputs)
+        clean = read(reference).log_softmax(-1)
+        return lambda logits: (clean.exp() * (clean - read(logits).log_softmax(-1))).sum(-1)
+
+
+@dataclass(frozen=True)
+class _SequenceLogProb(Metric):
+    tokens: str | tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"log-probability of {self.tokens!r}"
+
+    def bind(self, model, inputs, reference=None) -> MetricFn:
+        ids = self.tokens
+        if isinstance(ids, str):
+            tokenizer = model.need_tokenizer("a sequence of words")
+            ids = tokenizer.encode(ids, add_special_tokens=False)
+        wanted = torch.tensor(list(ids), device=inputs.device)
+        ends = inputs.tokens[:, -len(ids) :]
+        if len(ids) == 0 or not (ends == wanted).all():
+            raise InputError(
+                f"the prompts must end with the tokens scored ({list(ids)}), without padding "
+                f"behind them; they end with {ends.tolist()}"
+            )
+        before = slice(-len(ids) - 1, -1)
+        return lambda logits: (
+            logits[:, before].log_softmax(-1).gather(-1, ends[..., None]).sum((-1, -2))
+        )
+
+
+def _shown(words: Words) -> str:
+    if isinstance(words, (str, int)):
+        return str(words).strip()
+    return "/".join(dict.fromkeys(str(word).strip() for word in words))
+
+
+def _ids(words: Words, model: HookedAudioTransformer, inputs: AudioInputs) -> Int[Tensor, " b"]:
+    """One token id per row."""
+    many = [words] * len(inputs) if isinstance(words, (str, int)) else list(words)
+    if len(many) != len(inputs):
+        raise InputError(f"{len(inputs)} rows need as many answers, got {len(many)}")
+    return torch.tensor([model.to_single_token(word) for word in many], device=inputs.device)
+
+
+def _at(values: Float[Tensor, "b v"], ids: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    return values.gather(-1, ids[:, None]).squeeze(-1)

@@ -1,0 +1,136 @@
+"""Sites: what can be patched, where it lies in its tensor, and which positions it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from audio_lens.hooks import suggest
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+Unit = Literal["head", "neuron"]
+
+_SUBLAYER_OF = {
+    **dict.fromkeys(["q", "k", "v", "rot_q", "rot_k", "z", "result"], "attn"),
+    **dict.fromkeys(["pattern", "attn_scores"], "attn"),
+    **dict.fromkeys(["pre", "pre_linear", "post"], "mlp"),
+}
+_PER_HEAD = ("q", "k", "v", "rot_q", "rot_k", "z", "result")
+_PER_PAIR = ("pattern", "attn_scores")
+_STREAM = (
+    "resid_pre",
+    "resid_mid",
+    "resid_mid_cross",
+    "resid_post",
+    "attn_out",
+    "cross_attn_out",
+    "mlp_out",
+)
+
+
+class SiteError(ValueError):
+    """A site or axis that this model does not have; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model that a sweep patches.
+
+    Attributes:
+        part: the part it belongs to.
+        activation: the name inside a block or part, like ``attn.z`` or ``out``.
+        n_layers: blocks that have it; None where it lies outside the blocks.
+        positions_of: the part on whose positions (and seconds) it lies: keys and values of
+            cross-attention lie on the encoder's.
+        position_dim: axis of those positions in its tensor.
+        unit: what else it can be split by, "head" or "neuron", on axis ``unit_dim``.
+    """
+
+    part: str
+    activation: str
+    n_layers: int | None
+    positions_of: str
+    position_dim: int
+    unit: Unit | None
+    unit_dim: int | None
+
+    def __str__(self) -> str:
+        return f"{self.part}.{self.activation}"
+
+    def hook_name(self, layer: int | None) -> str:
+        """Name of the hook point, in a block or outside the blocks."""
+        path, _, last = self.activation.rpartition(".")
+        pieces = [self.part, *([] if layer is None else ["blocks", str(layer)])]
+        return ".".join([*pieces, *([path] if path else []), f"hook_{last}"])
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes a sweep of this site can have."""
+        layer = () if self.n_layers is None else ("layer",)
+        return (*layer, *((self.unit,) if self.unit else ()), "time", "position")
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether it exists only when attention is written out."""
+        return self.activation.rpartition(".")[2] in _PER_PAIR
+
+    @staticmethod
+    def parse(text: str, model: HookedAudioTransformer) -> Site:
+        """``part.activation`` as a site of this model.
+
+        The part may be left out (the one that makes the output), and so may ``attn.`` and ``mlp.``.
+
+        Raises:
+            SiteError: if the model has no such site; the message lists those it has.
+        """
+        known = {str(site): site for site in sites_of(model)}
+        for spelling in _spellings(text, model.output_part):
+            if spelling in known:
+                return known[spelling]
+        raise SiteError(
+            f"{text!r} cannot be swept in this model; {suggest(text, known)}. "
+            f"All: {', '.join(known)}"
+        )
+
+
+def _spellings(text: str, output_part: str) -> list[str]:
+    head, _, tail = text.rpartition(".")
+    spelled = [text]
+    if tail in _SUBLAYER_OF and not head.endswith(("attn", "mlp")):
+        spelled.append(".".join([*([head] if head else []), _SUBLAYER_OF[tail], tail]))
+    return [*spelled, *(f"{output_part}.{name}" for name in spelled)]
+
+
+def sites_of(model: HookedAudioTransformer) -> list[Site]:
+    """Every site of a model that can be swept."""
+    found = []
+    for part, cfg in model.cfg.parts.items():
+        prefix = f"{part}.blocks.0."
+        for name in model.hook_dict:
+            if name.startswith(prefix):
+                site = _site(part, name.removeprefix(prefix).replace("hook_", ""), cfg.n_layers)
+                found += [site] if site else []
+    connector = [
+        Site("connector", name, None, "connector", 1, None, None)
+        for name in ("in", "out")
+        if f"connector.hook_{name}" in model.hook_dict
+    ]
+    return found + connector
+
+
+def _site(part: str, activation: str, n_layers: int) -> Site | None:
+    """The site of a block's hook point; None for norms, which have no residual of their own."""
+    path, _, last = activation.rpartition(".")
+    on_encoder = path == "cross_attn" and last in ("k", "v")
+    positions_of = "encoder" if on_encoder else part
+    if last in _PER_HEAD:
+        return Site(part, activation, n_layers, positions_of, 1, "head", 2)
+    if last in _PER_PAIR:
+        return Site(part, activation, n_layers, positions_of, 2, "head", 1)
+    if path == "mlp":
+        return Site(part, activation, n_layers, positions_of, 1, "neuron", 2)
+    if activation in _STREAM:
+        return Site(part, activation, n_layers, positions_of, 1, None, None)
+    return None

@@ -1,0 +1,130 @@
+"""Hand-made audio LLMs whose circuits are known, to hold methods against planted truth.
+
+All are Qwen2-Audio in shape, so that hooks, timelines and sweeps run as on a real model, with the
+encoder and the norms taken out: every 40 ms of "mel" enters the residual stream as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from audio_lens.inputs import AudioInputs
+from audio_lens.models.base import AudioConfig
+from audio_lens.models.layers import PartConfig
+from audio_lens.models.qwen2_audio import HookedQwen2Audio
+
+N_CLASSES = 4
+AUDIO_TOKENS = 10
+MARKER, QUERY, TEXT_MARKER = 0, 1, 2  # dimensions of the residual stream that flag a position
+AUDIO_CLASS = slice(3, 3 + N_CLASSES)
+TEXT_CLASS = slice(AUDIO_CLASS.stop, AUDIO_CLASS.stop + N_CLASSES)
+ANSWER = slice(TEXT_CLASS.stop, TEXT_CLASS.stop + N_CLASSES)
+WIDTH = ANSWER.stop
+SHARP = 60.0  # a score gap at which softmax is one-hot in float64 to 1e-26
+
+# vocabulary: answers 0..3, text cues 4..7, the question, the audio placeholder
+TEXT_CUE, QUESTION, AUDIO = N_CLASSES, 2 * N_CLASSES, 2 * N_CLASSES + 1
+VOCABULARY = AUDIO + 1
+
+
+class _NoPositions(nn.Module):
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> None:
+        return None
+
+
+class _NoNorm(nn.Identity):
+    pass
+
+
+class Toy(HookedQwen2Audio):
+    """The skeleton: a decoder of zero weights without norms or positions, on raw frames."""
+
+    def __init__(self, n_layers: int, n_heads: int = 2):
+        shape = {
+            "n_heads": n_heads,
+            "n_key_value_heads": n_heads,
+            "d_model": WIDTH,
+            "d_head": 1 + N_CLASSES,
+            "d_mlp": 4,
+            "act_fn": "relu",
+            "eps": 0.0,
+            "attn_biases": (),
+        }
+        encoder = PartConfig(n_layers=0, n_ctx=2 * AUDIO_TOKENS, normalization_type="LN", **shape)
+        decoder = PartConfig(
+            n_layers=n_layers,
+            n_ctx=64,
+            normalization_type="RMS",
+            causal=True,
+            gated_mlp=True,
+            rotary_base=1.0,
+            d_vocab=VOCABULARY,
+            **shape,
+        )
+        n_frames = 4 * AUDIO_TOKENS
+        super().__init__(AudioConfig("toy", "toy", encoder, decoder, WIDTH, n_frames))
+        self.audio_token_id = AUDIO
+        self.decoder.rotary = _NoPositions()
+        self.decoder.ln_final = _NoNorm()
+        for block in self.decoder.blocks:
+            block.ln1, block.ln2 = _NoNorm(), _NoNorm()
+        self.double().requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.connector.linear.weight.copy_(torch.eye(WIDTH))
+        self.decoder.token_embed.weight[QUESTION, QUERY] = 1.0
+        for c in range(N_CLASSES):
+            self.decoder.token_embed.weight[TEXT_CUE + c, TEXT_MARKER] = 1.0
+            self.decoder.token_embed.weight[TEXT_CUE + c, TEXT_CLASS.start + c] = 1.0
+            self.decoder.unembed.weight[c, ANSWER.start + c] = 1.0
+        self.setup()
+
+    def encode(self, inputs, resid=None, start=0, stop=None) -> Tensor:
+        return self.connector(inputs.features[:, :, ::4].transpose(1, 2))
+
+    def copy_head(self, layer: int, head: int, marker: int, source: slice, gain: float) -> None:
+        """Make a head carry the class at the marked position to the answer, for the question."""
+        attn = self.decoder.blocks[layer].attn
+        scale = attn.d_head**0.5
+        attn.W_Q[head, QUERY, 0] = SHARP * scale
+        attn.W_K[head, marker, 0] = 1.0
+        for c in range(N_CLASSES):
+            attn.W_V[head, source.start + c, 1 + c] = 1.0
+            attn.W_O[head, 1 + c, ANSWER.start + c] = gain
+
+
+@dataclass(frozen=True)
+class Cue:
+    """What a prompt says: a class heard at an audio token, and a class read in the text."""
+
+    heard: int
+    read: int = 0
+    at_token: int = 6
+
+
+def prompt(cue: Cue) -> AudioInputs:
+    """``[audio x 10, text cue, question]``, with the heard class in one audio token."""
+    features = torch.zeros(1, WIDTH, 4 * AUDIO_TOKENS, dtype=torch.float64)
+    frame = 4 * cue.at_token
+    features[0, MARKER, frame] = 1.0
+    features[0, AUDIO_CLASS.start + cue.heard, frame] = 1.0
+    tokens = torch.tensor([[AUDIO] * AUDIO_TOKENS + [TEXT_CUE + cue.read, QUESTION]])
+    return AudioInputs(features, tokens, clips_per_row=(1,))
+
+
+def copy_toy(n_layers: int = 5, layer: int = 2, head: int = 1) -> Toy:
+    """METHODS toy A: one head of one layer moves the heard class to the answer."""
+    toy = Toy(n_layers)
+    toy.copy_head(layer, head, MARKER, AUDIO_CLASS, gain=1.0)
+    return toy
+
+
+def two_stream_toy(w_audio: float, w_text: float, layer: int = 1) -> Toy:
+    """METHODS toy E: head 0 brings the heard class with one weight, head 1 the read class."""
+    toy = Toy(n_layers=3)
+    toy.copy_head(layer, 0, MARKER, AUDIO_CLASS, gain=w_audio)
+    toy.copy_head(layer, 1, TEXT_MARKER, TEXT_CLASS, gain=w_text)
+    return toy
