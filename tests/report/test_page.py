@@ -100,6 +100,7 @@ def test_nothing_is_loaded_from_a_network(tmp_path):
     assert loaded and all(address.startswith("data:") for address in loaded)
     policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
     assert policy.startswith("default-src 'none'") and "http" not in policy
+    assert "showSendToCloud: false" in page.text["script"]  # plotly's button that uploads
     assert "url(" not in page.text["style"] and "@import" not in page.text["style"]
 
 
@@ -112,7 +113,7 @@ def test_plotly_travels_compressed_and_whole(tmp_path):
 def test_ten_seconds_stay_under_three_megabytes(tmp_path):
     long = np.tile(CLEAN, 20)
     coords = {"layer": list(range(8)), "time": [Span(i / 10, (i + 1) / 10) for i in range(100)]}
-    path = map_page(sweep(coords), long, tmp_path / "map.html", corrupted_audio=long)
+    path = map_page(sweep(coords), long, tmp_path / "map.html", words=WORDS)
     assert path.stat().st_size < 3e6
 
 
@@ -204,6 +205,7 @@ def test_a_map_that_means_nothing_says_so(tmp_path):
     page = page_of(tmp_path, sweep(clean=0.0))
     assert "do not differ" in page.text["li"]
     assert "No cell has an effect" in page.text["td"]
+    assert "NaN" not in page.text["figure"]
 
 
 def test_several_metrics_and_stimuli(tmp_path):

@@ -1,0 +1,450 @@
+"""The `audio-lens` command: map, info, transcribe, ask.
+
+Heavy imports stay inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+BAD_INPUT, NO_RESULT = 2, 1
+ANSWER_TOKENS, TRANSCRIPT_TOKENS = 16, 200
+
+app = typer.Typer(
+    name="audio-lens",
+    help="See which layer, head and moment of audio decide what a model answers.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help='A hub id, a Hugging Face directory, or "embedded".')
+]
+AudioFiles = Annotated[list[Path], typer.Argument(help="Sound files (wav, flac, mp3 ...).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the `audio-lens` command."""
+    app()
+
+
+@contextmanager
+def plain_errors(debug: bool) -> Iterator[None]:
+    """Errors as one red line: exit code 2 for input that cannot be used, 1 for anything else."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True)
+        raise typer.Exit(BAD_INPUT if isinstance(error, (ValueError, OSError)) else 1) from None
+
+
+class Direction(str, Enum):
+    """Which run is patched: the corrupted one (denoise) or the clean one (noise)."""
+
+    denoise = "denoise"
+    noise = "noise"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two clips, and the answer that tells them apart."""
+
+    clean: Path
+    corrupted: Path
+    question: str | None
+    answer: str
+    against: str
+    words: Sequence[Any] = ()
+    corrupted_words: Sequence[Any] = ()
+
+
+# -------------------------------------------------------------------------------- map
+
+
+@app.command("map")
+def map_command(
+    model: ModelName = "embedded",
+    clean: Annotated[
+        Path | None,
+        typer.Option(help="The clip the model answers rightly; default: a shipped one."),
+    ] = None,
+    corrupted: Annotated[
+        Path | None, typer.Option(help="The clip that differs in what is asked.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What an audio LLM is asked.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Answer to the clean clip: one token (mind a leading space).")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Answer to the corrupted clip.")] = None,
+    site: Annotated[
+        str,
+        typer.Option(help="What to patch: part.activation, e.g. decoder.attn.z, connector.out."),
+    ] = "decoder.resid_pre",
+    axes: Annotated[
+        str, typer.Option(help="One or two of layer, head, time, position, neuron.")
+    ] = "layer,time",
+    window: Annotated[
+        float | None, typer.Option(help="Width of the time windows in seconds; default: 0.1.")
+    ] = None,
+    stride: Annotated[
+        float | None, typer.Option(help="Seconds between windows; default: their width.")
+    ] = None,
+    direction: Annotated[
+        Direction, typer.Option(help="Put clean activations into the corrupted run, or reversed.")
+    ] = Direction.denoise,
+    html: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
+        "map.html"
+    ),
+    save: Annotated[Path | None, typer.Option(help="Also keep the numbers, as netCDF.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Patch every layer and moment between two clips and draw which of them decide the answer.
+
+    Without options it maps the model and the clips that come with the package.
+
+    [bold]Examples[/]
+
+    [green]audio-lens map[/]
+
+    [green]audio-lens map --clean seven.wav --corrupted two.wav --question "which digit is second?"
+    --answer seven --against two --site connector.out --axes time --window 0.05[/]
+
+    [green]audio-lens map --model openai/whisper-tiny.en --clean seven.wav --corrupted two.wav
+    --answer " seven" --against " two" --site encoder.resid_pre[/]
+    """
+    with plain_errors(debug):
+        case = _case(clean, corrupted, question, answer, against)
+        wanted = _wanted_axes(axes)
+        _check_folders(html, save)
+        listener = _load(model)
+        from audio_lens import metrics, patching, report
+
+        pair = _prepare_pair(listener, case)
+        metric = metrics.logit_diff(case.answer, case.against)
+        before = _listen(listener, pair, metric)
+        if not as_json:
+            _print_baselines(case, before)
+        if before["alike"]:
+            raise ValueError(
+                "the metric is the same for both clips, so a map would be meaningless: choose "
+                "clips that differ in what is asked, or other answers"
+            )
+        result = patching.sweep(
+            listener,
+            clean=pair[0],
+            corrupted=pair[1],
+            site=site,
+            axes=wanted,
+            windows=_windows(window, stride),
+            metric=metric,
+            direction=direction.value,
+            progress=not as_json,
+        )
+        result.meta = _told(case, before) | result.meta
+        written = {"html": str(html)}
+        if save is not None:
+            written["netcdf"] = str(result.save(save))
+        report.map_page(
+            result,
+            pair[0].audio[0],
+            html,
+            words=case.words,
+            corrupted_words=case.corrupted_words,
+            corrupted_audio=pair[1].audio[0],
+            title=f"What decides {case.answer.strip()!r} against {case.against.strip()!r}",
+            sampling_rate=listener.cfg.sampling_rate,
+        )
+        if as_json:
+            top = [cell.to_dict() for cell in result.top(10)]
+            told = {"meta": result.meta, "report": result.report, "top": top}
+            _print_json(before | told | {"written": written})
+        else:
+            _print_map(result, written)
+
+
+def _case(
+    clean: Path | None,
+    corrupted: Path | None,
+    question: str | None,
+    answer: str | None,
+    against: str | None,
+) -> Case:
+    """The user's clips with their answers, or the shipped pair with what is not overridden."""
+    if clean is None and corrupted is None:
+        from audio_lens.models.embedded import default_pair
+
+        pair = default_pair()
+        return Case(
+            clean=pair.clean,
+            corrupted=pair.corrupted,
+            question=question or pair.question,
+            answer=answer or pair.answer,
+            against=against or pair.against,
+            words=pair.words,
+            corrupted_words=pair.corrupted_words,
+        )
+    needed = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--against": against}
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise ValueError(f"your own clips also need {', '.join(missing)}")
+    return Case(clean, corrupted, question, answer, against)
+
+
+def _prepare_pair(model: Any, case: Case) -> list[Any]:
+    """Inputs of both clips, the shorter one lengthened: patching needs equal shapes."""
+    import numpy as np
+
+    from audio_lens import audio
+
+    rate = model.cfg.sampling_rate
+    clips = [audio.read(path, rate) for path in (case.clean, case.corrupted)]
+    longest = max(map(len, clips))
+    if min(map(len, clips)) < longest:
+        err.print(f"the shorter clip is lengthened with silence to {longest / rate:.2f} s")
+    padded = [np.pad(clip, (0, longest - len(clip))) for clip in clips]
+    return [model.prepare(clip, text=case.question, sampling_rate=rate) for clip in padded]
+
+
+def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
+    """What the model answers to both clips, and the metric of both."""
+    import torch
+
+    from audio_lens import metrics
+    from audio_lens.patching.result import alike
+
+    answers = [model.generate(inputs, max_new_tokens=ANSWER_TOKENS)[0] for inputs in pair]
+    with torch.inference_mode():
+        values = [metrics.bound(metric, model, inputs)(model(inputs)).mean() for inputs in pair]
+    return {
+        "model": model.cfg.model_name,
+        "answers": dict(zip(("clean", "corrupted"), answers, strict=True)),
+        "metric": dict(zip(("clean", "corrupted"), (v.item() for v in values), strict=True)),
+        "alike": bool(alike(*values)),
+    }
+
+
+def _wanted_axes(axes: str) -> list[str]:
+    wanted = [axis.strip() for axis in axes.split(",")]
+    if len(wanted) > 2:
+        raise ValueError(f"a map has one or two axes, got {', '.join(wanted)}")
+    return wanted
+
+
+def _check_folders(*paths: Path | None) -> None:
+    """Raise before the work if what it gives could not be written."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+
+
+def _windows(window: float | None, stride: float | None) -> float | tuple[float, float] | None:
+    """Width, or width and stride, of the windows; None leaves the choice to the sweep."""
+    from audio_lens.patching.engine import DEFAULT_WINDOW_S
+
+    return window if stride is None else (window or DEFAULT_WINDOW_S, stride)
+
+
+def _told(case: Case, before: dict[str, Any]) -> dict[str, str]:
+    """What the result should remember of the question."""
+    told = {
+        "question": case.question,
+        "clean": f"{case.clean.name}: {before['answers']['clean']}",
+        "corrupted": f"{case.corrupted.name}: {before['answers']['corrupted']}",
+    }
+    return {name: text for name, text in told.items() if text is not None}
+
+
+def _print_baselines(case: Case, before: dict[str, Any]) -> None:
+    if case.question:
+        out.print(f"question: [bold]{escape(case.question)}[/]")
+    table = Table("clip", "file", "the model answers", "metric", box=None, header_style="dim")
+    for name, path in (("clean", case.clean), ("corrupted", case.corrupted)):
+        said, value = before["answers"][name], before["metric"][name]
+        table.add_row(name, escape(path.name), f"[bold]{escape(said)}[/]", f"{value:+.3f}")
+    out.print(table)
+    out.print(
+        f"[dim]metric: logit of {escape(case.answer)!r} minus logit of {escape(case.against)!r}[/]"
+    )
+    if before["answers"]["clean"] == before["answers"]["corrupted"]:
+        _warn("the model answers both clips the same: a map can hardly explain that")
+    elif before["metric"]["clean"] < before["metric"]["corrupted"]:
+        _warn("the metric is larger for the corrupted clip: are --answer and --against swapped?")
+
+
+def _warn(message: str) -> None:
+    out.print(f"[yellow]{escape(message)}[/]")
+
+
+def _print_map(result: Any, written: dict[str, str]) -> None:
+    table = Table("strongest cells", "effect", "recovery", "metric", box=None, header_style="dim")
+    for cell in result.top(10):
+        numbers = f"{cell.effect:+.3f}", f"{cell.recovery:+.3f}", f"{cell.value:+.3f}"
+        table.add_row(escape(cell.place), *numbers)
+    out.print()
+    out.print(table)
+    for note in result.report:
+        out.print(f"[dim]{escape(note)}[/]")
+    for kind, path in written.items():
+        out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)
+
+
+# -------------------------------------------------------------------------------- info
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help='Hub id, directory, or "embedded".')] = "embedded",
+    hooks: Annotated[bool, typer.Option("--hooks", help="List every hook with its shape.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Parts, sizes, hook names and the seconds per position of a model.
+
+    [bold]Examples[/]
+
+    [green]audio-lens info[/]
+
+    [green]audio-lens info openai/whisper-tiny --hooks[/]
+    """
+    with plain_errors(debug):
+        listener = _load(model)
+        from audio_lens.report.facts import describe
+
+        facts = describe(listener)
+        if as_json:
+            _print_json(facts)
+        else:
+            _print_info(facts, hooks)
+
+
+def _print_info(facts: dict[str, Any], hooks: bool) -> None:
+    out.print(f"[bold]{escape(facts['model'])}[/]: {facts['family']}")
+    out.print(
+        f"{facts['parameters']:,} parameters, {facts['sampling_rate']} Hz, "
+        f"clips up to {facts['longest_clip_s']:g} s"
+    )
+    parts = facts["parts"]
+    table = Table("", *parts, box=None, header_style="bold")
+    for what in dict.fromkeys(what for sizes in parts.values() for what in sizes):
+        row = (str(sizes.get(what, "")) for sizes in parts.values())
+        table.add_row(what.replace("_", " "), *row)
+    out.print(table)
+    out.print(f"{len(facts['hooks'])} hook points, shapes for {facts['shapes_for']}:")
+    shown = facts["hooks"] if hooks else _one_block_each(facts["hooks"])
+    for name, shape in shown.items():
+        out.print(f"  {name} [dim]{shape}[/]", highlight=False, soft_wrap=True)
+    if not hooks:
+        out.print("[dim]block 0 stands for all; --hooks lists every one[/]")
+
+
+def _one_block_each(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The hooks outside the blocks, and those of each part's first block."""
+    return {n: shape for n, shape in shapes.items() if ".blocks." not in n or ".blocks.0." in n}
+
+
+# -------------------------------------------------------------------------------- transcribe, ask
+
+
+@app.command()
+def transcribe(
+    audio: AudioFiles,
+    model: ModelName = "openai/whisper-tiny",
+    language: Annotated[str | None, typer.Option(help='A code like "en"; default: found.')] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write down what is said, with a Whisper model.
+
+    [bold]Example[/]
+
+    [green]audio-lens transcribe talk.wav --model openai/whisper-tiny --language en[/]
+    """
+    with plain_errors(debug):
+        listener = _load(model)
+        if not _transcribes(listener):
+            raise ValueError(f"{model} answers questions: audio-lens ask CLIP --question ...")
+        said = {}
+        for path in audio:
+            inputs = listener.prepare(path, language=language)
+            said[str(path)] = listener.generate(inputs, max_new_tokens=TRANSCRIPT_TOKENS)[0]
+        _print_texts(said, as_json)
+
+
+@app.command()
+def ask(
+    audio: AudioFiles,
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    model: ModelName = "embedded",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Ask an audio language model about clips.
+
+    [bold]Example[/]
+
+    [green]audio-lens ask clip.wav --question "which digit is first?"[/]
+    """
+    with plain_errors(debug):
+        listener = _load(model)
+        if _transcribes(listener):
+            raise ValueError(
+                f"{model} writes down speech and takes no question: audio-lens transcribe"
+            )
+        answers = {}
+        for path in audio:
+            inputs = listener.prepare(path, text=question)
+            answers[str(path)] = listener.generate(inputs, max_new_tokens=ANSWER_TOKENS)[0]
+        _print_texts(answers, as_json)
+
+
+# -------------------------------------------------------------------------------- shared
+
+
+def _load(name: str) -> Any:
+    import transformers
+
+    from audio_lens import HookedAudioTransformer
+
+    transformers.utils.logging.disable_progress_bar()
+    with err.status(f"loading {escape(name)}"):
+        return HookedAudioTransformer.from_pretrained(name)
+
+
+def _transcribes(model: Any) -> bool:
+    """Whether the model only writes down speech, and takes no question."""
+    return model.cfg.family == "whisper"
+
+
+def _print_texts(texts: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        _print_json(texts)
+        return
+    for path, text in texts.items():
+        name = f"[dim]{escape(path)}:[/] " if len(texts) > 1 else ""
+        out.print(f"{name}{escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    out.print(json.dumps(data, indent=2), markup=False, highlight=False, soft_wrap=True)
