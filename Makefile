@@ -1,0 +1,31 @@
+# `make demo` runs the main job, `make test` the tests; both set up .venv on a fresh machine.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# The CPU build is enough for everything here; TORCH=torch takes the newest (CUDA) build instead.
+TORCH ?= torch==2.13.0
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test install
+
+demo: $(VENV)/.runtime
+	$(BIN)/audio-lens map --out map.html
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n 2
+
+install: $(VENV)/.dev
+
+$(VENV)/.runtime: setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
