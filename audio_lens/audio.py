@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -39,14 +40,22 @@ def read(path: str | Path, sampling_rate: int = 16_000) -> Float[np.ndarray, " s
 def resample(
     samples: Float[np.ndarray, " samples"], from_hz: int, to_hz: int
 ) -> Float[np.ndarray, " resampled"]:
-    """Band-limited resampling of a mono signal (soxr, high quality); float32 out."""
+    """Band-limited resampling of a mono signal (soxr, high quality); float32 out.
+
+    Raises:
+        AudioError: if the signal is too short to leave a sample.
+    """
+    samples = samples.astype(np.float32, copy=False)
     if from_hz == to_hz:
-        return samples.astype(np.float32, copy=False)
-    return soxr.resample(samples.astype(np.float32, copy=False), from_hz, to_hz)
+        return samples
+    resampled = soxr.resample(samples, from_hz, to_hz)
+    if len(resampled) == 0:
+        raise AudioError(f"{len(samples)} sample(s) at {from_hz} Hz are none at {to_hz} Hz")
+    return resampled
 
 
 def load(
-    source: AudioSource, sampling_rate: int, source_rate: int | None = None
+    source: Any, sampling_rate: int, source_rate: int | None = None
 ) -> Float[np.ndarray, " samples"]:
     """A clip from a path, array or tensor as mono float32 at ``sampling_rate`` Hz.
 
@@ -61,6 +70,8 @@ def load(
     """
     if isinstance(source, (str, Path)):
         return read(source, sampling_rate)
+    if not isinstance(source, (np.ndarray, torch.Tensor)):
+        raise AudioError(f"a clip is a path, an array or a tensor, got {type(source).__name__}")
     if source_rate is None:
         raise AudioError(
             "samples without a sampling rate: pass sampling_rate= (Hz) of the array; "
@@ -68,13 +79,20 @@ def load(
         )
     if source_rate <= 0:
         raise AudioError(f"sampling_rate must be a positive number of Hz, got {source_rate}")
-    array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
-    return resample(_checked(_mono(np.asarray(array)), "the clip"), source_rate, sampling_rate)
+    array = _as_array(source) if isinstance(source, torch.Tensor) else source
+    return resample(_checked(_mono(array), "the clip"), source_rate, sampling_rate)
+
+
+def _as_array(samples: torch.Tensor) -> np.ndarray:
+    samples = samples.detach().cpu()
+    return (samples.float() if samples.is_floating_point() else samples).numpy()  # bfloat16 too
 
 
 def _mono(array: np.ndarray) -> Float[np.ndarray, " samples"]:
-    if not np.issubdtype(array.dtype, np.number):
-        raise AudioError(f"samples must be numbers, got an array of {array.dtype}")
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+        raise AudioError(f"samples must be real numbers, got an array of {array.dtype}")
+    if array.size == 0:
+        raise AudioError("the clip holds no samples")
     if np.issubdtype(array.dtype, np.unsignedinteger):
         raise AudioError(f"unsigned samples ({array.dtype}) have no agreed zero; convert to float")
     if np.issubdtype(array.dtype, np.integer):

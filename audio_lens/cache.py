@@ -9,24 +9,23 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice, SliceInput, get_act_name
+from transformer_lens.utilities import Slice, get_act_name
 
-from audio_lens.hooks import suggest
+from audio_lens.hooks import PosSlice, is_flat, suggest
 
 if TYPE_CHECKING:
     from audio_lens.models.part import Part
 
 Stack = Float[Tensor, "components *batch_pos d_model"]
-Slicing = Slice | SliceInput
 
 
 class AudioCache(ActivationCache):
     """Activations of a run.
 
     Keys are full names, TransformerLens shorthands (``cache["z", 3]``, ``cache["z", 3,
-    "cross_attn"]``) or shorthands of a part (``cache["encoder", "z", 3]``). Unprefixed names and the
-    decomposing methods (`decompose_resid`, `stack_head_results` ...) mean the part that makes the
-    output; `part("encoder")` gives the same for another.
+    "cross_attn"]``) or shorthands of a part (``cache["encoder", "z", 3]``). Unprefixed names and
+    the decomposing methods (`decompose_resid`, `stack_head_results` ...) mean the part that makes
+    the output; `part("encoder")` gives the same for another.
     """
 
     def __init__(
@@ -39,8 +38,8 @@ class AudioCache(ActivationCache):
     ):
         super().__init__(cache_dict, parts[main_part], has_batch_dim)
         self.parts, self.main_part, self.prefixed = parts, main_part, prefixed
-        self.has_embed = self._find("hook_embed") is not None
-        self.has_pos_embed = self._find("hook_pos_embed") is not None
+        self.has_embed = hasattr(self.model.module, "hook_embed")
+        self.has_pos_embed = hasattr(self.model.module, "hook_pos_embed")
 
     def __repr__(self) -> str:
         return f"AudioCache of {len(self)} activations of {', '.join(self.parts)}"
@@ -59,6 +58,30 @@ class AudioCache(ActivationCache):
         local = {part.local(key): value for key, value in self.items() if part.owns(key)}
         return AudioCache(local, {name: part}, name, self.has_batch_dim, prefixed=False)
 
+    # ---------------------------------------------------------------- batch axis
+
+    def _batch_size(self) -> int:
+        sizes = {len(tensor) for name, tensor in self.items() if not is_flat(name)}
+        if len(sizes) > 1:
+            raise ValueError(
+                "some prompts hold several clips, so the first axis counts prompts in the decoder "
+                "and clips in the encoder: slice one part, cache.part(...)"
+            )
+        return sizes.pop() if sizes else 1
+
+    def apply_slice_to_batch_dim(self, batch_slice: PosSlice) -> AudioCache:
+        """The activations of some prompts; flat ones (`hook_audio_embed`) are left out.
+
+        Raises:
+            ValueError: if there is no batch axis, or it counts prompts here and clips there.
+        """
+        rows = _as_slice(batch_slice)
+        if not self.has_batch_dim:
+            raise ValueError("this cache has no batch axis")
+        self._batch_size()
+        chosen = {n: rows.apply(tensor, dim=0) for n, tensor in self.items() if not is_flat(n)}
+        return AudioCache(chosen, self.parts, self.main_part, rows.mode != "int", self.prefixed)
+
     # ---------------------------------------------------------------- keys
 
     def _find(self, name: str) -> str | None:
@@ -75,7 +98,7 @@ class AudioCache(ActivationCache):
         Raises:
             KeyError: if it was not cached; the message lists the nearest names that were.
         """
-        if isinstance(key, tuple) and key[0] in self.parts:
+        if isinstance(key, tuple) and len(key) > 1 and isinstance(key[1], str):
             return self.part(key[0])[key[1:] if len(key) > 2 else key[1]]
         name = self._spelled_out(key)
         found = self._find(name)
@@ -89,17 +112,20 @@ class AudioCache(ActivationCache):
         name, layer, sublayer = (*key, None, None)[:3]
         if layer is not None and layer < 0:
             layer += self.model.cfg.n_layers
-        if sublayer == "cross_attn":
-            return f"blocks.{layer}.cross_attn.hook_{name}"
-        return get_act_name(name, layer, sublayer)
+        found = get_act_name(name, layer, sublayer)
+        is_cross = sublayer == "cross_attn"  # which TransformerLens takes for self-attention
+        return found.replace(".attn.", ".cross_attn.") if is_cross else found
 
     # ---------------------------------------------------------------- decomposition
 
     def _components_of(self, layer: int, mode: str = "all") -> list[str]:
         """What a block adds to the residual stream, in order."""
-        cross = ["cross_attn_out"] if self._has_cross(layer) else []
-        attention = ["attn_out", *cross] if mode != "mlp" else []
+        attention = [f"{name}_out" for name in self._attentions(layer)] if mode != "mlp" else []
         return attention + (["mlp_out"] if mode != "attn" else [])
+
+    def _attentions(self, layer: int) -> list[str]:
+        """The attention sublayers of a block, in the order in which they write."""
+        return ["attn", "cross_attn"] if self._has_cross(layer) else ["attn"]
 
     def _has_cross(self, layer: int) -> bool:
         return hasattr(self.model.blocks[layer], "cross_attn")
@@ -107,13 +133,21 @@ class AudioCache(ActivationCache):
     def _layer(self, layer: int | None) -> int:
         return self.model.cfg.n_layers if layer is None or layer == -1 else layer
 
+    def _stream_into(self, layer: int, mlp_input: bool = False) -> Float[Tensor, "*batch_pos d"]:
+        """The residual stream that the first norm of a block reads, or its MLP's, or the last."""
+        if mlp_input:
+            return self["resid_mid_cross" if self._has_cross(layer) else "resid_mid", layer]
+        if layer == self.model.cfg.n_layers:
+            return self["resid_post", layer - 1]
+        return self["resid_pre", layer]
+
     def decompose_resid(
         self,
         layer: int | None = None,
         mlp_input: bool = False,
         mode: Literal["all", "mlp", "attn"] = "all",
         apply_ln: bool = False,
-        pos_slice: Slicing = None,
+        pos_slice: PosSlice = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Stack | tuple[Stack, list[str]]:
@@ -122,7 +156,7 @@ class AudioCache(ActivationCache):
         As TransformerLens's method; with ``mode="all"`` and embeddings the stack sums to the
         residual stream.
         """
-        layer, positions = self._layer(layer), Slice.unwrap(pos_slice)
+        layer, positions = self._layer(layer), _as_slice(pos_slice)
         found = []
         if incl_embeds:
             found += [("embed", self["hook_embed"])] if self.has_embed else []
@@ -142,7 +176,7 @@ class AudioCache(ActivationCache):
         layer: int | None = None,
         incl_mid: bool = False,
         apply_ln: bool = False,
-        pos_slice: Slicing = None,
+        pos_slice: PosSlice = None,
         mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Stack | tuple[Stack, list[str]]:
@@ -151,7 +185,7 @@ class AudioCache(ActivationCache):
         ``incl_mid`` adds the streams between sublayers (after cross-attention too), and
         ``mlp_input`` those of ``layer`` itself.
         """
-        layer, positions = self._layer(layer), Slice.unwrap(pos_slice)
+        layer, positions = self._layer(layer), _as_slice(pos_slice)
         n_layers = self.model.cfg.n_layers
         found = []
         for l in range(min(layer, n_layers - 1) + 1):
@@ -171,27 +205,30 @@ class AudioCache(ActivationCache):
         labels = [label for label, _ in found]
         return (stack, labels) if return_labels else stack
 
+    def _head_results(self, layer: int, sublayer: str) -> Float[Tensor, "*batch_pos h d"]:
+        """What each head writes; where it was not cached, it is computed once and kept."""
+        name = f"blocks.{layer}.{sublayer}.hook_result"
+        if self._find(name) is None:
+            key = f"{self.main_part}.{name}" if self.prefixed else name
+            weights = getattr(self.model.blocks[layer], sublayer).W_O
+            z = self["z", layer, sublayer]
+            self.cache_dict[key] = torch.einsum("...he,hed->...hd", z, weights)
+        return self[name]
+
     def _ensure_head_results(self) -> bool:
-        """Compute per-head results that were not cached; True if nothing was missing."""
-        complete = True
-        for l, block in enumerate(self.model.blocks):
-            for sublayer in ["attn", "cross_attn"] if self._has_cross(l) else ["attn"]:
-                name = f"blocks.{l}.{sublayer}.hook_result"
-                if self._find(name):
-                    continue
-                complete = False
-                weights = getattr(block, sublayer).W_O
-                key = f"{self.main_part}.{name}" if self.prefixed else name
-                z = self["z", l, sublayer]
-                self.cache_dict[key] = torch.einsum("...he,hed->...hd", z, weights)
-        return complete
+        """Compute all per-head results; True if nothing was missing."""
+        n_before = len(self)
+        for layer in range(self.model.cfg.n_layers):
+            for sublayer in self._attentions(layer):
+                self._head_results(layer, sublayer)
+        return len(self) == n_before
 
     def stack_head_results(
         self,
         layer: int = -1,
         return_labels: bool = False,
         incl_remainder: bool = False,
-        pos_slice: Slicing = None,
+        pos_slice: PosSlice = None,
         apply_ln: bool = False,
     ) -> Stack | tuple[Stack, list[str]]:
         """What each head added to the residual stream entering ``layer``.
@@ -199,24 +236,54 @@ class AudioCache(ActivationCache):
         Self-attention heads are labelled ``L0H3``, cross-attention heads ``L0H3_cross``, in the
         order in which they write.
         """
-        layer, positions = self._layer(layer), Slice.unwrap(pos_slice)
-        self._ensure_head_results()
+        layer, positions = self._layer(layer), _as_slice(pos_slice)
         results, labels = [], []
         for l in range(layer):
-            for sublayer in ["attn", "cross_attn"] if self._has_cross(l) else ["attn"]:
-                results.append(positions.apply(self["result", l, sublayer], dim=-3))
+            for sublayer in self._attentions(l):
+                results.append(positions.apply(self._head_results(l, sublayer), dim=-3))
                 mark = "_cross" if sublayer == "cross_attn" else ""
                 labels += [f"L{l}H{h}{mark}" for h in range(self.model.cfg.n_heads)]
-        like = positions.apply(self["resid_pre", 0], dim=-2)
-        stack = like.new_zeros(0, *like.shape)
         if results:
             stack = rearrange(torch.cat(results, dim=-2), "... heads d -> heads ... d")
+        else:
+            stream = positions.apply(self._stream_into(0), dim=-2)
+            stack = stream.new_zeros(0, *stream.shape)
         if incl_remainder:
-            whole = self["resid_post", layer - 1] if layer else self["resid_pre", 0]
-            stack = torch.cat([stack, (positions.apply(whole, dim=-2) - stack.sum(0))[None]])
+            whole = positions.apply(self._stream_into(layer), dim=-2)
+            stack = torch.cat([stack, (whole - stack.sum(0))[None]])
             labels.append("remainder")
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
+        return (stack, labels) if return_labels else stack
+
+    def stack_neuron_results(
+        self,
+        layer: int,
+        pos_slice: PosSlice = None,
+        neuron_slice: PosSlice = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: Tensor | None = None,
+        mlp_input: bool = False,
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """What each neuron added to the residual stream entering ``layer``; see TransformerLens.
+
+        The remainder is of what ``layer`` (or its MLP, with ``mlp_input``) reads.
+        """
+        layer, positions = self._layer(layer), _as_slice(pos_slice)
+        options = {"apply_ln": apply_ln, "mlp_input": mlp_input, "return_labels": True}
+        stack, labels = super().stack_neuron_results(
+            layer, positions, neuron_slice, project_output_onto=project_output_onto, **options
+        )
+        if incl_remainder:
+            whole = positions.apply(self._stream_into(layer, mlp_input), dim=-2)[None]
+            if apply_ln:
+                whole = self.apply_ln_to_stack(whole, layer, mlp_input, positions)
+            if project_output_onto is not None:
+                whole = whole @ project_output_onto
+            stack = torch.cat([stack, whole - stack.sum(0)])
+            labels.append("remainder")
         return (stack, labels) if return_labels else stack
 
     # ---------------------------------------------------------------- norm gains
@@ -234,11 +301,11 @@ class AudioCache(ActivationCache):
         residual_stack: Stack,
         layer: int | None = None,
         mlp_input: bool = False,
-        pos_slice: Slicing = None,
-        batch_slice: Slicing = None,
+        pos_slice: PosSlice = None,
+        batch_slice: PosSlice = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
-    ) -> Stack:
+    ) -> Float[Tensor, "components *batch_pos_out d_model"]:
         """The norm that reads ``layer`` (default: the final one) applied with the run's scale.
 
         The gain is applied, since these models keep it apart from `W_U`; the norm's bias is the
@@ -248,26 +315,17 @@ class AudioCache(ActivationCache):
         Raises:
             ValueError: where the model pools positions between the blocks and that norm.
         """
-        normed = super().apply_ln_to_stack(
-            self._pooled_as_the_norm(residual_stack, layer),
-            layer,
-            mlp_input,
-            pos_slice,
-            batch_slice,
-            has_batch_dim,
-            recompute_ln,
-        )
-        is_whole_norm = recompute_ln and self._layer(layer) == self.model.cfg.n_layers
-        return normed if is_whole_norm else normed * self._gain(layer, mlp_input)
-
-    def _pooled_as_the_norm(self, residual_stack: Stack, layer: int | None) -> Stack:
-        pools = hasattr(self.model.module, "pool")
-        if pools and self._layer(layer) == self.model.cfg.n_layers:
+        is_final = self._layer(layer) == self.model.cfg.n_layers
+        if is_final and hasattr(self.model.module, "pool"):
             raise ValueError(
                 f"the {self.main_part} pools pairs of frames before its final norm, so frames "
                 "cannot be normed by it: use apply_ln=False, or a layer before the last"
             )
-        return residual_stack
+        normed = super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+        )
+        is_whole_norm = recompute_ln and is_final
+        return normed if is_whole_norm else normed * self._gain(layer, mlp_input)
 
     def _stack_neuron_results_apply_ln_projected(
         self,
@@ -281,3 +339,8 @@ class AudioCache(ActivationCache):
         return super()._stack_neuron_results_apply_ln_projected(
             layer, pos_slice, neuron_slice, gain[:, None] * project_2d, mlp_input
         )
+
+
+def _as_slice(wanted: PosSlice) -> Slice:
+    """As TransformerLens reads slices here: an int drops the axis."""
+    return wanted if isinstance(wanted, Slice) else Slice(wanted)

@@ -9,7 +9,6 @@ somebody asks.
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,14 +19,12 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint as _HookPoint
 from transformer_lens.utilities import Slice, SliceInput
 
-logger = logging.getLogger(__name__)
-
 AttnMode = Literal["auto", "explicit", "sdpa"]
 HookFn = Callable[..., Any]
 Hooks = Sequence[tuple["str | Callable[[str], bool]", HookFn]]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+PosSlice = Slice | SliceInput | slice
 
-_PER_HEAD = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result")
 _PER_PAIR = ("hook_attn_scores", "hook_pattern")
 _LARGE = (*_PER_PAIR, "hook_result")
 
@@ -44,7 +41,22 @@ class DeadHookError(RuntimeError):
 
 
 class HookPoint(_HookPoint):
-    """A transformer_lens `HookPoint` whose `layer` understands prefixed names."""
+    """A transformer_lens `HookPoint` that understands prefixed names and in-place edits.
+
+    Args:
+        borrowed: the tensor that arrives also belongs to somebody else (an earlier hook point, the
+            caller), so hooks that may edit it in place are given a copy.
+    """
+
+    def __init__(self, borrowed: bool = False):
+        super().__init__()
+        self.borrowed = borrowed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone() if self.borrowed and self._may_edit() else x
+
+    def _may_edit(self) -> bool:
+        return any(not getattr(h.user_hook, "only_reads", False) for h in self.fwd_hooks)
 
     def layer(self) -> int:
         """Index of the block this point sits in.
@@ -72,9 +84,14 @@ def position_dim(name: str) -> int | None:
     last = local_name(name)
     if ".cross_attn." in name and last in ("hook_k", "hook_v"):
         return None
-    if last in ("hook_audio_embed", "hook_mel", "hook_conv1"):
+    if last in ("hook_mel", "hook_conv1") or is_flat(name):
         return None
     return 2 if last in _PER_PAIR else 1
+
+
+def is_flat(name: str) -> bool:
+    """Whether the activation has no batch axis: the audio embeddings of all prompts in one row."""
+    return local_name(name).removesuffix("_grad") == "hook_audio_embed"
 
 
 def is_large(name: str) -> bool:
@@ -85,9 +102,10 @@ def is_large(name: str) -> bool:
 def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
     """The known names nearest to a mistaken one, as the end of an error message."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
-    tail = [k for k in known if k.endswith(name)][:count]
-    return "nearest names: " + ", ".join(dict.fromkeys([*tail, *near]) or known[:count])
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    holding = sorted((k for k in known if name in k), key=lambda k: not k.endswith(name))
+    nearest = list(dict.fromkeys([*close[:1], *holding, *close])) or known
+    return "nearest names: " + ", ".join(nearest[:count])
 
 
 class _Watched:
@@ -112,50 +130,57 @@ class HookedRoot(HookedRootModule):
 
     # ---------------------------------------------------------------- names
 
-    def resolve(self, name: str) -> str:
-        """The full name of a hook point; unprefixed names mean the part that makes the output.
+    def resolve(self, name: str, part: str | None = None) -> str:
+        """The full name of a hook point; unprefixed names mean ``part`` (default: the output's).
 
         Raises:
             HookNameError: if there is no such point; the message lists the nearest names.
         """
-        for candidate in (name, f"{self.output_part}.{name}"):
+        for candidate in (name, f"{part or self.output_part}.{name}"):
             if candidate in self.hook_dict:
                 return candidate
         raise HookNameError(f"no hook point named {name!r}; {suggest(name, self.hook_dict)}")
 
-    def matching(self, names: NamesFilter) -> list[str]:
+    def matching(
+        self, names: NamesFilter, attention: bool = False, part: str | None = None
+    ) -> list[str]:
         """The hook names a filter selects.
+
+        Args:
+            names: a hook name, a list of names or a predicate; None means everything but attention
+                scores, patterns and per-head results.
+            attention: take those three as well.
+            part: stay within this part.
 
         Raises:
             HookNameError: if a name is unknown or a predicate matches nothing.
         """
+        known = [n for n in self.hook_dict if part is None or n.startswith(f"{part}.")]
         if names is None:
-            return [name for name in self.hook_dict if not is_large(name)]
-        if isinstance(names, str):
-            return [self.resolve(names)]
-        if not callable(names):
-            if len(names) == 0:
-                raise HookNameError("names_filter is an empty list: nothing would be cached")
-            return list(dict.fromkeys(self.resolve(name) for name in names))
-        chosen = [name for name in self.hook_dict if names(name)]
+            chosen = [name for name in known if not is_large(name)]
+        elif callable(names):
+            chosen = [name for name in known if names(name)]
+        else:
+            listed = [names] if isinstance(names, str) else names
+            chosen = [self.resolve(name, part) for name in listed]
         if not chosen:
+            examples = ", ".join(known[:: max(1, len(known) // 6)])
             raise HookNameError(
-                "names_filter matches none of the "
-                f"{len(self.hook_dict)} hook names; they look like "
-                + ", ".join(list(self.hook_dict)[:: max(1, len(self.hook_dict) // 6)])
+                f"the filter selects none of the {len(known)} hook names; they look like {examples}"
             )
-        return chosen
+        large = [name for name in known if is_large(name)] if attention else []
+        return list(dict.fromkeys([*chosen, *large]))
 
     # ---------------------------------------------------------------- attention mode
 
     @property
     def attn_mode(self) -> AttnMode:
-        """How attention is computed: "auto" (SDPA unless somebody hooks scores or patterns of that
-        layer in this call), "explicit" (always the written-out softmax) or "sdpa" (always fused)."""
+        """How attention is computed: "auto" (fused, unless somebody hooks scores or patterns of
+        that layer in this call), "explicit" (always written out) or "sdpa" (always fused)."""
         return self._attn_mode
 
     @attn_mode.setter
-    def attn_mode(self, mode: AttnMode) -> None:
+    def attn_mode(self, mode: str) -> None:
         if mode not in ("auto", "explicit", "sdpa"):
             raise ValueError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
         self._attn_mode = mode
@@ -164,7 +189,7 @@ class HookedRoot(HookedRootModule):
                 module.attn_mode = mode
 
     @contextmanager
-    def attention(self, mode: AttnMode) -> Iterator[HookedRoot]:
+    def attention(self, mode: str) -> Iterator[HookedRoot]:
         """Use an attention mode inside a ``with`` block."""
         before = self.attn_mode
         self.attn_mode = mode
@@ -196,7 +221,7 @@ class HookedRoot(HookedRootModule):
 
         Raises:
             HookNameError: if a name or predicate matches nothing.
-            DeadHookError: on leaving, if a forward hook never ran.
+            DeadHookError: on leaving, if a forward hook never ran (and does not stay attached).
         """
         watched = [(name, _Watched(_label(name), fn)) for name, fn in fwd_hooks]
         forward = [(full, fn) for name, fn in watched for full in self.matching(name)]
@@ -204,7 +229,7 @@ class HookedRoot(HookedRootModule):
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
         dead = [fn.label for _, fn in watched if not fn.ran]
-        if dead:
+        if dead and reset_hooks_end:
             raise DeadHookError(
                 f"hooks that never ran and could have no effect: {', '.join(dead)} "
                 "(their points lie outside what this call computed)"
@@ -217,8 +242,14 @@ class HookedRoot(HookedRootModule):
         *model_args: Any,
         names_filter: NamesFilter = None,
         attention: bool = False,
+        part: str | None = None,
+        device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-        **options: Any,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: PosSlice = None,
+        **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run the model and keep activations.
 
@@ -226,88 +257,100 @@ class HookedRoot(HookedRootModule):
             names_filter: a hook name, a list of names or a predicate; None keeps everything but
                 attention scores, patterns and per-head results.
             attention: keep those three as well (they are the memory of the model).
+            part: keep only activations of this part.
+            device: where to keep the activations; None leaves them where they are.
             remove_batch_dim: drop the batch axis (batches of one only).
-            options: ``device``, ``pos_slice``, ``incl_bwd``, ``reset_hooks_end`` and
-                ``clear_contexts`` as in `cache_run`; the rest goes to the model.
+            incl_bwd: also run ``backward`` on the output (use ``return_type="loss"``) and keep
+                gradients under ``name + "_grad"``.
+            pos_slice: positions to keep, of ``part`` (default: the part that makes the output).
+                Activations that do not lie on them are left out.
 
         Returns:
             The model's output and an `AudioCache`.
 
         Raises:
             HookNameError: if a name is unknown or the filter matches nothing.
-            DeadHookError: if a named point did not run.
+            DeadHookError: if a named point, or every point the filter matches, did not run.
+            ValueError: if ``pos_slice`` cannot apply to a named point.
         """
-        everything = names_filter is None and attention
-        output, cache = self.cache_run(
-            *model_args,
-            names_filter=(lambda _: True) if everything else names_filter,
-            part=self.output_part,
-            remove_batch_dim=remove_batch_dim,
-            **options,
+        cache, forward, backward = self.get_caching_hooks(
+            names_filter,
+            incl_bwd,
+            device,
+            remove_batch_dim,
+            pos_slice=pos_slice,
+            attention=attention,
+            part=part,
         )
+        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+            output = self(*model_args, **model_kwargs)
+            if incl_bwd:
+                output.backward()
+        missing = [name for name, _ in forward if name not in cache]
+        if missing and (_is_named(names_filter) or not cache):
+            raise DeadHookError(f"these points did not run in this call: {', '.join(missing[:5])}")
         return output, self._as_cache(cache, has_batch_dim=not remove_batch_dim)
 
-    def cache_run(
+    def get_caching_hooks(
         self,
-        *model_args: Any,
-        names_filter: NamesFilter,
-        part: str,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: Slice | SliceInput | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Run the model and keep activations under full names, in a plain dict.
-
-        Args:
-            part: the part whose positions ``pos_slice`` selects. Activations without them are
-                left out, and raise where they were named.
-            device: where to keep the activations.
-            incl_bwd: also run ``backward`` on the output (use ``return_type="loss"``) and keep
-                gradients under ``name + "_grad"``.
-        """
-        positions, names = Slice.unwrap(pos_slice), self.matching(names_filter)
-        is_sliced = pos_slice is not None
-        if is_sliced:
-            names = self._on_positions_of(part, names, named=names_filter is not None)
-        cache: dict[str, Tensor] = {}
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: PosSlice = None,
+        attention: bool = False,
+        part: str | None = None,
+    ) -> tuple[dict[str, Tensor], list, list]:
+        """A dict, and the forward and backward hooks that fill it; see `run_with_cache`."""
+        names = self.matching(names_filter, attention, part)
+        if pos_slice is not None:
+            names = self._sliceable(names, part or self.output_part, _is_named(names_filter))
+        positions = Slice.unwrap(pos_slice)
+        cache = {} if cache is None else cache
 
         def keep(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
-            kept = tensor.detach().to(device)
-            if is_sliced:
-                kept = positions.apply(kept, dim=position_dim(hook.name))
-            cache[hook.name + suffix] = _without_batch(kept) if remove_batch_dim else kept
+            kept = tensor.detach()
+            if pos_slice is not None:  # as a copy: a view would hold on to all positions
+                kept = positions.apply(kept, dim=position_dim(hook.name)).clone()
+            if remove_batch_dim and not is_flat(hook.name):
+                kept = _without_batch(kept, hook.name)
+            cache[hook.name + suffix] = kept.to(device)
+
+        keep.only_reads = True
 
         def keep_gradient(tensor: Tensor, hook: HookPoint) -> None:
             keep(tensor, hook, "_grad")
 
-        wanted = set(names).__contains__
-        gradients = [(wanted, keep_gradient)] if incl_bwd else []
-        with self.hooks([(wanted, keep)], gradients, reset_hooks_end, clear_contexts):
-            output = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                output.backward()
-        missing = [name for name in names if name not in cache]
-        if missing and names_filter is not None and not callable(names_filter):
-            raise DeadHookError(f"these points did not run in this call: {', '.join(missing)}")
-        return output, cache
+        forward = [(name, keep) for name in names]
+        return cache, forward, [(name, keep_gradient) for name in names] if incl_bwd else []
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Attach hooks that keep activations until `reset_hooks`; returns the dict they fill."""
+        cache, forward, backward = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, cache
+        )
+        for name, fn in forward:
+            self.add_hook(name, fn)
+        for name, fn in backward:
+            self.add_hook(name, fn, dir="bwd")
+        return cache
 
     def _as_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> Any:
         """The cache object `run_with_cache` returns."""
         return cache
 
-    def _on_positions_of(self, part: str, names: list[str], named: bool) -> list[str]:
-        """The names that lie on the part's own positions."""
-        own = [
-            name
-            for name in names
-            if (name.startswith(f"{part}.") or (part == self.output_part and "." not in name))
-            and position_dim(name) is not None
-        ]
-        if named and len(own) < len(names):
+    def _sliceable(self, names: list[str], part: str, is_named: bool) -> list[str]:
+        """The names whose activations lie on the part's own positions."""
+        own = [name for name in names if self._lies_on(part, name)]
+        if (is_named and len(own) < len(names)) or not own:
             others = [name for name in names if name not in own]
             raise ValueError(
                 f"pos_slice selects positions of the {part}; {', '.join(others[:5])} do not lie on "
@@ -315,12 +358,23 @@ class HookedRoot(HookedRootModule):
             )
         return own
 
+    def _lies_on(self, part: str, name: str) -> bool:
+        is_own = name.startswith(f"{part}.") or (part == self.output_part and "." not in name)
+        after_pooling = tuple(f"{part}.{x}" for x in ("hook_pooled", "ln_final", "hook_out"))
+        is_pooled = f"{part}.hook_pooled" in self.hook_dict and name.startswith(after_pooling)
+        return is_own and not is_pooled and position_dim(name) is not None
+
+
+def _is_named(names: NamesFilter) -> bool:
+    """Whether the filter names points one by one, so that each must be there."""
+    return names is not None and not callable(names)
+
 
 def _label(name: str | Callable[[str], bool]) -> str:
     return name if isinstance(name, str) else f"the filter {name!r}"
 
 
-def _without_batch(tensor: Tensor) -> Tensor:
+def _without_batch(tensor: Tensor, name: str) -> Tensor:
     if tensor.shape[0] != 1:
-        raise ValueError(f"remove_batch_dim needs a batch of one, got {tensor.shape[0]}")
+        raise ValueError(f"remove_batch_dim needs a batch of one, {name} has {tensor.shape[0]}")
     return tensor[0]

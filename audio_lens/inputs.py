@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -27,22 +28,26 @@ class AudioInputs:
     Attributes:
         features: log-mel features.
         tokens: decoder token ids; for audio LLMs with one placeholder per audio position.
-        attention_mask: True at tokens, False at padding; None if nothing is padded.
+        attention_mask: True at tokens, False at padding; None if nothing is padded. While
+            decoding step by step it covers the earlier tokens too.
         feature_mask: True at mel frames that hold audio; None counts all as audio.
         position_ids: positions of the tokens; None counts from the start of the row.
         clips_per_row: how many clips each prompt holds.
-        audio: the waveforms, mono at the model's sampling rate, one per clip.
-        text: the text each row was made from.
+        audio: the waveforms, mono at `sampling_rate`, one per clip.
+        text: what each row says, as ``model.prepare`` takes it: a whole prompt or its token ids.
+        sampling_rate: of `audio`, in Hz.
+        remake: ``model.prepare`` with its options, for `with_audio` and `with_text`.
     """
 
     features: Float[Tensor, "clips mels frames"]
     tokens: Int[Tensor, "b t"]
     clips_per_row: tuple[int, ...]
-    attention_mask: Bool[Tensor, "b t"] | None = None
+    attention_mask: Bool[Tensor, "b seen"] | None = None
     feature_mask: Bool[Tensor, "clips frames"] | None = None
     position_ids: Int[Tensor, "b t"] | None = None
     audio: list[np.ndarray] | None = None
-    text: list[str] | None = None
+    text: list[str] | list[list[int]] | None = None
+    sampling_rate: int = 16_000
     remake: Callable[..., AudioInputs] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -66,17 +71,27 @@ class AudioInputs:
     def device(self) -> torch.device:
         return self.tokens.device
 
+    @property
+    def attended(self) -> Bool[Tensor, "b t"]:
+        """True at tokens, False at padding."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        return self.attention_mask[:, -self.tokens.shape[1] :].bool()
+
+    def counted_positions(self) -> Int[Tensor, "b t"]:
+        """Positions that count attended tokens only, so that left padding shifts nothing."""
+        return (self.attended.cumsum(1) - 1).clamp(min=0)
+
+    def mel_frames(self, clip: int) -> int:
+        """Mel frames (10 ms) of a clip that hold audio; all of them where no mask says."""
+        if self.feature_mask is None:
+            return self.features.shape[-1]
+        return int(self.feature_mask[clip].sum())
+
     def to(self, device: torch.device | str) -> AudioInputs:
         """The same inputs on another device."""
-        return self._map_tensors(lambda x: x.to(device))
-
-    def _map_tensors(self, fn: Callable[[Tensor], Tensor]) -> AudioInputs:
-        changed = {
-            name: fn(value)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **changed)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
 
     def _clips_of(self, rows: Sequence[int]) -> list[int]:
         starts = np.cumsum([0, *self.clips_per_row])
@@ -84,11 +99,11 @@ class AudioInputs:
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> AudioInputs:
         """Some of the prompts, as a batch; an int gives a batch of one."""
-        if isinstance(rows, int):
-            rows = [range(len(self))[rows]]
-        elif isinstance(rows, slice):
-            rows = list(range(len(self)))[rows]
-        return self._select(list(rows))
+        everything = range(len(self))
+        if isinstance(rows, slice):
+            return self._select(list(everything[rows]))
+        chosen = rows if isinstance(rows, Sequence) else [rows]
+        return self._select([everything[index(row)] for row in chosen])
 
     def repeat(self, times: int) -> AudioInputs:
         """The whole batch ``times`` over, copy after copy."""
@@ -117,11 +132,15 @@ class AudioInputs:
     def with_audio(self, audio: Any, sampling_rate: int | None = None) -> AudioInputs:
         """The same prompts with other clips, for a counterfactual pair.
 
+        Args:
+            audio: as ``model.prepare`` takes it, for as many prompts as there are here.
+            sampling_rate: of arrays, in Hz; files know their own.
+
         Raises:
             InputError: if the new clips do not give the same shapes (make them equally long), or
                 these inputs were not made by ``model.prepare``.
         """
-        return self._remade(audio=audio, sampling_rate=sampling_rate)
+        return self._remade(audio, self.text, sampling_rate)
 
     def with_text(self, text: Any) -> AudioInputs:
         """The same clips with another text, for a counterfactual pair.
@@ -130,12 +149,18 @@ class AudioInputs:
             InputError: if the new text does not give the same number of tokens, or these inputs
                 were not made by ``model.prepare``.
         """
-        return self._remade(text=text)
+        stops = np.cumsum(self.clips_per_row)
+        prompts = [
+            (self.audio or [])[stop - count : stop]
+            for stop, count in zip(stops, self.clips_per_row, strict=True)
+        ]
+        clips = [prompt[0] if len(prompt) == 1 else prompt for prompt in prompts]
+        return self._remade(clips, text, self.sampling_rate)
 
-    def _remade(self, **changes: Any) -> AudioInputs:
+    def _remade(self, audio: Any, text: Any, sampling_rate: int | None) -> AudioInputs:
         if self.remake is None:
             raise InputError("with_audio and with_text need inputs made by model.prepare")
-        made = self.remake(**changes)
+        made = self.remake(audio, text, sampling_rate)
         self.check_pairs_with(made, "the original", "the changed inputs")
         return made
 
@@ -156,6 +181,11 @@ class AudioInputs:
                 f"features of {mine} are {tuple(self.features.shape)}, of {theirs} "
                 f"{tuple(other.features.shape)}: patching needs equal shapes"
             )
+        if not torch.equal(self.attended, other.attended):
+            raise InputError(
+                f"rows of {mine} and {theirs} are padded differently, so their positions do not "
+                "correspond: use texts of equal tokens in every row"
+            )
         lengths = [None if x.feature_mask is None else x.feature_mask.sum(1) for x in (self, other)]
         if None not in lengths and not torch.equal(*lengths):
             raise InputError(
@@ -164,8 +194,23 @@ class AudioInputs:
             )
 
     def digest(self) -> str:
-        """A hash of features and tokens, so that a result can name what it was computed on."""
+        """A hash of features, tokens and masks: a result can name what it was computed on."""
         digest = hashlib.sha256()
-        for tensor in (self.features.float(), self.tokens):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        masks = (self.attention_mask, self.feature_mask, self.position_ids)
+        for tensor in (self.features.float(), self.tokens, *masks):
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def padded(
+    rows: list[list[int]], pad: int, device: torch.device, left: bool = True
+) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    """Rows of token ids as one tensor, and the mask of what is no padding."""
+    width = max(map(len, rows))
+    tokens = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, where], mask[i, where] = torch.tensor(row), True
+    return tokens.to(device), mask.to(device)

@@ -20,6 +20,7 @@ NO_CLIP = -1
 _EDGE = 1e-9  # seconds; keeps 3 * 0.1 s from taking in the frame centred at 0.3 s
 
 Answer = TypeVar("Answer")
+Seconds = float | int
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Span:
         ValueError: if a bound is not finite or the end does not come after the start.
     """
 
-    start_s: float
-    end_s: float
+    start_s: Seconds
+    end_s: Seconds
     label: str | None = None
     clip: int = 0
 
@@ -39,14 +40,14 @@ class Span:
         if not (math.isfinite(self.start_s) and math.isfinite(self.end_s)):
             raise ValueError(f"span bounds must be finite seconds, got {self}")
         if self.end_s <= self.start_s:
-            raise ValueError(f"a span must end after it starts, got {self.start_s} to {self.end_s} s")
+            raise ValueError(f"a span must end after it starts: {self.start_s} to {self.end_s} s")
 
     @property
     def centre_s(self) -> float:
         return (self.start_s + self.end_s) / 2
 
     @staticmethod
-    def of(window: Span | tuple[float, float]) -> Span:
+    def of(window: Span | tuple[Seconds, Seconds]) -> Span:
         """The window as a Span; pairs are ``(start_s, end_s)``."""
         return window if isinstance(window, Span) else Span(float(window[0]), float(window[1]))
 
@@ -93,14 +94,19 @@ class Row:
     durations_s: list[float]
 
     def track(self, part: str, clip: int) -> Track:
+        """The positions of a part; of one clip, where clips run through it one by one."""
         if part not in self.tracks:
             raise ValueError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
-        if not 0 <= clip < len(self.durations_s):
-            raise ValueError(
-                f"clip {clip} does not exist; the prompt holds {len(self.durations_s)} clip(s)"
-            )
+        self.duration_s(clip)
         tracks = self.tracks[part]
         return tracks[clip] if len(tracks) > 1 else tracks[0]
+
+    def duration_s(self, clip: int) -> float:
+        """Length of a clip in seconds, without padding."""
+        n_clips = len(self.durations_s)
+        if not 0 <= clip < n_clips:
+            raise ValueError(f"clip {clip} does not exist; the prompt holds {n_clips} clip(s)")
+        return self.durations_s[clip]
 
 
 class Timeline:
@@ -136,7 +142,7 @@ class Timeline:
 
     def duration_s(self, clip: int = 0) -> float:
         """Length of the clip in seconds, without padding."""
-        return self._agreed("duration", lambda row: row.durations_s[clip], math.isclose)
+        return self._agreed("duration", lambda row: row.duration_s(clip), math.isclose)
 
     def has_time(self, part: str) -> bool:
         """Whether positions of the part lie in time (Whisper's decoder positions do not)."""
@@ -153,8 +159,12 @@ class Timeline:
         """True at positions that hold audio or an attended token, False at padding."""
         return self._track(part, clip).valid
 
+    def clips(self, part: str, clip: int = 0) -> Int[Tensor, " t"]:
+        """Which clip of the prompt each position of the part belongs to; -1 for none."""
+        return self._track(part, clip).clip
+
     def positions(
-        self, part: str, start_s: float | Span, end_s: float | None = None, clip: int = 0
+        self, part: str, start_s: Seconds | Span, end_s: Seconds | None = None, clip: int = 0
     ) -> slice:
         """The positions whose centres lie in ``[start_s, end_s)`` seconds of the clip.
 
@@ -163,8 +173,10 @@ class Timeline:
         Raises:
             ValueError: if the part has no time, or no position lies in the window.
         """
+        if end_s is None and not isinstance(start_s, Span):
+            raise ValueError("positions needs start_s and end_s, or a Span")
         span = start_s if isinstance(start_s, Span) else Span(start_s, end_s, clip=clip)
-        index = self._inside(part, span).nonzero().flatten()
+        index = self.inside(part, span).nonzero().flatten()
         if len(index) == 0:
             raise ValueError(
                 f"no position of the {part} lies between {span.start_s:g} and {span.end_s:g} s of "
@@ -172,7 +184,12 @@ class Timeline:
             )
         return slice(int(index[0]), int(index[-1]) + 1)
 
-    def _inside(self, part: str, span: Span) -> Bool[Tensor, " t"]:
+    def inside(self, part: str, span: Span) -> Bool[Tensor, " t"]:
+        """Which positions lie in the span; False for padding and other clips.
+
+        Raises:
+            ValueError: if the part has no time.
+        """
         track = self._track(part, span.clip)
         if not torch.isfinite(track.seconds).any():
             raise ValueError(
@@ -180,17 +197,13 @@ class Timeline:
                 f"(axes 'position'), or use a part with time: {', '.join(self._timed_parts())}"
             )
         here = track.valid & (track.clip == span.clip)
-        return (
-            here
-            & (track.seconds >= span.start_s - _EDGE)
-            & (track.seconds < span.end_s - _EDGE)
-        )
+        return here & (track.seconds >= span.start_s - _EDGE) & (track.seconds < span.end_s - _EDGE)
 
     def _timed_parts(self) -> list[str]:
         return [part for part in self.rows[0].tracks if self.has_time(part)]
 
     def windows(
-        self, part: str, width_s: float, stride_s: float | None = None, clip: int = 0
+        self, part: str, width_s: Seconds, stride_s: Seconds | None = None, clip: int = 0
     ) -> list[Span]:
         """Windows of ``width_s`` seconds every ``stride_s`` (default: the width) over the clip.
 
@@ -201,14 +214,14 @@ class Timeline:
         """
         stride_s = width_s if stride_s is None else stride_s
         if not (width_s > 0 and stride_s > 0):
-            raise ValueError(f"width and stride must be positive seconds, got {width_s}, {stride_s}")
+            raise ValueError(f"width and stride must be positive: {width_s} and {stride_s} s")
         duration = self.duration_s(clip)
         count = math.ceil(duration / stride_s - _EDGE)
         spans = [
             Span(round(i * stride_s, 9), round(min(i * stride_s + width_s, duration), 9), clip=clip)
             for i in range(count)
         ]
-        return [span for span in spans if self._inside(part, span).any()]
+        return [span for span in spans if self.inside(part, span).any()]
 
     @property
     def audio_span(self) -> slice:
@@ -217,7 +230,7 @@ class Timeline:
 
     def clip_span(self, clip: int) -> slice:
         """The decoder positions that hold the given clip (audio LLMs)."""
-        return self.positions("decoder", Span(0.0, self.duration_s(clip) + 1.0, clip=clip))
+        return self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
 
     @property
     def text_span(self) -> Int[Tensor, " n"]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,12 @@ from audio_lens import audio as audio_io
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.layers import KVCache, PartConfig
+from audio_lens.models.layers import KVCache, PartConfig, padding_mask
 from audio_lens.models.part import Part
 from audio_lens.timeline import Timeline
 
-ReturnType = Literal["logits", "loss", "both"] | None
+ReturnType = Literal["logits", "loss", "both", None]
+Address = tuple[str, int]  # a part and the index of one of its blocks
 
 
 @dataclass
@@ -44,6 +45,10 @@ class AudioConfig:
     def max_audio_s(self) -> float:
         """Longest clip in seconds."""
         return self.n_frames / 100
+
+
+class LoadingError(ValueError):
+    """A checkpoint or model that cannot be taken over; the message says why."""
 
 
 class TokenError(ValueError):
@@ -108,7 +113,14 @@ class HookedAudioTransformer(HookedRoot, ABC):
     @classmethod
     @abstractmethod
     def config_from_hf(cls, hf_config: Any) -> AudioConfig:
-        """The configuration of a Hugging Face config; unknown features raise."""
+        """The configuration of a Hugging Face config.
+
+        Raises:
+            LoadingError: if it asks for something that is not implemented.
+        """
+
+    def take_special_tokens(self, hf_config: Any) -> None:
+        """Remember token ids that mean something to the model: none here."""
 
     # ---------------------------------------------------------------- what a family defines
 
@@ -188,32 +200,33 @@ class HookedAudioTransformer(HookedRoot, ABC):
         Raises:
             InputError: inputs of the wrong form, or a start without its residual stream.
         """
+        if return_type not in get_args(ReturnType):
+            raise InputError(f"return_type must be logits, loss, both or None, got {return_type!r}")
         start, stop = self._address(start_at_layer), self._address(stop_at_layer)
+        self._check_route(start, stop, encoder_out)
         resid = self._residual(x, start)
-        batch = self.as_inputs(inputs if resid is not None else x, mapping, optional=bool(start))
+        given = inputs if x is None or resid is not None else x
+        batch = self.as_inputs(given, mapping, optional=resid is not None)
         if batch is None:
-            batch = self._context_free(resid, start, encoder_out)
+            batch = self._context_free(resid, start, encoder_out, return_type)
         in_encoder = start is None or start[0] == "encoder"
-        if in_encoder and encoder_out is None:
-            begin = start[1] if start else 0
-            until = stop[1] if stop and stop[0] == "encoder" else None
-            encoder_out = self.encode(batch, resid, begin, until)
-            if until is not None:
-                return encoder_out
-            resid = None
-        elif self.decoder_needs_encoder and encoder_out is None:
+        if stop and stop[0] == "encoder":
+            return self.encode(batch, resid, start[1] if start else 0, stop[1])
+        if encoder_out is None and in_encoder:
+            encoder_out, resid = self.encode(batch, resid, start[1] if start else 0), None
+        elif encoder_out is None and self.decoder_needs_encoder:
             encoder_out = self.encode(batch)
         begin = start[1] if start and start[0] == "decoder" else 0
         hidden = self.decode(batch, encoder_out, resid, begin, stop[1] if stop else None, past)
         return hidden if stop else self._output(hidden, batch, return_type)
 
-    def _address(self, layer: int | str | None) -> tuple[str, int] | None:
+    def _address(self, layer: int | str | None) -> Address | None:
         """``3`` or ``"encoder.3"`` as part and block index."""
         if layer is None:
             return None
         part, _, index = str(layer).rpartition(".")
         part = part or self.output_part
-        if part not in self.cfg.parts or not index.lstrip("-").isdigit():
+        if part not in self.cfg.parts or not index.removeprefix("-").isdigit():
             raise InputError(
                 f"a layer is an int or 'part.int' with a part of {', '.join(self.cfg.parts)}; "
                 f"got {layer!r}"
@@ -223,7 +236,19 @@ class HookedAudioTransformer(HookedRoot, ABC):
             raise InputError(f"the {part} has {n_layers} layers, so there is no layer {index}")
         return part, int(index) + (n_layers if int(index) < 0 else 0)
 
-    def _residual(self, x: Any, start: tuple[str, int] | None) -> Tensor | None:
+    def _check_route(
+        self, start: Address | None, stop: Address | None, encoder_out: Tensor | None
+    ) -> None:
+        order = list(self.cfg.parts)
+        if start and stop and (order.index(stop[0]), stop[1]) < (order.index(start[0]), start[1]):
+            raise InputError(
+                f"stop_at_layer ({stop[0]} {stop[1]}) lies before start_at_layer "
+                f"({start[0]} {start[1]})"
+            )
+        if encoder_out is not None and "encoder" in {place[0] for place in (start, stop) if place}:
+            raise InputError("encoder_out stands for the encoder: start and stop in the decoder")
+
+    def _residual(self, x: Any, start: Address | None) -> Tensor | None:
         is_residual = isinstance(x, torch.Tensor) and x.is_floating_point()
         if is_residual != (start is not None):
             raise InputError(
@@ -233,10 +258,14 @@ class HookedAudioTransformer(HookedRoot, ABC):
             )
         return x if is_residual else None
 
-    def _context_free(self, resid: Tensor, start: tuple[str, int], encoder_out: Any) -> AudioInputs:
+    def _context_free(
+        self, resid: Tensor, start: Address, encoder_out: Any, return_type: ReturnType
+    ) -> AudioInputs:
         """Inputs for a residual stream given alone: one unpadded row of decoder positions each."""
         if start[0] == "encoder" or (self.decoder_needs_encoder and encoder_out is None):
             raise InputError(f"starting at {start[0]} layer {start[1]} also needs inputs=")
+        if return_type in ("loss", "both"):
+            raise InputError("the loss needs the tokens: pass inputs= beside the residual stream")
         tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
         features = resid.new_zeros(0, self.cfg.n_mels, self.cfg.n_frames)
         return AudioInputs(features, tokens, clips_per_row=(0,) * len(resid))
@@ -283,6 +312,13 @@ class HookedAudioTransformer(HookedRoot, ABC):
             for key in known
         }
 
+    @staticmethod
+    def _positions_of(tokens: Tensor, given: Tensor | None) -> Int[Tensor, "b t"] | None:
+        """The positions a mapping gives, one per token."""
+        if given is not None and given.shape[-1] != tokens.shape[1]:
+            raise InputError(f"{given.shape[-1]} positions were given for {tokens.shape[1]} tokens")
+        return None if given is None else given.expand(tokens.shape)
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -291,35 +327,57 @@ class HookedAudioTransformer(HookedRoot, ABC):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def check_features(self, features: Tensor) -> None:
+        """Raise unless the features are the log-mel frames this model takes.
+
+        Raises:
+            InputError: naming both shapes.
+        """
+        cfg = self.cfg
+        if features.ndim != 3 or tuple(features.shape[1:]) != (cfg.n_mels, cfg.n_frames):
+            raise InputError(
+                f"features must be (clips, {cfg.n_mels} mel bins, {cfg.n_frames} frames), padded "
+                f"to {cfg.max_audio_s:g} s; got {tuple(features.shape)}"
+            )
+
+    def decoder_mask(
+        self, inputs: AudioInputs, past: KVCache | None
+    ) -> Bool[Tensor, "b 1 t seen"] | None:
+        """What each decoder position may attend to; None where causality alone decides."""
+        mask, n_new = inputs.attention_mask, inputs.tokens.shape[1]
+        earlier = past.length if past is not None else 0
+        if mask is not None and not mask.all():
+            return padding_mask(mask.bool(), n_new, causal=True)
+        if earlier and n_new > 1:
+            everything = inputs.tokens.new_ones(len(inputs), earlier + n_new, dtype=torch.bool)
+            return padding_mask(everything, n_new, causal=True)
+        return None
+
     def _output(
         self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs, return_type: ReturnType
     ) -> Any:
         logits = self.hook_logits(self.decoder.unembed(hidden))
-        if return_type == "logits":
-            return logits
-        if return_type is None:
-            return None
-        if return_type not in ("loss", "both"):
-            raise InputError(f"return_type must be logits, loss, both or None, got {return_type!r}")
+        if return_type in ("logits", None):
+            return logits if return_type else None
         loss = self.loss(logits, inputs)
         return loss if return_type == "loss" else (logits, loss)
 
     def loss(self, logits: Float[Tensor, "b t v"], inputs: AudioInputs) -> Float[Tensor, ""]:
-        """Mean next-token cross-entropy over targets that are attended text.
+        """Mean next-token cross-entropy over text that follows an attended token.
 
         Raises:
             InputError: if there is no such target (a prompt of one token).
         """
-        is_target = self.is_text(inputs)[:, 1:]
+        is_target = inputs.attended[:, :-1] & self.is_text(inputs)[:, 1:]
         if not is_target.any():
             raise InputError("no token to predict: the loss needs at least two text tokens")
-        return F.cross_entropy(logits[:, :-1][is_target].float(), inputs.tokens[:, 1:][is_target])
+        predicted = logits[:, :-1][is_target]
+        precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        return F.cross_entropy(precise, inputs.tokens[:, 1:][is_target])
 
     def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
         """True at attended tokens that are text."""
-        if inputs.attention_mask is None:
-            return torch.ones_like(inputs.tokens, dtype=torch.bool)
-        return inputs.attention_mask.bool()
+        return inputs.attended
 
     # ---------------------------------------------------------------- parts and caches
 
@@ -357,7 +415,7 @@ class HookedAudioTransformer(HookedRoot, ABC):
             )
         return samples
 
-    def extract_features(self, clips: list[Float[Any, " samples"]]) -> dict[str, Tensor]:
+    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """Log-mel features padded to the model's length, and the mask of frames with audio."""
         made = self.feature_extractor(
             clips,
@@ -419,17 +477,39 @@ class HookedAudioTransformer(HookedRoot, ABC):
             max_new_tokens: how many tokens to add at most.
             return_type: "text" gives the new text of each row; "tokens" prompt and continuation
                 ids, padded after the end.
+
+        Raises:
+            InputError: prompts that are padded on the right, or no room for so many tokens.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        inputs = self.as_inputs(inputs)
+        if return_type not in ("text", "tokens"):
+            raise InputError(f"return_type must be text or tokens, got {return_type!r}")
         if return_type == "text":
             self.need_tokenizer("text")
+        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
         tokens = self._continue(inputs, max_new_tokens)
         if return_type == "tokens":
             return tokens
         new = tokens[:, inputs.tokens.shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _continuable(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs:
+        """The inputs, with positions that count attended tokens only; checked."""
+        cfg, last = self.cfg.decoder, inputs.tokens.shape[1] + max_new_tokens - 1
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if cfg.rotary_base is None and last > cfg.n_ctx:
+            raise InputError(
+                f"{inputs.tokens.shape[1]} prompt tokens and {max_new_tokens} new ones are more "
+                f"than the {cfg.n_ctx} positions of the decoder"
+            )
+        if inputs.attention_mask is None or inputs.position_ids is not None:
+            return inputs
+        if not inputs.attention_mask[:, -1].all():
+            raise InputError(
+                "prompts padded on the right cannot be continued: pad them on the left "
+                '(processor.tokenizer.padding_side = "left")'
+            )
+        return replace(inputs, position_ids=inputs.counted_positions())
 
     def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
         past, encoded = KVCache(), self.encode(inputs)

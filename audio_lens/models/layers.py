@@ -77,7 +77,7 @@ class Context:
         past: cache of earlier positions, extended by this call.
     """
 
-    allowed: Bool[Tensor, "#b 1 q k"] | None = None
+    allowed: Bool[Tensor, "#b 1 #q k"] | None = None
     rotary: tuple[Float[Tensor, "#b t e"], Float[Tensor, "#b t e"]] | None = None
     memory: Float[Tensor, "b s d"] | None = None
     past: KVCache | None = None
@@ -209,13 +209,13 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b q d"], context: Context) -> Float[Tensor, "b q d"]:
         q = self.hook_q(self._split(self.q_proj(x)))
         if self.is_cross:
+            allowed = None  # every position may read the whole encoder
             k, v = self._cross_keys_values(context)
         else:
+            allowed = context.allowed
             q, k, v = self._self_keys_values(q, x, context)
-        if self._is_explicit():
-            z = self._explicit(q, k, v, context.allowed)
-        else:
-            z = self._fused(q, k, v, context.allowed)
+        attend = self._explicit if self._is_explicit() else self._fused
+        z = attend(q, k, v, allowed)
         return self._output(self.hook_z(z))
 
     def _split(self, x: Float[Tensor, "b t he"]) -> Float[Tensor, "b t h e"]:
@@ -251,13 +251,13 @@ class Attention(nn.Module):
         q: Float[Tensor, "b q h e"],
         k: Float[Tensor, "b k kv e"],
         v: Float[Tensor, "b k kv e"],
-        allowed: Bool[Tensor, "#b 1 q k"] | None,
+        allowed: Bool[Tensor, "#b 1 #q k"] | None,
     ) -> Float[Tensor, "b q h e"]:
         q, k, v = self._heads_first(q, k, v)
         scores = q @ k.transpose(-1, -2) * self.d_head**-0.5
         if allowed is None and self._masks_later(q):
             allowed = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
-        if allowed is not None and not self.is_cross:
+        if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
         scores = self.hook_attn_scores(scores)
         dtype = torch.float32 if self.softmax_float32 else scores.dtype
@@ -269,12 +269,11 @@ class Attention(nn.Module):
         q: Float[Tensor, "b q h e"],
         k: Float[Tensor, "b k kv e"],
         v: Float[Tensor, "b k kv e"],
-        allowed: Bool[Tensor, "#b 1 q k"] | None,
+        allowed: Bool[Tensor, "#b 1 #q k"] | None,
     ) -> Float[Tensor, "b q h e"]:
         q, k, v = self._heads_first(q, k, v)
-        mask = None if self.is_cross else allowed
         z = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and self._masks_later(q)
+            q, k, v, attn_mask=allowed, is_causal=allowed is None and self._masks_later(q)
         )
         return rearrange(z, "b h q e -> b q h e")
 
@@ -399,9 +398,9 @@ class PreNormBlock(nn.Module):
         self.ln1, self.ln2 = norm(cfg.d_model, cfg.eps), norm(cfg.d_model, cfg.eps)
         self.attn = Attention(cfg, causal=cfg.causal)
         self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
-        self.hook_resid_pre, self.hook_resid_mid = HookPoint(), HookPoint()
+        self.hook_resid_pre = HookPoint(borrowed=True)  # the resid_post of the block before
+        self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
-        self.hook_resid_post = HookPoint()
 
     def forward(self, resid_pre: Float[Tensor, "b t d"], context: Context) -> Tensor:
         resid_pre = self.hook_resid_pre(resid_pre)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.base import HookedAudioTransformer, LoadingError
 from audio_lens.models.qwen2_audio import HookedQwen2Audio
 from audio_lens.models.whisper import HookedWhisper
 
@@ -26,10 +26,8 @@ FAMILIES: dict[str, type[HookedAudioTransformer]] = {
     "qwen2_audio": HookedQwen2Audio,
 }
 EMBEDDED = "embedded"
-
-
-class LoadingError(ValueError):
-    """A checkpoint or model that cannot be taken over; the message says why."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_UNQUANTISED = "packed weights cannot be hooked: load it in float16, bfloat16 or float32"
 
 
 def embedded_path() -> Path:
@@ -43,7 +41,9 @@ def load_pretrained(
     """See `HookedAudioTransformer.from_pretrained`."""
     source = str(embedded_path()) if name == EMBEDDED else str(name)
     _check_directory(source)
-    family = family_of(transformers.AutoConfig.from_pretrained(source))
+    hf_config = _config(source)
+    family = family_of(hf_config)
+    family.config_from_hf(hf_config)  # refuses what is not implemented before anything is read
     hf_model = _read(getattr(transformers, family.hf_class), source, dtype)
     model = take_over(hf_model, _processor(source))
     model.cfg.model_name = name
@@ -61,8 +61,7 @@ def take_over(hf_model: nn.Module, processor: Any = None) -> HookedAudioTransfor
         model = family(family.config_from_hf(hf_model.config))
     _fill(model, renamed(state, family.weight_names))
     model.train(hf_model.training)
-    if hasattr(model, "take_special_tokens"):
-        model.take_special_tokens(hf_model.config)
+    model.take_special_tokens(hf_model.config)
     model.generation_config = hf_model.generation_config
     _attach(model, processor)
     return model
@@ -144,12 +143,26 @@ def _check_directory(source: str) -> None:
         )
 
 
+def _config(source: str) -> Any:
+    try:
+        hf_config = transformers.AutoConfig.from_pretrained(source)
+    except ValueError as error:
+        raise LoadingError(
+            f"the architecture of {source} is not supported; supported: {', '.join(FAMILIES)} "
+            f"(transformers says: {str(error).splitlines()[0]})"
+        ) from error
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise LoadingError(f"{source} is quantised; {_UNQUANTISED}")
+    return hf_config
+
+
 def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
     """The Hugging Face model, with every weight from the checkpoint."""
     hf_model, info = hf_class.from_pretrained(
         source,
         dtype="auto" if dtype is None else dtype,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported below, by name
         output_loading_info=True,
     )
     problems = {
@@ -166,12 +179,9 @@ def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
-    packed = [key for key, tensor in state.items() if not tensor.is_floating_point()]
+    packed = [key for key, tensor in state.items() if tensor.dtype not in _DTYPES]
     if packed:
-        raise LoadingError(
-            f"quantised or packed weights ({', '.join(packed[:3])} ...) cannot be hooked: load the "
-            "model in float16, bfloat16 or float32"
-        )
+        raise LoadingError(f"the model is quantised ({', '.join(packed[:3])} ...); {_UNQUANTISED}")
     offloaded = [key for key, tensor in state.items() if tensor.is_meta]
     if offloaded:
         raise LoadingError(f"weights that are offloaded or empty: {', '.join(offloaded[:3])} ...")
@@ -189,11 +199,11 @@ def _processor(source: str) -> Any:
 
 def _attach(model: HookedAudioTransformer, processor: Any) -> None:
     """Give the model its processor's pieces; without one, the feature extractor its shape tells."""
+    is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
+    is_extractor = isinstance(processor, transformers.FeatureExtractionMixin)
     model.processor = processor
-    model.tokenizer = getattr(processor, "tokenizer", None)
-    extractor = getattr(processor, "feature_extractor", None)
-    if extractor is None and hasattr(processor, "feature_size"):
-        extractor = processor
+    model.tokenizer = processor if is_tokenizer else getattr(processor, "tokenizer", None)
+    extractor = processor if is_extractor else getattr(processor, "feature_extractor", None)
     cfg = model.cfg
     if extractor is None:
         extractor = transformers.WhisperFeatureExtractor(feature_size=cfg.n_mels)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
 
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
@@ -77,7 +78,7 @@ class Part:
 
     def inputs(self, inputs: Any) -> PartInputs:
         """The model's inputs as this part's: ``.shape`` is ``(batch, positions)`` of the part."""
-        inputs = self.model.as_inputs(inputs)
+        inputs = self.model.as_inputs(_unwrapped(inputs))
         if self.name == self.model.output_part:
             return PartInputs(inputs, inputs.tokens.shape)
         return PartInputs(inputs, torch.Size([len(inputs.features), self.cfg.n_ctx]))
@@ -109,14 +110,6 @@ class Part:
     def _full_hooks(self, hooks: Hooks) -> list:
         return [(self._full(name), fn) for name, fn in hooks]
 
-    def _full_filter(self, names: NamesFilter, attention: bool) -> NamesFilter:
-        if names is None:
-            kept = self.model.matching((lambda _: True) if attention else None)
-            return [name for name in kept if self.owns(name)]
-        if isinstance(names, str) or callable(names):
-            return self._full(names)
-        return [self.resolve(name) for name in names]
-
     # ---------------------------------------------------------------- running
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
@@ -136,32 +129,26 @@ class Part:
         )
 
     def run_with_cache(
-        self,
-        inputs: Any,
-        names_filter: NamesFilter = None,
-        attention: bool = False,
-        **options: Any,
+        self, inputs: Any, names_filter: NamesFilter = None, **options: Any
     ) -> tuple[Any, AudioCache]:
         """The model's output and the part's activations under local names.
 
-        ``pos_slice`` selects positions of this part; the rest is as `HookedRoot.run_with_cache`.
+        ``names_filter`` holds local names, and ``pos_slice`` selects positions of this part; the
+        rest is as `HookedRoot.run_with_cache`.
         """
-        output, cache = self.model.cache_run(
-            _unwrapped(inputs),
-            names_filter=self._full_filter(names_filter, attention),
-            part=self.name,
-            **options,
+        if names_filter is not None:
+            is_list = not (isinstance(names_filter, str) or callable(names_filter))
+            full = self._full
+            names_filter = [full(n) for n in names_filter] if is_list else full(names_filter)
+        output, cache = self.model.run_with_cache(
+            _unwrapped(inputs), names_filter=names_filter, part=self.name, **options
         )
-        local = {self.local(name): tensor for name, tensor in cache.items()}
-        has_batch_dim = not options.get("remove_batch_dim", False)
-        return output, AudioCache(local, {self.name: self}, self.name, has_batch_dim, prefixed=False)
+        return output, cache.part(self.name)
 
     @contextmanager
     def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Iterator[Part]:
         """Attach hooks on local names inside a ``with`` block."""
-        with self.model.hooks(
-            self._full_hooks(fwd_hooks), self._full_hooks(bwd_hooks), **options
-        ):
+        with self.model.hooks(self._full_hooks(fwd_hooks), self._full_hooks(bwd_hooks), **options):
             yield self
 
     def add_hook(self, name: str | Callable[[str], bool], hook: HookFn, **options: Any) -> None:
@@ -171,6 +158,7 @@ class Part:
         self.add_hook(name, hook, is_permanent=True)
 
     def reset_hooks(self, **options: Any) -> None:
+        """Remove the hooks of the whole model, as `HookedRootModule.reset_hooks`."""
         self.model.reset_hooks(**options)
 
     # ---------------------------------------------------------------- weights and tokens
@@ -193,6 +181,19 @@ class Part:
     @property
     def W_O(self) -> Float[Tensor, "l h e d"]:
         return self._stacked("W_O", "attn")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """Query-key circuits, ``l h d d``: one per query head, also under grouped keys."""
+        return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """Value-output circuits, ``l h d d``: one per query head, also under grouped values."""
+        return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
+
+    def _per_query_head(self, weight: Float[Tensor, "l kv d e"]) -> Float[Tensor, "l h d e"]:
+        return weight.repeat_interleave(self.cfg.n_heads // self.cfg.n_key_value_heads, dim=1)
 
     @property
     def W_in(self) -> Float[Tensor, "l d f"]:
@@ -258,4 +259,3 @@ class Part:
 
 def _unwrapped(inputs: Any) -> Any:
     return inputs.inputs if isinstance(inputs, PartInputs) else inputs
-

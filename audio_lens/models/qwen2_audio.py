@@ -6,8 +6,10 @@ Whisper, padding is masked in the encoder, and pairs of frames are pooled before
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 
 from audio_lens.audio import AudioError
 from audio_lens.hooks import HookPoint
-from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer
+from audio_lens.inputs import AudioInputs, InputError, padded
+from audio_lens.models.base import AudioConfig, HookedAudioTransformer, LoadingError
 from audio_lens.models.layers import (
     Context,
     KVCache,
@@ -28,14 +30,8 @@ from audio_lens.models.layers import (
     Stack,
     padding_mask,
 )
-from audio_lens.models.whisper import (
-    WhisperEncoder,
-    check_features,
-    decoder_mask,
-    encoder_track,
-    mel_frames,
-)
-from audio_lens.timeline import NO_CLIP, Row, Timeline, Track
+from audio_lens.models.whisper import WhisperEncoder, encoder_track
+from audio_lens.timeline import Row, Timeline, Track
 
 TOKEN_S = 0.04  # one audio token: two encoder frames of 20 ms
 
@@ -60,7 +56,8 @@ class LinearConnector(nn.Module):
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
-        self.hook_in, self.hook_out = HookPoint(), HookPoint()
+        self.hook_in = HookPoint(borrowed=True)  # the encoder's hook_out
+        self.hook_out = HookPoint()
         self.linear = nn.Linear(d_in, d_out)
 
     def forward(self, x: Float[Tensor, "clips t d_in"]) -> Float[Tensor, "clips t d_out"]:
@@ -95,7 +92,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
     """Qwen2-Audio with every activation hooked."""
 
     hf_class = "Qwen2AudioForConditionalGeneration"
-    weight_names = {
+    weight_names: ClassVar = {
         "model.audio_tower.conv1": "encoder.conv1",
         "model.audio_tower.conv2": "encoder.conv2",
         "model.audio_tower.embed_positions": "encoder.pos_embed",
@@ -136,7 +133,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
         """The shape of a `Qwen2AudioConfig`.
 
         Raises:
-            ValueError: another language model than Qwen2, or a feature that is not implemented
+            LoadingError: another language model than Qwen2, or a feature that is not implemented
                 (sliding windows, scaled rotary positions).
         """
         ear, text = hf_config.audio_config, hf_config.text_config
@@ -194,9 +191,9 @@ class HookedQwen2Audio(HookedAudioTransformer):
         resid: Float[Tensor, "clips frames d"] | None = None,
         start: int = 0,
         stop: int | None = None,
-    ) -> Float[Tensor, "clips t d"]:
+    ) -> Float[Tensor, "clips t d_out"]:
         """The connector's output, or with ``stop`` the residual stream entering that block."""
-        check_features(inputs.features, self.cfg)
+        self.check_features(inputs.features)
         resid = self.encoder.embed(inputs.features) if resid is None else resid
         context = Context(allowed=self._frames_allowed(inputs))
         until = self.cfg.encoder.n_layers if stop is None else stop
@@ -213,7 +210,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
     def decode(
         self,
         inputs: AudioInputs,
-        encoded: Float[Tensor, "clips t d"] | None,
+        encoded: Float[Tensor, "clips s d"] | None,
         resid: Float[Tensor, "b t d"] | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -222,14 +219,12 @@ class HookedQwen2Audio(HookedAudioTransformer):
         """The final hidden states, or with ``stop`` the residual stream entering that block."""
         earlier = past.length if past is not None else 0
         if resid is None:
-            is_audio = inputs.tokens == self.audio_token_id
-            audio = self._audio_tokens(inputs, encoded) if earlier == 0 else None
-            resid = self.decoder.merge(inputs.tokens, is_audio, audio)
+            resid = self._merged(inputs, encoded if earlier == 0 else None)
         positions = inputs.position_ids
         if positions is None:
             positions = torch.arange(earlier, earlier + resid.shape[1], device=resid.device)[None]
         context = Context(
-            allowed=decoder_mask(inputs, past),
+            allowed=self.decoder_mask(inputs, past),
             rotary=self.decoder.rotary(positions, resid.dtype),
             past=past,
         )
@@ -239,19 +234,30 @@ class HookedQwen2Audio(HookedAudioTransformer):
             past.length += resid.shape[1]
         return resid if stop is not None else self.decoder.hook_out(self.decoder.ln_final(resid))
 
+    def _merged(
+        self, inputs: AudioInputs, encoded: Float[Tensor, "clips s d"] | None
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0; without ``encoded``, of tokens that are text."""
+        is_audio = inputs.tokens == self.audio_token_id
+        if encoded is not None:
+            return self.decoder.merge(inputs.tokens, is_audio, self._audio_tokens(inputs, encoded))
+        if inputs.tokens.shape[1] > 1 and is_audio.any():
+            raise InputError("all audio must be in the first call with a cache, not a later one")
+        return self.decoder.merge(inputs.tokens, is_audio, None)
+
     def _audio_tokens(
-        self, inputs: AudioInputs, encoded: Float[Tensor, "clips t d"]
+        self, inputs: AudioInputs, encoded: Float[Tensor, "clips s d"]
     ) -> Float[Tensor, "n d"]:
         """The connector's output at positions that hold audio, clip after clip."""
         counts = torch.tensor(self._token_counts(inputs), device=encoded.device)
         return encoded[torch.arange(encoded.shape[1], device=encoded.device) < counts[:, None]]
 
     def _token_counts(self, inputs: AudioInputs) -> list[int]:
-        return [audio_token_count(mel_frames(inputs, c)) for c in range(len(inputs.features))]
+        return [audio_token_count(inputs.mel_frames(c)) for c in range(len(inputs.features))]
 
     def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
         """True at attended tokens that are not audio placeholders."""
-        return super().is_text(inputs) & (inputs.tokens != self.audio_token_id)
+        return inputs.attended & (inputs.tokens != self.audio_token_id)
 
     # ---------------------------------------------------------------- inputs
 
@@ -268,7 +274,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
         tokens, features = given["input_ids"], given["input_features"]
         if tokens is None:
             raise InputError("inputs hold no input_ids: an audio LLM needs a text prompt")
-        check_features(features, self.cfg)
+        self.check_features(features)
         frames = given["feature_attention_mask"]
         n_mel = features.new_full((len(features),), features.shape[-1]).long()
         counts = [audio_token_count(n) for n in (frames.sum(1) if frames is not None else n_mel)]
@@ -281,12 +287,12 @@ class HookedQwen2Audio(HookedAudioTransformer):
             clips_per_row=self._clips_per_row(tokens, counts),
             attention_mask=None if mask.all() else mask,
             feature_mask=None if frames is None else frames.bool(),
-            position_ids=given["position_ids"],
+            position_ids=self._positions_of(tokens, given["position_ids"]),
         )
 
     def _expanded(
         self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"], counts: list[int]
-    ) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    ) -> tuple[Int[Tensor, "b t2"], Bool[Tensor, "b t2"]]:
         """One placeholder per audio position, where the prompt has only one per clip.
 
         Raises:
@@ -301,24 +307,13 @@ class HookedQwen2Audio(HookedAudioTransformer):
                 f"one each, or {sum(counts)} (one per 40 ms). Put <|AUDIO|> where each clip belongs"
             )
         rows, remaining = [], iter(counts)
-        for row, kept in zip(tokens.tolist(), mask.tolist()):
+        for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True):
             expanded: list[int] = []
-            for token in (token for token, keep in zip(row, kept) if keep):
+            for token in itertools.compress(row, kept):
                 is_audio = token == self.audio_token_id
                 expanded += [token] * (next(remaining) if is_audio else 1)
             rows.append(expanded)
-        return self._padded(rows, left=bool(mask[:, -1].all()))
-
-    def _padded(
-        self, rows: list[list[int]], left: bool
-    ) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
-        width, pad = max(map(len, rows)), self._pad_token()
-        tokens = torch.full((len(rows), width), pad, device=self.device)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool, device=self.device)
-        for i, row in enumerate(rows):
-            where = slice(width - len(row), width) if left else slice(0, len(row))
-            tokens[i, where], mask[i, where] = torch.tensor(row, device=self.device), True
-        return tokens, mask
+        return padded(rows, self._pad_token(), self.device, left=bool(mask[:, -1].all()))
 
     def _clips_per_row(self, tokens: Int[Tensor, "b t"], counts: list[int]) -> tuple[int, ...]:
         """How many clips each prompt holds, from its number of placeholders."""
@@ -329,7 +324,9 @@ class HookedQwen2Audio(HookedAudioTransformer):
                 total -= remaining[n]
                 n += 1
             if total != 0:
-                raise InputError("the placeholders of a prompt do not match the lengths of its clips")
+                raise InputError(
+                    "the placeholders of a prompt do not match the lengths of its clips"
+                )
             clips.append(n)
             remaining = remaining[n:]
         return tuple(clips)
@@ -359,7 +356,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
         self.need_tokenizer("a prompt")
         groups = _grouped(audio)
         texts = _one_per_prompt(text, len(groups))
-        prompts = [self._prompt_of(t, len(group)) for t, group in zip(texts, groups)]
+        prompts = [self._prompt_of(t, len(group)) for t, group in zip(texts, groups, strict=True)]
         clips = [self._checked_clip(c, sampling_rate) for group in groups for c in group]
         made = self.extract_features(clips)
         encoded = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
@@ -371,13 +368,8 @@ class HookedQwen2Audio(HookedAudioTransformer):
                 "feature_attention_mask": made["mask"],
             }
         )
-
-        def remake(**changes: Any) -> AudioInputs:
-            options = {"audio": audio, "text": text, "sampling_rate": sampling_rate, **changes}
-            return self.prepare(**options)
-
-        inputs.audio, inputs.text, inputs.remake = clips, prompts, remake
-        return inputs
+        rate = self.cfg.sampling_rate
+        return replace(inputs, audio=clips, text=prompts, sampling_rate=rate, remake=self.prepare)
 
     def _checked_clip(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
         clip = self.load_audio(source, sampling_rate)
@@ -391,8 +383,11 @@ class HookedQwen2Audio(HookedAudioTransformer):
 
     def _prompt_of(self, text: Any, n_clips: int) -> str:
         placeholder = self.tokenizer.convert_ids_to_tokens(self.audio_token_id)
-        if text is None:
-            raise InputError("an audio LLM needs a question: pass text=")
+        if not (isinstance(text, str) or _is_conversation(text)):
+            raise InputError(
+                "an audio LLM needs a question: pass text= (str, or a conversation), got "
+                f"{type(text).__name__}"
+            )
         if isinstance(text, str) and ("<|im_start|>" in text or placeholder in text):
             prompt = text
         else:
@@ -407,13 +402,13 @@ class HookedQwen2Audio(HookedAudioTransformer):
         return prompt
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
-        """Encoder frame i is centred at 0.02 i s, connector and audio token j at 0.04 j + 0.01 s."""
+        """Encoder frame i is centred at 0.02 i s, audio token j at 0.04 j + 0.01 s."""
         inputs = self.as_inputs(inputs)
         is_audio = (inputs.tokens == self.audio_token_id).cpu()
-        attended = HookedAudioTransformer.is_text(self, inputs).cpu()
+        attended = inputs.attended.cpu()
         rows, first = [], 0
         for row, n_clips in enumerate(inputs.clips_per_row):
-            mels = [mel_frames(inputs, clip) for clip in range(first, first + n_clips)]
+            mels = [inputs.mel_frames(clip) for clip in range(first, first + n_clips)]
             first += n_clips
             tracks = {
                 "encoder": [encoder_track(self.cfg, n, i) for i, n in enumerate(mels)],
@@ -453,9 +448,10 @@ def _decoder_track(
 def _grouped(audio: Any) -> list[list[Any]]:
     """Clips by prompt."""
     prompts = audio if isinstance(audio, (list, tuple)) else [audio]
-    if not prompts:
-        raise InputError("no audio: pass at least one clip")
-    return [list(p) if isinstance(p, (list, tuple)) else [p] for p in prompts]
+    groups = [list(p) if isinstance(p, (list, tuple)) else [p] for p in prompts]
+    if not groups or not all(groups):
+        raise InputError("no audio: pass at least one clip per prompt")
+    return groups
 
 
 def _is_conversation(text: Any) -> bool:
@@ -482,10 +478,12 @@ def _conversation(text: Any, n_clips: int) -> Any:
 def _check_language_model(text: Any) -> None:
     """Raise on what this implementation does not know."""
     if text.model_type != "qwen2":
-        raise ValueError(f"the language model is a {text.model_type!r}; only qwen2 is implemented")
+        raise LoadingError(
+            f"the language model is a {text.model_type!r}; only qwen2 is implemented"
+        )
     sliding = sorted({kind for kind in text.layer_types if kind != "full_attention"})
     if sliding:
-        raise ValueError(f"attention of kind {', '.join(sliding)} is not implemented")
+        raise LoadingError(f"attention of kind {', '.join(sliding)} is not implemented")
     rope = text.rope_parameters.get("rope_type", "default")
     if rope != "default":
-        raise ValueError(f"rotary positions of type {rope!r} are not implemented")
+        raise LoadingError(f"rotary positions of type {rope!r} are not implemented")

@@ -6,17 +6,19 @@ decoder layers. The encoder here is also the ear of Qwen2-Audio.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError
 from audio_lens.models.layers import (
     Context,
@@ -25,7 +27,6 @@ from audio_lens.models.layers import (
     KVCache,
     PartConfig,
     Stack,
-    padding_mask,
 )
 from audio_lens.timeline import Row, Timeline, Track
 
@@ -37,7 +38,8 @@ class WhisperEncoder(Stack):
 
     def __init__(self, cfg: PartConfig, n_mels: int):
         super().__init__(cfg, Float16SafeBlock)
-        self.hook_mel, self.hook_conv1 = HookPoint(), HookPoint()
+        self.hook_mel = HookPoint(borrowed=True)  # the caller's features
+        self.hook_conv1 = HookPoint()
         self.conv1 = nn.Conv1d(n_mels, cfg.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, kernel_size=3, stride=2, padding=1)
         self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
@@ -78,7 +80,7 @@ class HookedWhisper(HookedAudioTransformer):
     """Whisper with every activation hooked."""
 
     hf_class = "WhisperForConditionalGeneration"
-    weight_names = {
+    weight_names: ClassVar = {
         "model.encoder.conv1": "encoder.conv1",
         "model.encoder.conv2": "encoder.conv2",
         "model.encoder.embed_positions": "encoder.pos_embed",
@@ -168,7 +170,7 @@ class HookedWhisper(HookedAudioTransformer):
 
         Whisper's encoder attends to padding too: it always hears the full length.
         """
-        check_features(inputs.features, self.cfg)
+        self.check_features(inputs.features)
         resid = self.encoder.embed(inputs.features) if resid is None else resid
         until = self.cfg.encoder.n_layers if stop is None else stop
         resid = self.encoder.run_blocks(resid, Context(), start, until)
@@ -186,7 +188,7 @@ class HookedWhisper(HookedAudioTransformer):
         """The final hidden states, or with ``stop`` the residual stream entering that block."""
         if resid is None:
             resid = self.decoder.embed_tokens(inputs.tokens, self._positions(inputs, past))
-        allowed = decoder_mask(inputs, past)
+        allowed = self.decoder_mask(inputs, past)
         context = Context(allowed=allowed, memory=encoded, past=past)
         until = self.cfg.decoder.n_layers if stop is None else stop
         resid = self.decoder.run_blocks(resid, context, start, until)
@@ -206,7 +208,7 @@ class HookedWhisper(HookedAudioTransformer):
     # ---------------------------------------------------------------- inputs
 
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
-        """Inputs from what `WhisperProcessor` returns; without tokens, the default prompt."""
+        """Inputs from what `WhisperProcessor` returns; without tokens, English transcription."""
         known = (
             "input_features",
             "attention_mask",
@@ -216,7 +218,7 @@ class HookedWhisper(HookedAudioTransformer):
         )
         given = self._mapping_tensors(mapping, known)
         features, tokens = given["input_features"], given["decoder_input_ids"]
-        check_features(features, self.cfg)
+        self.check_features(features)
         if tokens is None:
             tokens = torch.tensor([self.prompt()] * len(features), device=features.device)
         mask, frames = given["decoder_attention_mask"], given["attention_mask"]
@@ -226,23 +228,23 @@ class HookedWhisper(HookedAudioTransformer):
             clips_per_row=(1,) * len(tokens),
             attention_mask=None if mask is None else mask.bool(),
             feature_mask=None if frames is None else frames.bool(),
-            position_ids=given["decoder_position_ids"],
+            position_ids=self._positions_of(tokens, given["decoder_position_ids"]),
         )
 
     def prepare(
         self,
         audio: Any,
-        text: str | Sequence[int] | Sequence[str] | None = None,
+        text: str | Sequence | None = None,
         sampling_rate: int | None = None,
         language: str | None = None,
         task: str = "transcribe",
     ) -> AudioInputs:
-        """Inputs from clips and, if given, the text decoded so far.
+        """Inputs from clips (one per prompt) and, if given, the text decoded so far.
 
         Args:
-            audio: a path, array or tensor, or a list of them (one prompt each).
-            text: what the decoder has already written (str, or one per clip), after the control
-                tokens; or token ids, which are then the whole decoder prompt.
+            audio: a path, array or tensor, or a list of them.
+            text: what the decoder has already written, after the control tokens; or token ids,
+                which are then the whole decoder prompt; or a list of either, one per clip.
             sampling_rate: of arrays, in Hz; files know their own.
             language: a code like "en" for multilingual checkpoints; None lets the model choose.
             task: "transcribe" or "translate" (multilingual checkpoints).
@@ -253,27 +255,30 @@ class HookedWhisper(HookedAudioTransformer):
             TokenError: text without a tokenizer.
         """
         sources = audio if isinstance(audio, (list, tuple)) else [audio]
+        texts = _texts(text, len(sources))
         clips = [self.load_audio(source, sampling_rate) for source in sources]
         made = self.extract_features(clips)
         languages = self._languages(made["features"], language)
-        prompts = [self._prompt_of(t, lang, task) for t, lang in zip(_texts(text, clips), languages)]
-
-        def remake(**changes: Any) -> AudioInputs:
-            options = {"audio": audio, "text": text, "sampling_rate": sampling_rate, **changes}
-            return self.prepare(**options, language=language, task=task)
-
-        tokens, mask = _left_padded(prompts, self._pad_token(), self.device)
-        return AudioInputs(
+        prompts = [
+            self._prompt_of(written, spoken, task)
+            for written, spoken in zip(texts, languages, strict=True)
+        ]
+        if not all(prompts):
+            raise TokenError("the decoder needs at least one token to start from")
+        tokens, mask = padded(prompts, self._pad_token(), self.device)
+        inputs = AudioInputs(
             features=made["features"],
             tokens=tokens,
             clips_per_row=(1,) * len(clips),
             attention_mask=None if mask.all() else mask,
             feature_mask=made["mask"],
-            position_ids=None if mask.all() else (mask.cumsum(1) - 1).clamp(min=0),
             audio=clips,
-            text=None if text is None else [str(t) for t in _texts(text, clips)],
-            remake=remake,
+            text=prompts,
+            sampling_rate=self.cfg.sampling_rate,
+            remake=functools.partial(self.prepare, language=language, task=task),
         )
+        is_padded = inputs.attention_mask is not None
+        return replace(inputs, position_ids=inputs.counted_positions()) if is_padded else inputs
 
     def prompt(self, language: str | None = None, task: str = "transcribe") -> list[int]:
         """The control tokens decoding starts from: start, language, task, no timestamps.
@@ -312,7 +317,7 @@ class HookedWhisper(HookedAudioTransformer):
         start = self.generation_config.decoder_start_token_id
         tokens = torch.full((len(features), 1), start, device=features.device)
         logits = self(AudioInputs(features, tokens, (1,) * len(tokens)))[:, -1]
-        names, ids = zip(*known.items())
+        names, ids = zip(*known.items(), strict=True)
         best = logits[:, list(ids)].argmax(-1).tolist()
         return [names[i].strip("<|>") for i in best]
 
@@ -321,11 +326,10 @@ class HookedWhisper(HookedAudioTransformer):
         inputs = self.as_inputs(inputs)
         rows = []
         for row in range(len(inputs)):
-            n_mel = mel_frames(inputs, row)
-            valid = self.is_text(inputs)[row].cpu()
+            n_mel = inputs.mel_frames(row)
             tracks = {
                 "encoder": [encoder_track(self.cfg, n_mel, clip=0)],
-                "decoder": [Track.of_tokens(valid)],
+                "decoder": [Track.of_tokens(inputs.attended[row].cpu())],
             }
             rows.append(Row(tracks, [n_mel / 100]))
         return Timeline(rows)
@@ -345,51 +349,25 @@ class HookedWhisper(HookedAudioTransformer):
 # -------------------------------------------------------------------------------- shared pieces
 
 
-def check_features(features: Tensor, cfg: AudioConfig) -> None:
-    """Raise unless the features are the log-mel frames this model takes.
-
-    Raises:
-        InputError: naming both shapes.
-    """
-    if features.ndim != 3 or tuple(features.shape[1:]) != (cfg.n_mels, cfg.n_frames):
-        raise InputError(
-            f"features must be (clips, {cfg.n_mels} mel bins, {cfg.n_frames} frames), padded to "
-            f"{cfg.max_audio_s:g} s; got {tuple(features.shape)}"
-        )
-
-
-def decoder_mask(inputs: AudioInputs, past: KVCache | None) -> Bool[Tensor, "b 1 q k"] | None:
-    """What each decoder position may attend to; None where nothing is padded or cached."""
-    n_queries = inputs.tokens.shape[1]
-    earlier = past.length if past is not None else 0
-    if inputs.attention_mask is not None and not inputs.attention_mask.all():
-        return padding_mask(inputs.attention_mask.bool(), n_queries, causal=True)
-    if earlier and n_queries > 1:
-        everything = inputs.tokens.new_ones(1, earlier + n_queries, dtype=torch.bool)
-        return padding_mask(everything, n_queries, causal=True)
-    return None
-
-
-def mel_frames(inputs: AudioInputs, clip: int) -> int:
-    """Mel frames (10 ms) of a clip that hold audio; all of them where no mask says."""
-    if inputs.feature_mask is None:
-        return inputs.features.shape[-1]
-    return int(inputs.feature_mask[clip].sum())
-
-
 def encoder_track(cfg: AudioConfig, n_mel: int, clip: int) -> Track:
     """Encoder positions of a clip with ``n_mel`` valid mel frames."""
     seconds = FRAME_S * torch.arange(cfg.encoder.n_ctx, dtype=torch.float64)
     return Track.of_clip(seconds, (n_mel - 1) // 2 + 1, clip)
 
 
-def _texts(text: Any, clips: list) -> list[Any]:
-    """One text per clip; a single text serves all."""
+def _texts(text: Any, n_clips: int) -> list[Any]:
+    """One text per clip; a single text serves all.
+
+    Raises:
+        InputError: if there are no clips, or not as many texts as clips.
+    """
+    if n_clips == 0:
+        raise InputError("no audio: pass at least one clip")
     is_many = isinstance(text, (list, tuple)) and len(text) and not isinstance(text[0], int)
     if not is_many:
-        return [text] * len(clips)
-    if len(text) != len(clips):
-        raise InputError(f"{len(clips)} clips need as many texts, got {len(text)}")
+        return [text] * n_clips
+    if len(text) != n_clips:
+        raise InputError(f"{n_clips} clips need as many texts, got {len(text)}")
     return list(text)
 
 
@@ -397,14 +375,3 @@ def _chosen(known: Mapping[str, int], key: str, what: str) -> int:
     if key not in known:
         raise InputError(f"unknown {what} {key!r}; known: {', '.join(sorted(known))}")
     return known[key]
-
-
-def _left_padded(
-    prompts: list[list[int]], pad: int, device: torch.device
-) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
-    if not all(prompts):
-        raise TokenError("the decoder needs at least one token to start from")
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    return tokens, mask.to(device)

@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests; the helpers behind them are in tiny.py."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach the network
+
+import hypothesis
+import pytest
+import tiny
+
+from audio_lens import HookedAudioTransformer
+
+hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("audio_lens")
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Runs the test once per family."""
+    return request.param
+
+
+@pytest.fixture
+def model(family: str) -> HookedAudioTransformer:
+    """A tiny random model of the family."""
+    return HookedAudioTransformer.from_hf(tiny.tiny_hf(family))
+
+
+@pytest.fixture
+def inputs(family: str) -> dict:
+    """A batch for `model`: two prompts of unequal length, as a Hugging Face processor returns."""
+    return tiny.hf_inputs(family)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> HookedAudioTransformer:
+    """The checkpoint shipped with the package."""
+    return HookedAudioTransformer.from_pretrained("embedded")
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real speech and weights; the test is skipped where it is missing."""
+    return tiny.data_dir()
