@@ -59,6 +59,10 @@ class AudioInputs:
                 f"but there are features of {len(self.features)} clips"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: everything but `remake`, behind which is a whole model."""
+        return {**vars(self), "remake": None}
+
     @property
     def shape(self) -> torch.Size:
         """``(batch, positions)`` of the decoder, as TransformerLens reads it."""

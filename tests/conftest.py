@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; the workers share the cores
 
 import hypothesis
 import pytest

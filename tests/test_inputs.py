@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,6 +307,13 @@ def test_unequal_counterfactuals_are_refused(prepare: Callable) -> None:
     first = prepare([noise(), noise()], [QUESTION, "how many ?"], sampling_rate=RATE)
     with pytest.raises(InputError, match="padded differently"):
         first.with_text(["how many ?", QUESTION])
+
+
+def test_a_pickle_holds_no_model(batch: AudioInputs) -> None:
+    kept = pickle.loads(pickle.dumps(batch))
+    assert same(kept, batch)
+    assert kept.remake is None
+    assert len(pickle.dumps(batch)) < 2e6
 
 
 def test_only_prepared_inputs_can_be_remade(embedded: HookedAudioTransformer) -> None:

@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -79,7 +80,7 @@ class HookedAudioTransformer(HookedRoot, ABC):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> HookedAudioTransformer:
@@ -195,7 +196,8 @@ class HookedAudioTransformer(HookedRoot, ABC):
             stop_at_layer: block to stop before; returns the residual stream entering it.
                 Negative numbers count from the last block, as in TransformerLens.
             encoder_out: what the encoder gave earlier, so that it need not run again.
-            past: keys and values of earlier positions, extended by this call.
+            past: keys and values of earlier positions, extended by this call; once it holds some,
+                the encoder does not run.
 
         Raises:
             InputError: inputs of the wrong form, or a start without its residual stream.
@@ -203,18 +205,18 @@ class HookedAudioTransformer(HookedRoot, ABC):
         if return_type not in get_args(ReturnType):
             raise InputError(f"return_type must be logits, loss, both or None, got {return_type!r}")
         start, stop = self._address(start_at_layer), self._address(stop_at_layer)
-        self._check_route(start, stop, encoder_out)
+        is_heard = encoder_out is not None or (past is not None and past.length > 0)
+        self._check_route(start, stop, is_heard)
         resid = self._residual(x, start)
         given = inputs if x is None or resid is not None else x
         batch = self.as_inputs(given, mapping, optional=resid is not None)
         if batch is None:
             batch = self._context_free(resid, start, encoder_out, return_type)
-        in_encoder = start is None or start[0] == "encoder"
         if stop and stop[0] == "encoder":
             return self.encode(batch, resid, start[1] if start else 0, stop[1])
-        if encoder_out is None and in_encoder:
+        if not is_heard and (start is None or start[0] == "encoder"):
             encoder_out, resid = self.encode(batch, resid, start[1] if start else 0), None
-        elif encoder_out is None and self.decoder_needs_encoder:
+        elif not is_heard and self.decoder_needs_encoder:
             encoder_out = self.encode(batch)
         begin = start[1] if start and start[0] == "decoder" else 0
         hidden = self.decode(batch, encoder_out, resid, begin, stop[1] if stop else None, past)
@@ -236,17 +238,18 @@ class HookedAudioTransformer(HookedRoot, ABC):
             raise InputError(f"the {part} has {n_layers} layers, so there is no layer {index}")
         return part, int(index) + (n_layers if int(index) < 0 else 0)
 
-    def _check_route(
-        self, start: Address | None, stop: Address | None, encoder_out: Tensor | None
-    ) -> None:
+    def _check_route(self, start: Address | None, stop: Address | None, is_heard: bool) -> None:
+        """Raise unless the model can start, stop and leave out the encoder in this way."""
         order = list(self.cfg.parts)
         if start and stop and (order.index(stop[0]), stop[1]) < (order.index(start[0]), start[1]):
             raise InputError(
                 f"stop_at_layer ({stop[0]} {stop[1]}) lies before start_at_layer "
                 f"({start[0]} {start[1]})"
             )
-        if encoder_out is not None and "encoder" in {place[0] for place in (start, stop) if place}:
-            raise InputError("encoder_out stands for the encoder: start and stop in the decoder")
+        if is_heard and "encoder" in {place[0] for place in (start, stop) if place}:
+            raise InputError(
+                "encoder_out or a filled cache stands for the encoder: start and stop behind it"
+            )
 
     def _residual(self, x: Any, start: Address | None) -> Tensor | None:
         is_residual = isinstance(x, torch.Tensor) and x.is_floating_point()

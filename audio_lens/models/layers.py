@@ -22,7 +22,8 @@ from audio_lens.hooks import AttnMode, HookPoint
 class PartConfig:
     """Shape of one part (encoder, decoder), in TransformerLens's names.
 
-    `n_ctx` is the most positions the part takes; `attn_biases` names the projections with a bias.
+    `n_ctx` is the most positions the part takes; `attn_biases` names the projections with a bias;
+    `scales_queries` and `softmax_float32` say where attention rounds in half precision.
     """
 
     n_layers: int
@@ -40,6 +41,7 @@ class PartConfig:
     causal: bool = False
     gated_mlp: bool = False
     softmax_float32: bool = False
+    scales_queries: bool = False
     rotary_base: float | None = None
     attn_only: bool = False
     model_name: str = ""
@@ -192,7 +194,7 @@ class Attention(nn.Module):
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
         self.n_key_value_heads = cfg.n_key_value_heads
         self.causal, self.is_cross = causal, d_memory is not None
-        self.softmax_float32 = cfg.softmax_float32
+        self.softmax_float32, self.scales_queries = cfg.softmax_float32, cfg.scales_queries
         self.attn_mode: AttnMode = "auto"
         d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
         d_memory = d_memory or cfg.d_model
@@ -254,7 +256,7 @@ class Attention(nn.Module):
         allowed: Bool[Tensor, "#b 1 #q k"] | None,
     ) -> Float[Tensor, "b q h e"]:
         q, k, v = self._heads_first(q, k, v)
-        scores = q @ k.transpose(-1, -2) * self.d_head**-0.5
+        scores = (q * self.d_head**-0.5) @ k.transpose(-1, -2)  # scaled first: float16 overflows
         if allowed is None and self._masks_later(q):
             allowed = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
         if allowed is not None:
@@ -272,8 +274,11 @@ class Attention(nn.Module):
         allowed: Bool[Tensor, "#b 1 #q k"] | None,
     ) -> Float[Tensor, "b q h e"]:
         q, k, v = self._heads_first(q, k, v)
+        is_causal, scale = allowed is None and self._masks_later(q), self.d_head**-0.5
+        if self.scales_queries:
+            q, scale = q * scale, 1.0
         z = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=allowed is None and self._masks_later(q)
+            q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scale
         )
         return rearrange(z, "b h q e -> b q h e")
 

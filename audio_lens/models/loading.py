@@ -36,7 +36,7 @@ def embedded_path() -> Path:
 
 
 def load_pretrained(
-    name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> HookedAudioTransformer:
     """See `HookedAudioTransformer.from_pretrained`."""
     source = str(embedded_path()) if name == EMBEDDED else str(name)
@@ -46,7 +46,7 @@ def load_pretrained(
     family.config_from_hf(hf_config)  # refuses what is not implemented before anything is read
     hf_model = _read(getattr(transformers, family.hf_class), source, dtype)
     model = take_over(hf_model, _processor(source))
-    model.cfg.model_name = name
+    model.cfg.model_name = str(name)
     return model if device is None else model.to(device)
 
 

@@ -149,6 +149,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
             act_fn=ear.activation_function,
             eps=1e-5,
             normalization_type="LN",
+            scales_queries=True,
             model_name=hf_config.name_or_path,
         )
         decoder = PartConfig(

@@ -126,6 +126,7 @@ class HookedWhisper(HookedAudioTransformer):
             "act_fn": hf_config.activation_function,
             "eps": 1e-5,
             "normalization_type": "LN",
+            "scales_queries": True,
             "model_name": hf_config.name_or_path,
         }
         encoder = PartConfig(
@@ -179,7 +180,7 @@ class HookedWhisper(HookedAudioTransformer):
     def decode(
         self,
         inputs: AudioInputs,
-        encoded: Float[Tensor, "b s d"],
+        encoded: Float[Tensor, "b s d"] | None,
         resid: Float[Tensor, "b t d"] | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -258,7 +259,10 @@ class HookedWhisper(HookedAudioTransformer):
         texts = _texts(text, len(sources))
         clips = [self.load_audio(source, sampling_rate) for source in sources]
         made = self.extract_features(clips)
-        languages = self._languages(made["features"], language)
+        if any(written is None or isinstance(written, str) for written in texts):
+            languages = self._languages(made["features"], language)
+        else:  # whole prompts of token ids
+            languages = [language] * len(clips)
         prompts = [
             self._prompt_of(written, spoken, task)
             for written, spoken in zip(texts, languages, strict=True)

@@ -72,7 +72,8 @@ def sweep(
             Spans or ``(start_s, end_s)``, or "position" for single positions.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
         layers: the blocks to patch; None for all.
-        cells_per_forward: how many cells share a forward; None chooses.
+        cells_per_forward: how many cells share a forward; None chooses. Hooks of yours stay in
+            force and see that many copies of the batch; 1 shows them the batch as it is.
         progress: show a progress bar.
 
     Returns:
@@ -87,6 +88,8 @@ def sweep(
     clean.check_pairs_with(corrupted, "clean", "corrupted")
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is 'denoise' or 'noise', got {direction!r}")
+    if cells_per_forward is not None and cells_per_forward < 1:
+        raise ValueError(f"cells_per_forward must be at least 1, got {cells_per_forward}")
     table = CellTable.lay_out(model, clean, Site.parse(site, model), axes, windows, layers)
     mode = "explicit" if table.site.reads_attention else model.attn_mode
     with model.attention(mode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import AUDIO_TOKEN, N_FRAMES, hf_inputs, tiny_hf, tiny_whisper_hf
 from transformers import BatchFeature
 
 from audio_lens import HookedAudioTransformer, InputError
+from audio_lens.models.layers import KVCache
 
 N_LAYERS = 3
 PLACES = [f"{part}.{layer}" for part in ("encoder", "decoder") for layer in range(N_LAYERS + 1)]
@@ -87,6 +89,15 @@ def test_encoder_output_given_is_not_computed_again(
         assert count_blocks(model, call)["encoder"] == 0
 
 
+def test_a_filled_cache_needs_no_encoder(model: HookedAudioTransformer, family: str) -> None:
+    batch = model.as_inputs(hf_inputs(family, lengths=(199, 199), words=(5, 5)))
+    past = KVCache()
+    step = replace(batch, tokens=batch.tokens[:, -1:])
+    model(replace(batch, tokens=batch.tokens[:, :-1]), past=past)
+    counts = count_blocks(model, lambda: model(step, past=past))
+    assert counts == {"encoder": 0, "decoder": N_LAYERS}
+
+
 def test_start_and_stop_together(model: HookedAudioTransformer, inputs: dict) -> None:
     for start, stop in [("encoder.1", "encoder.2"), ("encoder.2", "decoder.1"), (1, 2), (2, 2)]:
         first = model(inputs, stop_at_layer=start)
@@ -138,7 +149,7 @@ def test_wrong_layers_are_refused(model: HookedAudioTransformer, inputs: dict) -
     for stop in (0, "encoder.2"):
         with pytest.raises(InputError, match="lies before start_at_layer"):
             model(resid, start_at_layer=1, stop_at_layer=stop, inputs=inputs)
-    with pytest.raises(InputError, match="encoder_out stands for the encoder"):
+    with pytest.raises(InputError, match=r"encoder_out or a filled cache stands for the encoder"):
         model(inputs, stop_at_layer="encoder.1", encoder_out=resid)
 
 

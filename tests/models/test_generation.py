@@ -45,7 +45,9 @@ def stepwise_logits(model: Base, batch: dict, n_first: int) -> torch.Tensor:
             feature_mask=whole.feature_mask,
             position_ids=None if positions is None else positions[:, start:stop],
         )
-        logits.append(model.forward(step, encoder_out=encoded, past=past))
+        # the first step is given what the encoder made; later ones have it in their cache
+        given = {"encoder_out": encoded} if start == 0 else {}
+        logits.append(model(step, past=past, **given))
     return torch.cat(logits, dim=1)
 
 

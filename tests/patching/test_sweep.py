@@ -157,6 +157,7 @@ def test_cross_attention_keys_lie_on_the_encoders_seconds(whisper):
         ({"metric": 3}, TypeError, "metric"),
         ({"metric": lambda logits: logits}, ValueError, "scalar or one value per row"),
         ({"metric": {}}, ValueError, "empty"),
+        ({"axes": "layer", "cells_per_forward": 0}, ValueError, "at least 1"),
         ({"metric": metrics.logit_diff(1, 1)}, InputError, "same token"),
         ({"metric": metrics.logit_diff([1, 2], 3)}, InputError, "as many answers"),
         ({"metric": metrics.log_prob(1, position=40)}, InputError, "position 40"),
