@@ -261,7 +261,7 @@ def _check_folders(*paths: Path | None) -> None:
 
 def _windows(window: float | None, stride: float | None) -> float | tuple[float, float] | None:
     """Width, or width and stride, of the windows; None leaves the choice to the sweep."""
-    from audio_lens.patching.engine import DEFAULT_WINDOW_S
+    from audio_lens.patching.plan import DEFAULT_WINDOW_S
 
     return window if stride is None else (window or DEFAULT_WINDOW_S, stride)
 
