@@ -3,7 +3,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# The CPU build is enough for everything here; TORCH=torch takes the newest (CUDA) build instead.
+# A CPU build of torch is enough for everything here; where pip's default is a CUDA build of several
+# GB, TORCH can name another wheel or version.
 TORCH ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ class InputError(ValueError):
     """Inputs that the model cannot take; the message says what to change."""
 
 
-@dataclass
+@dataclass(eq=False)
 class AudioInputs:
     """A batch of prompts: one row of tokens each, and the clips they hold.
 
@@ -48,7 +47,7 @@ class AudioInputs:
     audio: list[np.ndarray] | None = None
     text: list[str] | list[list[int]] | None = None
     sampling_rate: int = 16_000
-    remake: Callable[..., AudioInputs] | None = field(default=None, repr=False, compare=False)
+    remake: Callable[..., AudioInputs] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.clips_per_row) != len(self.tokens) or sum(self.clips_per_row) != len(
@@ -101,13 +100,17 @@ class AudioInputs:
         starts = np.cumsum([0, *self.clips_per_row])
         return [int(c) for row in rows for c in range(starts[row], starts[row + 1])]
 
-    def __getitem__(self, rows: int | slice | Sequence[int]) -> AudioInputs:
-        """Some of the prompts, as a batch; an int gives a batch of one."""
-        everything = range(len(self))
-        if isinstance(rows, slice):
-            return self._select(list(everything[rows]))
-        chosen = rows if isinstance(rows, Sequence) else [rows]
-        return self._select([everything[index(row)] for row in chosen])
+    def __getitem__(self, rows: int | slice | Sequence[int] | Sequence[bool]) -> AudioInputs:
+        """Some of the prompts, as a batch: an int, a slice, several ints, or a mask of bools.
+
+        Raises:
+            InputError: if that leaves no prompt.
+            IndexError: for a row that does not exist.
+        """
+        chosen = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
+        if chosen.size == 0:
+            raise InputError(f"{rows} selects none of the {len(self)} prompts")
+        return self._select(np.atleast_1d(chosen).tolist())
 
     def repeat(self, times: int) -> AudioInputs:
         """The whole batch ``times`` over, copy after copy."""
@@ -163,7 +166,10 @@ class AudioInputs:
 
     def _remade(self, audio: Any, text: Any, sampling_rate: int | None) -> AudioInputs:
         if self.remake is None:
-            raise InputError("with_audio and with_text need inputs made by model.prepare")
+            raise InputError(
+                "with_audio and with_text need inputs made by model.prepare (copies and pickles of "
+                "inputs leave the model behind): prepare them anew"
+            )
         made = self.remake(audio, text, sampling_rate)
         self.check_pairs_with(made, "the original", "the changed inputs")
         return made
@@ -190,11 +196,11 @@ class AudioInputs:
                 f"rows of {mine} and {theirs} are padded differently, so their positions do not "
                 "correspond: use texts of equal tokens in every row"
             )
-        lengths = [None if x.feature_mask is None else x.feature_mask.sum(1) for x in (self, other)]
-        if None not in lengths and not torch.equal(*lengths):
+        lengths = [[x.mel_frames(clip) for clip in range(len(x.features))] for x in (self, other)]
+        if lengths[0] != lengths[1]:
             raise InputError(
-                f"clips of {mine} hold {lengths[0].tolist()} mel frames (10 ms), of {theirs} "
-                f"{lengths[1].tolist()}: pad or cut them to equal length"
+                f"clips of {mine} hold {lengths[0]} mel frames (10 ms), of {theirs} {lengths[1]}: "
+                "pad or cut them to equal length"
             )
 
     def digest(self) -> str:

@@ -34,11 +34,10 @@ class Metric(ABC):
     def name(self) -> str:
         """What the metric is called in results and pictures."""
 
-    @abstractmethod
     def bind(
         self,
         model: HookedAudioTransformer,
-        inputs: AudioInputs,
+        inputs: AudioInputs | Mapping[str, Any],
         reference: Float[Tensor, "b t v"] | None = None,
     ) -> MetricFn:
         """The metric as a function of logits, one value per row.
@@ -50,6 +49,16 @@ class Metric(ABC):
             TokenError: a word that is not exactly one token.
             InputError: answers that do not fit the batch, or positions outside it.
         """
+        return self._bind(model, model.as_inputs(inputs), reference)
+
+    @abstractmethod
+    def _bind(
+        self,
+        model: HookedAudioTransformer,
+        inputs: AudioInputs,
+        reference: Float[Tensor, "b t v"] | None,
+    ) -> MetricFn:
+        """What `bind` gives, for inputs that are `AudioInputs`."""
 
 
 def bound(
@@ -142,14 +151,14 @@ class _AtPosition(Metric):
 
     def _positions(self, inputs: AudioInputs) -> Int[Tensor, " b"]:
         batch, width = inputs.tokens.shape
-        if self.position is not None:
-            if not -width <= self.position < width:
-                raise InputError(f"position {self.position} lies outside rows of {width} tokens")
-            return torch.full((batch,), self.position % width, device=inputs.device)
-        if inputs.attention_mask is None:
-            return torch.full((batch,), width - 1, device=inputs.device)
-        steps = torch.arange(width, device=inputs.device)
-        return (inputs.attention_mask.bool() * steps).argmax(-1)
+        if self.position is None:
+            steps = torch.arange(width, device=inputs.device)
+            return (inputs.attended * steps).argmax(-1)
+        if not -width <= self.position < width:
+            raise InputError(f"position {self.position} lies outside rows of {width} tokens")
+        if not inputs.attended[:, self.position].all():
+            raise InputError(f"position {self.position} is padding in some row")
+        return torch.full((batch,), self.position % width, device=inputs.device)
 
     def _reader(self, inputs: AudioInputs) -> MetricFn:
         positions = self._positions(inputs)
@@ -166,7 +175,7 @@ class _LogitDiff(_AtPosition):
     def name(self) -> str:
         return f"logit difference {_shown(self.answer)} - {_shown(self.against)}"
 
-    def bind(self, model, inputs, reference=None) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> MetricFn:
         read = self._reader(inputs)
         right, wrong = (_ids(w, model, inputs) for w in (self.answer, self.against))
         if (right == wrong).any():
@@ -182,7 +191,7 @@ class _LogProb(_AtPosition):
     def name(self) -> str:
         return f"log-probability of {_shown(self.answer)}"
 
-    def bind(self, model, inputs, reference=None) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> MetricFn:
         read, ids = self._reader(inputs), _ids(self.answer, model, inputs)
         return lambda logits: _at(read(logits).log_softmax(-1), ids)
 
@@ -193,8 +202,8 @@ class _Prob(_LogProb):
     def name(self) -> str:
         return f"probability of {_shown(self.answer)}"
 
-    def bind(self, model, inputs, reference=None) -> MetricFn:
-        log_prob = super().bind(model, inputs, reference)
+    def _bind(self, model, inputs, reference) -> MetricFn:
+        log_prob = super()._bind(model, inputs, reference)
         return lambda logits: log_prob(logits).exp()
 
 
@@ -204,7 +213,7 @@ class _KL(_AtPosition):
     def name(self) -> str:
         return "KL from the clean run (nats)"
 
-    def bind(self, model, inputs, reference=None) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> MetricFn:
         if reference is None:
             raise InputError("kl compares with the clean run: pass its logits as reference=")
         read = self._reader(inputs)
@@ -220,17 +229,19 @@ class _SequenceLogProb(Metric):
     def name(self) -> str:
         return f"log-probability of {self.tokens!r}"
 
-    def bind(self, model, inputs, reference=None) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> MetricFn:
         ids = self.tokens
         if isinstance(ids, str):
             tokenizer = model.need_tokenizer("a sequence of words")
             ids = tokenizer.encode(ids, add_special_tokens=False)
         wanted = torch.tensor(list(ids), device=inputs.device)
         ends = inputs.tokens[:, -len(ids) :]
-        if len(ids) == 0 or not (ends == wanted).all():
+        read = inputs.attended[:, -len(ids) - 1 :]
+        has_room = 0 < len(ids) < inputs.tokens.shape[1]
+        if not (has_room and read.all() and (ends == wanted).all()):
             raise InputError(
-                f"the prompts must end with the tokens scored ({list(ids)}), without padding "
-                f"behind them; they end with {ends.tolist()}"
+                f"the prompts must end with the tokens scored ({list(ids)}), behind at least one "
+                f"other token and without padding; they end with {ends.tolist()}"
             )
         before = slice(-len(ids) - 1, -1)
         return lambda logits: (

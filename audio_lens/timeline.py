@@ -47,9 +47,22 @@ class Span:
         return (self.start_s + self.end_s) / 2
 
     @staticmethod
-    def of(window: Span | tuple[Seconds, Seconds]) -> Span:
-        """The window as a Span; pairs are ``(start_s, end_s)``."""
-        return window if isinstance(window, Span) else Span(float(window[0]), float(window[1]))
+    def of(window: Span | tuple[Seconds, Seconds] | tuple[Seconds, Seconds, str]) -> Span:
+        """The window as a Span; tuples are ``(start_s, end_s)`` or ``(start_s, end_s, label)``.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        if isinstance(window, Span):
+            return window
+        try:
+            start_s, end_s, label = (*window, None)[:3]
+            return Span(float(start_s), float(end_s), label)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"a window is a Span, (start_s, end_s) or (start_s, end_s, label), got {window!r}: "
+                f"{error}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,14 @@ class Timeline:
 
     def __getitem__(self, row: int) -> Timeline:
         return Timeline([self.rows[row]])
+
+    def corresponds_to(self, other: Timeline) -> bool:
+        """Whether every position of every part holds the same moment in both."""
+        tracks = [
+            [track for row in timeline.rows for part in row.tracks.values() for track in part]
+            for timeline in (self, other)
+        ]
+        return len(tracks[0]) == len(tracks[1]) and all(map(Track.same_as, *tracks))
 
     def _agreed(self, what: str, ask: Callable[[Row], Answer], same: Callable) -> Answer:
         first, *others = [ask(row) for row in self.rows]

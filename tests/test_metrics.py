@@ -25,6 +25,10 @@ class Vocabulary:
     def to_single_token(token: int) -> int:
         return token
 
+    @staticmethod
+    def as_inputs(inputs: AudioInputs) -> AudioInputs:
+        return inputs
+
 
 LOGITS = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 AT_END = LOGITS[[0, 1], [3, 2]]  # the last attended position of each row
@@ -79,6 +83,13 @@ def test_sequence_log_prob(inputs):
     assert torch.allclose(metric.bind(Vocabulary, row)(LOGITS[:1]), expected)
     with pytest.raises(InputError, match="must end with"):
         metric.bind(Vocabulary, inputs)
+    with pytest.raises(InputError, match="behind at least one"):
+        metrics.sequence_log_prob([5, 6, 7, 8]).bind(Vocabulary, row)
+
+
+def test_padding_is_not_read(inputs):
+    with pytest.raises(InputError, match="padding"):
+        metrics.prob(2, position=3).bind(Vocabulary, inputs)
 
 
 def test_wer():

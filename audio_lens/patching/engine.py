@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from audio_lens import metrics
-from audio_lens.inputs import AudioInputs
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.patching.plan import CellTable, Intervention, Windows
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
@@ -43,7 +43,7 @@ def sweep(
     metric: Any,
     windows: Windows | None = None,
     direction: Direction = "denoise",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     cells_per_forward: int | None = None,
     progress: bool = True,
 ) -> SweepResult:
@@ -64,21 +64,24 @@ def sweep(
         windows: for axis "time": width in seconds (default 0.1), ``(width, stride)``, a list of
             Spans or ``(start_s, end_s)``, or "position" for single positions.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
-        layers: the blocks to patch; None for all.
-        cells_per_forward: how many cells share a forward; None chooses. Hooks of yours stay in
-            force and see that many copies of the batch; 1 shows them the batch as it is.
+        layers: the block or blocks to patch; None for all.
+        cells_per_forward: how many cells share a forward, each as a copy of the batch; None
+            chooses. Hooks of yours stay in force; with them it chooses 1, so that they see the
+            batch as it is, and ``report`` says so.
         progress: show a progress bar.
 
     Returns:
-        `SweepResult`, with both baselines.
+        `SweepResult`, with both baselines. Values of stimuli that have no position in a window
+        (shorter clips of a batch) are NaN.
 
     Raises:
         SiteError: a site or axis the model does not have.
-        InputError: inputs whose shapes differ.
-        ValueError: windows without positions, layers out of range, a metric of another shape.
+        InputError: inputs whose shapes differ, or whose audio lies at other positions.
+        ValueError: windows without positions, layers out of range, a metric of another shape, or
+            one that is NaN on the unpatched runs.
     """
     clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
-    clean.check_pairs_with(corrupted, "clean", "corrupted")
+    _check_pair(model, clean, corrupted)
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction is 'denoise' or 'noise', got {direction!r}")
     if cells_per_forward is not None and cells_per_forward < 1:
@@ -87,6 +90,15 @@ def sweep(
     mode = "explicit" if table.site.reads_attention else model.attn_mode
     with model.attention(mode):
         return _run(model, clean, corrupted, table, metric, direction, cells_per_forward, progress)
+
+
+def _check_pair(model: HookedAudioTransformer, clean: AudioInputs, corrupted: AudioInputs) -> None:
+    clean.check_pairs_with(corrupted, "clean", "corrupted")
+    if not model.timeline(clean).corresponds_to(model.timeline(corrupted)):
+        raise InputError(
+            "the audio of clean and corrupted lies at different positions of the prompt, so these "
+            "do not correspond: use texts that put it in the same place"
+        )
 
 
 def _run(
@@ -111,8 +123,10 @@ def _run(
     source_values, base_values = (
         _measure(measures, logits, len(base)) for logits in (source_logits, base_logits)
     )
+    _check_finite({"patched": base_values, "source": source_values}, list(measures))
+    hooked = list(model.list_hooks(dir="fwd"))
     patched = _Patched(model, base, table, {name: source_cache[name] for name in names})
-    size = cells_per_forward or _cells_per_forward(model, base)
+    size = cells_per_forward or (1 if hooked else _cells_per_forward(model, base))
     values = []
     with tqdm(total=len(table.cells), unit="cell", disable=not progress) as bar:
         for start in range(0, len(table.cells), size):
@@ -122,6 +136,9 @@ def _run(
             bar.update(len(cells))
     per_cell = torch.stack(values, dim=-1)
     dims, coords = _batch_dims(metric, measures, base, base_values)
+    if "stimulus" in dims:
+        absent = ~table.covered[[cell.positions for cell in table.cells]].T
+        per_cell = per_cell.masked_fill(absent, torch.nan)
     shape = [len(coords[dim]) for dim in dims] + [len(table.coords[a]) for a in table.axes]
     batch_shape = shape[: len(dims)]
     is_denoise = direction == "denoise"
@@ -133,6 +150,7 @@ def _run(
         corrupted=(base_values if is_denoise else source_values).reshape(batch_shape),
         site=str(table.site),
         direction=direction,
+        report=[f"your hooks were in force: {', '.join(hooked)}"] if hooked else [],
         meta=_provenance(model, clean, corrupted, list(measures)),
     )
 
@@ -147,7 +165,8 @@ def _measure(
     measures: dict[str, Callable], logits: Float[Tensor, "b t v"], batch: int
 ) -> Float[Tensor, metrics * batch]:
     """Every metric of one run: a scalar or one value per row each, alike for all metrics."""
-    values = [torch.as_tensor(measure(logits)).detach().cpu() for measure in measures.values()]
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values = [torch.as_tensor(measure(precise)).detach().cpu() for measure in measures.values()]
     for name, value in zip(measures, values, strict=True):
         if value.shape not in ((), (batch,)):
             raise ValueError(
@@ -157,6 +176,16 @@ def _measure(
     if len({value.shape for value in values}) > 1:
         raise ValueError("metrics of one sweep must all give a scalar, or all one value per row")
     return torch.stack(values)
+
+
+def _check_finite(values: dict[str, Tensor], names: list[str]) -> None:
+    """Raise where a metric is NaN or infinite before anything is patched."""
+    for run, of_metrics in values.items():
+        broken = [
+            n for n, value in zip(names, of_metrics, strict=True) if not value.isfinite().all()
+        ]
+        if broken:
+            raise ValueError(f"metric {', '.join(broken)} is not finite on the {run} run")
 
 
 def _batch_dims(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,8 +23,9 @@ from audio_lens.timeline import Span, Timeline
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
-Windows = float | tuple[float, float] | Sequence["Span | tuple[float, float]"] | Literal["position"]
+Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
 DEFAULT_WINDOW_S = 0.1
+_WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ class CellTable:
     """Every cell of a sweep, in the order of its axes.
 
     `positions` holds the distinct sets of positions, for each entry of the site's batch axis
-    (prompts, or clips in encoder and connector).
+    (prompts, or clips in encoder and connector); `covered` says which prompts have any of them.
     """
 
     site: Site
     axes: tuple[str, ...]
     coords: dict[str, list]
     positions: Bool[Tensor, "sets batch t"]
+    covered: Bool[Tensor, "sets rows"]
     cells: list[Intervention]
 
     @staticmethod
@@ -56,7 +59,7 @@ class CellTable:
         site: Site,
         axes: Sequence[str],
         windows: Windows | None,
-        layers: Sequence[int] | None,
+        layers: int | Sequence[int] | None,
     ) -> CellTable:
         """The table of a sweep; everything that can be wrong with it raises here."""
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -67,15 +70,22 @@ class CellTable:
             coords["layer"] = list(chosen)
         if site.unit in axes:
             coords[site.unit] = list(range(_unit_count(model, site)))
-        where = _Positions(model.timeline(inputs), site, inputs)
+        where = _Positions(model.timeline(inputs), site)
         if "time" in axes:
-            coords["time"], positions = where.of_windows(windows)
+            coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
+            positions = where.inside(coords["time"])
         elif "position" in axes:
             coords["position"], positions = where.one_by_one()
         else:
-            positions = where.all()
-        cells = list(_cells(site, axes, coords, chosen))
-        return CellTable(site, axes, {axis: coords[axis] for axis in axes}, positions, cells)
+            positions = where.everywhere()
+        return CellTable(
+            site=site,
+            axes=axes,
+            coords={axis: coords[axis] for axis in axes},
+            positions=positions,
+            covered=where.covered(positions),
+            cells=list(_cells(site, axes, coords, chosen)),
+        )
 
 
 def _check_axes(site: Site, axes: tuple[str, ...], windows: Windows | None) -> None:
@@ -91,14 +101,19 @@ def _check_axes(site: Site, axes: tuple[str, ...], windows: Windows | None) -> N
         raise SiteError("windows belong to axis 'time', which is not among the axes")
 
 
-def _chosen_layers(site: Site, layers: Sequence[int] | None) -> tuple[int | None, ...]:
+def _chosen_layers(site: Site, layers: int | Sequence[int] | None) -> tuple[int | None, ...]:
     if site.n_layers is None:
         if layers is not None:
             raise SiteError(f"{site} lies outside the blocks: it has no layers to choose")
         return (None,)
-    chosen = tuple(range(site.n_layers)) if layers is None else tuple(layers)
-    if not chosen or not all(0 <= layer < site.n_layers for layer in chosen):
-        raise ValueError(f"layers must lie in 0 to {site.n_layers - 1}, got {chosen}")
+    if layers is None:
+        return tuple(range(site.n_layers))
+    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+    is_known = all(isinstance(layer, int) and 0 <= layer < site.n_layers for layer in chosen)
+    if not chosen or not is_known or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"layers must lie in 0 to {site.n_layers - 1}, each once; got {list(chosen)}"
+        )
     return chosen
 
 
@@ -122,75 +137,86 @@ def _cells(
         )
 
 
-@dataclass
 class _Positions:
     """Sets of positions of a site, for every entry of its batch axis."""
 
-    timeline: Timeline
-    site: Site
-    inputs: AudioInputs
+    def __init__(self, timeline: Timeline, site: Site):
+        self.site, self.part = site, site.positions_of
+        self.rows = [timeline[row] for row in range(len(timeline))]
+        self.entries = [(n, None) for n in range(len(self.rows))]  # prompt, and clip if apart
+        if self.part != "decoder":
+            self.entries = [(n, c) for n, row in enumerate(self.rows) for c in range(row.n_clips)]
+        self.valid = torch.stack([self.rows[n].valid(self.part, c or 0) for n, c in self.entries])
 
-    def _entries(self) -> list[tuple[Timeline, int | None]]:
-        """Per entry of the batch axis: its prompt, and its clip where clips run one by one."""
-        rows = [self.timeline[row] for row in range(len(self.timeline))]
-        if self.site.positions_of == "decoder":
-            return [(row, None) for row in rows]
-        return [(row, clip) for row in rows for clip in range(row.n_clips)]
-
-    def _width(self) -> int:
-        row, clip = self._entries()[0]
-        return len(row.valid(self.site.positions_of, clip or 0))
-
-    def all(self) -> Bool[Tensor, "1 batch t"]:
-        return torch.ones(1, len(self._entries()), self._width(), dtype=torch.bool)
+    def everywhere(self) -> Bool[Tensor, "1 batch t"]:
+        return torch.ones_like(self.valid)[None]
 
     def one_by_one(self) -> tuple[list[int], Bool[Tensor, "sets batch t"]]:
         """Every position that holds something in any row."""
-        valid = torch.stack(
-            [row.valid(self.site.positions_of, clip or 0) for row, clip in self._entries()]
-        )
-        chosen = valid.any(0).nonzero().flatten().tolist()
-        single = torch.eye(self._width(), dtype=torch.bool)[chosen]
-        return chosen, repeat(single, "sets t -> sets batch t", batch=len(valid))
+        chosen = self.valid.any(0).nonzero().flatten()
+        single = torch.eye(self.valid.shape[1], dtype=torch.bool)[chosen]
+        return chosen.tolist(), repeat(single, "sets t -> sets batch t", batch=len(self.valid))
 
-    def of_windows(self, windows: Windows | None) -> tuple[list[Span], Bool[Tensor, "s b t"]]:
-        """The windows as Spans, with their positions; one without any raises."""
-        part = self.site.positions_of
-        spans = self._spans(part, DEFAULT_WINDOW_S if windows is None else windows)
-        sets = torch.zeros(len(spans), len(self._entries()), self._width(), dtype=torch.bool)
-        for i, span in enumerate(spans):
-            for entry, (row, clip) in enumerate(self._entries()):
-                if clip is None or clip == span.clip:
-                    sets[i, entry] = row.inside(part, span)
-            if not sets[i].any():
-                longest = max(row.duration_s(span.clip) for row, _ in self._entries())
+    def inside(self, spans: Sequence[Span]) -> Bool[Tensor, "sets batch t"]:
+        """The positions of every span; a span without any raises."""
+        sets = torch.stack([self._inside(span) for span in spans])
+        for span, found in zip(spans, sets, strict=True):
+            if not found.any():
                 raise ValueError(
                     f"no position of {self.site} lies in the window {span.start_s:g} to "
-                    f"{span.end_s:g} s of clip {span.clip} ({longest:g} s long)"
+                    f"{span.end_s:g} s of clip {span.clip}; clips last "
+                    + ", ".join(f"{self._longest(c).duration_s(c):g} s" for c in self._clips())
                 )
-        return spans, sets
+        return sets
 
-    def _spans(self, part: str, windows: Windows) -> list[Span]:
-        longest = max((row for row, _ in self._entries()), key=lambda row: row.duration_s())
+    def _inside(self, span: Span) -> Bool[Tensor, "batch t"]:
+        found = torch.zeros_like(self.valid)
+        for entry, (n, clip) in enumerate(self.entries):
+            if span.clip < self.rows[n].n_clips and clip in (None, span.clip):
+                found[entry] = self.rows[n].inside(self.part, span)
+        return found
+
+    def covered(self, sets: Bool[Tensor, "sets batch t"]) -> Bool[Tensor, "sets rows"]:
+        """Which prompts hold something at any position of a set."""
+        found = (sets & self.valid).any(-1)
+        rows = torch.zeros(len(sets), len(self.rows), dtype=torch.bool)
+        for entry, (n, _) in enumerate(self.entries):
+            rows[:, n] |= found[:, entry]
+        return rows
+
+    def spans(self, windows: Windows) -> list[Span]:
+        """The windows asked for, over every clip where no clip is named."""
         if windows == "position":
-            return _single_position_spans(longest, part)
-        if isinstance(windows, (int, float)):
-            return longest.windows(part, float(windows))
-        if isinstance(windows, tuple) and all(isinstance(w, (int, float)) for w in windows):
-            return longest.windows(part, *windows)
-        if isinstance(windows, str) or not len(windows):
-            raise ValueError(
-                "windows is a width in seconds, (width, stride), a list of spans, or 'position'; "
-                f"got {windows!r}"
-            )
-        return [Span.of(window) for window in windows]
+            return [span for clip in self._clips() for span in self._single_positions(clip)]
+        sizes = [windows] if isinstance(windows, Real) else windows
+        if isinstance(sizes, str) or not len(sizes):
+            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
+        if not all(isinstance(size, Real) for size in sizes):
+            return [Span.of(window) for window in sizes]
+        if len(sizes) > 2 or isinstance(windows, list):
+            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
+        width, stride = float(sizes[0]), float(sizes[-1])
+        return [
+            span
+            for clip in self._clips()
+            for span in self._longest(clip).windows(self.part, width, stride, clip)
+        ]
 
+    def _clips(self) -> range:
+        return range(max(row.n_clips for row in self.rows))
 
-def _single_position_spans(timeline: Timeline, part: str) -> list[Span]:
-    """One span around the centre of every position of the first clip."""
-    seconds, valid = timeline.seconds(part), timeline.valid(part)
-    centres = seconds[valid & seconds.isfinite() & (timeline.clips(part) == 0)]
-    if len(centres) < 2:
-        raise ValueError(f"the {part} has too few positions in time for single-position windows")
-    half = float(centres[1] - centres[0]) / 2
-    return [Span(max(0.0, c - half), c + half) for c in centres.tolist()]
+    def _longest(self, clip: int) -> Timeline:
+        """The prompt in which this clip lasts longest."""
+        having = [row for row in self.rows if clip < row.n_clips]
+        return max(having, key=lambda row: row.duration_s(clip))
+
+    def _single_positions(self, clip: int) -> list[Span]:
+        """One span around the centre of every position of a clip."""
+        row = self._longest(clip)
+        seconds = row.seconds(self.part, clip)
+        here = row.valid(self.part, clip) & (row.clips(self.part, clip) == clip)
+        centres = seconds[here & seconds.isfinite()]
+        if len(centres) < 2:
+            raise ValueError(f"the {self.part} has too few positions in time for single ones")
+        half = float(centres[1] - centres[0]) / 2
+        return [Span(max(0.0, c - half), c + half, clip=clip) for c in centres.tolist()]

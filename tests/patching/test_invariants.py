@@ -111,8 +111,9 @@ def test_exact(family, name, direction):
             model, base, source, site, [as_loop_cell(model, base, site, cells[i]) for i in few]
         )
     fast = result.values.flatten(1)[:, few]
-    scale = slow.abs().max()
-    assert (fast - slow).abs().max() <= 1e-10 * scale
+    there = fast.isfinite()  # NaN where a row has only padding at the position
+    assert there.any(1).all() and (there.all() or not has_time)
+    assert (fast - slow)[there].abs().max() <= 1e-10 * slow.abs().max()
     assert (slow - slow[:, :1]).abs().max() > 0, "the loop itself sees no difference between cells"
 
 
@@ -149,7 +150,11 @@ def test_exact_for_any_windows(family, data):
         for layer in layers
     ]
     slow = loop(model, corrupted, clean, site, cells)
-    assert (result.values.flatten(1) - slow).abs().max() <= 1e-10 * slow.abs().max()
+    fast = result.values.flatten(1)
+    there = fast.isfinite()  # NaN where a window lies behind the end of a shorter clip
+    beyond = [[len(where[row]) == 0 for *_, where in cells] for row in range(2)]
+    assert torch.equal(~there, torch.tensor(beyond))
+    assert (fast - slow)[there].abs().max() <= 1e-10 * slow.abs().max()
 
 
 @pytest.mark.parametrize(("family", "name"), EVERY_SITE)
@@ -169,7 +174,8 @@ def test_identity(family, name):
         progress=False,
     )
     baseline = result.clean[:, None, None] if site.n_layers else result.clean[:, None]
-    assert (result.values - baseline).abs().max() <= 1e-12 * result.clean.abs().max()
+    change = (result.values - baseline)[result.values.isfinite()]
+    assert len(change) and change.abs().max() <= 1e-12 * result.clean.abs().max()
 
 
 @pytest.mark.parametrize(

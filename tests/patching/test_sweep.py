@@ -134,7 +134,66 @@ def test_cross_attention_keys_lie_on_the_encoders_seconds(whisper):
     assert result.values.shape == (2, 3, 2)
 
 
+@pytest.fixture(scope="module")
+def llm():
+    return HookedAudioTransformer.from_hf(tiny.tiny_hf("qwen2_audio"))
+
+
+def llm_pair(**options):
+    """Two batches that differ in their audio alone."""
+    clean, other = (tiny.hf_inputs("qwen2_audio", seed=s, **options) for s in (0, 1))
+    return clean, {**clean, "input_features": other["input_features"]}
+
+
+def test_windows_run_over_every_clip_of_a_prompt(llm):
+    clean, corrupted = llm_pair(lengths=[(120, 80)], words=[6])
+    result = run(llm, clean, corrupted, axes="time", windows=0.4, metric=last_token)
+    spans = result.coords["time"]
+    assert [span.clip for span in spans] == [0, 0, 0, 1, 1]
+    apart = [
+        run(llm, clean, corrupted, axes="time", windows=[span], metric=last_token).values
+        for span in spans
+    ]
+    assert torch.equal(result.values, torch.cat(apart))
+
+
+def test_stimuli_without_a_window_are_nan(llm):
+    """The second clip is over at 0.8 s: later windows say nothing about it."""
+    clean, corrupted = llm_pair(lengths=(200, 80))
+    result = run(llm, clean, corrupted, axes="time", windows=0.5, metric=last_token)
+    assert result.values.isnan().tolist() == [[False] * 4, [False, False, True, True]]
+
+
+def test_hooks_of_the_user_see_the_batch_as_it_is(llm):
+    clean, corrupted = llm_pair(lengths=(120, 120))
+    frozen = llm.run_with_cache(clean)[1]["blocks.1.hook_mlp_out"]
+    with llm.hooks([("blocks.1.hook_mlp_out", lambda x, hook: frozen)]):
+        result = run(llm, clean, corrupted, axes=("layer", "time"), windows=0.4, metric=last_token)
+    assert "decoder.blocks.1.hook_mlp_out" in result.report[0]
+    assert result.values[:, 0].isfinite().all()
+
+
+def test_half_precision_is_measured_in_float32():
+    model = HookedAudioTransformer.from_hf(tiny.tiny_hf("qwen2_audio", dtype=torch.bfloat16))
+    clean, corrupted = llm_pair(lengths=(120,), words=(6,))
+    result = run(model, clean, corrupted, axes="layer", metric=metrics.log_prob(7))
+    assert result.values.dtype == result.recovery.dtype == torch.float32
+
+
 # -------------------------------------------------------------------------------- refusals
+
+
+def test_audio_at_other_positions_is_refused(llm):
+    """Equal shapes, but the clip stands two tokens later in one of the prompts."""
+    clean, _ = llm_pair(lengths=(120,), words=(6,))
+    shifted = {**clean, "input_ids": clean["input_ids"].roll(2, dims=1)}
+    with pytest.raises(InputError, match="different positions"):
+        run(llm, clean, shifted, metric=last_token)
+
+
+def test_metrics_that_are_not_finite_are_refused(toy):
+    with pytest.raises(ValueError, match="not finite"):
+        run(toy, axes="layer", metric=lambda logits: last_token(logits) * torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +208,13 @@ def test_cross_attention_keys_lie_on_the_encoders_seconds(whisper):
         ({"axes": ("time",), "windows": 0.0}, ValueError, "positive"),
         ({"axes": ("time",), "windows": [(5.0, 6.0)]}, ValueError, "no position"),
         ({"axes": ("time",), "windows": [(0.3, 0.2)]}, ValueError, "end after it starts"),
-        ({"axes": ("time",), "windows": []}, ValueError, "windows is"),
+        ({"axes": ("time",), "windows": []}, ValueError, "none of"),
         ({"axes": ("time",), "windows": "frames"}, WRONG_VALUE, "windows"),
+        ({"axes": ("time",), "windows": (0.1, 0.2, 0.3)}, ValueError, "none of"),
+        ({"axes": ("time",), "windows": [0.1, 0.2]}, WRONG_VALUE, "window"),
+        ({"axes": ("time",), "windows": [(0.1, "b")]}, WRONG_VALUE, "window"),
         ({"layers": [9]}, ValueError, "layers must lie in 0 to 4"),
+        ({"layers": [1, 1]}, ValueError, "each once"),
         ({"site": "connector.out", "axes": "time", "layers": [0]}, SiteError, "outside the blocks"),
         ({"direction": "both"}, WRONG_VALUE, "direction"),
         ({"metric": 3}, TypeError, "metric"),
