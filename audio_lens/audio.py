@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,33 @@ def read(path: str | Path, sampling_rate: int = 16_000) -> Float[np.ndarray, " s
     Raises:
         AudioError: if the file is missing, empty, not audio, or holds NaN or infinite samples.
     """
+    with _opened(path) as file:
+        samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
+        return resample(_checked(samples, str(path)), file.samplerate, sampling_rate)
+
+
+def check(path: str | Path) -> None:
+    """Raise unless there is a sound file at the path; no sample of it is read.
+
+    Raises:
+        AudioError: if the file is missing, empty or not audio.
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
     path = Path(path)
     if not path.is_file():
         raise AudioError(f"no audio file at {path}")
     if path.stat().st_size == 0:
         raise AudioError(f"{path} is empty (0 bytes)")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            yield file
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path} cannot be read as audio: {error}") from error
-    return resample(_checked(samples.mean(axis=1), str(path)), rate, sampling_rate)
 
 
 def resample(
@@ -61,9 +80,11 @@ def load(
 
     Args:
         source: path to a sound file, or samples: ``[samples]``, ``[channels, samples]`` or
-            ``[samples, channels]`` (the short axis, at most 8, is taken as channels).
+            ``[samples, channels]`` (the short axis, at most 8, is taken as channels and averaged:
+            clips stacked into one array are not a batch).
         sampling_rate: the rate wanted, in Hz.
-        source_rate: the rate of samples given as an array, in Hz; files know their own.
+        source_rate: the rate of samples given as an array, in Hz. Files know their own, so it
+            does not concern them: a list of clips may mix both.
 
     Raises:
         AudioError: empty, NaN or oddly shaped audio, or an array without ``source_rate``.
@@ -100,7 +121,10 @@ def _mono(array: np.ndarray) -> Float[np.ndarray, " samples"]:
     if array.ndim == 2 and min(array.shape) <= _MOST_CHANNELS:
         array = array.mean(axis=int(np.argmin(array.shape)))
     if array.ndim != 1:
-        raise AudioError(f"a clip is [samples] or [channels, samples], got shape {array.shape}")
+        raise AudioError(
+            f"a clip is [samples] or [channels, samples], got shape {array.shape}; a batch is a "
+            "list of clips"
+        )
     return array.astype(np.float32)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-BAD_INPUT, NO_RESULT = 2, 1
+BAD_INPUT = 2
 ANSWER_TOKENS, TRANSCRIPT_TOKENS = 16, 200
 
 app = typer.Typer(
@@ -35,6 +35,9 @@ ModelName = Annotated[
     str, typer.Option("--model", "-m", help='A hub id, a Hugging Face directory, or "embedded".')
 ]
 AudioFiles = Annotated[list[Path], typer.Argument(help="Sound files (wav, flac, mp3 ...).")]
+Language = Annotated[
+    str | None, typer.Option(help='What Whisper hears, a code like "en"; default: found.')
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -97,6 +100,7 @@ def map_command(
         str | None, typer.Option(help="Answer to the clean clip: one token (mind a leading space).")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Answer to the corrupted clip.")] = None,
+    language: Language = None,
     site: Annotated[
         str,
         typer.Option(help="What to patch: part.activation, e.g. decoder.attn.z, connector.out."),
@@ -137,11 +141,16 @@ def map_command(
     with plain_errors(debug):
         case = _case(clean, corrupted, question, answer, against)
         wanted = _wanted_axes(axes)
-        _check_folders(html, save)
+        _check_audio(case.clean, case.corrupted)
+        _check_outputs(html, save)
         listener = _load(model)
         from audio_lens import metrics, patching, report
 
-        pair = _prepare_pair(listener, case)
+        patching.Site.parse(site, listener)  # a mistyped one raises before any work
+        options = _map_options(listener, question, language)
+        if not listener.takes_question:
+            case = replace(case, question=None)
+        pair = _prepare_pair(listener, case, options)
         metric = metrics.logit_diff(case.answer, case.against)
         before = _listen(listener, pair, metric)
         if not as_json:
@@ -192,6 +201,7 @@ def _case(
     against: str | None,
 ) -> Case:
     """The user's clips with their answers, or the shipped pair with what is not overridden."""
+    _check_not_empty({"--question": question, "--answer": answer, "--against": against})
     if clean is None and corrupted is None:
         from audio_lens.models.embedded import default_pair
 
@@ -199,9 +209,9 @@ def _case(
         return Case(
             clean=pair.clean,
             corrupted=pair.corrupted,
-            question=question or pair.question,
-            answer=answer or pair.answer,
-            against=against or pair.against,
+            question=pair.question if question is None else question,
+            answer=pair.answer if answer is None else answer,
+            against=pair.against if against is None else against,
             words=pair.words,
             corrupted_words=pair.corrupted_words,
         )
@@ -212,8 +222,18 @@ def _case(
     return Case(clean, corrupted, question, answer, against)
 
 
-def _prepare_pair(model: Any, case: Case) -> list[Any]:
-    """Inputs of both clips, the shorter one lengthened: patching needs equal shapes."""
+def _map_options(model: Any, question: str | None, language: str | None) -> dict[str, str | None]:
+    """Options of `prepare`; raises for one that the model does not take."""
+    name = model.cfg.model_name
+    if model.takes_question and language is not None:
+        raise ValueError(f"{name} answers questions and takes no --language")
+    if not model.takes_question and question is not None:
+        raise ValueError(f"{name} writes down speech and takes no --question")
+    return {} if model.takes_question else {"language": language}
+
+
+def _prepare_pair(model: Any, case: Case, options: dict[str, str | None]) -> list[Any]:
+    """Inputs of both clips with the same text; the shorter clip is lengthened to fit the other."""
     import numpy as np
 
     from audio_lens import audio
@@ -223,8 +243,9 @@ def _prepare_pair(model: Any, case: Case) -> list[Any]:
     longest = max(map(len, clips))
     if min(map(len, clips)) < longest:
         err.print(f"the shorter clip is lengthened with silence to {longest / rate:.2f} s")
-    padded = [np.pad(clip, (0, longest - len(clip))) for clip in clips]
-    return [model.prepare(clip, text=case.question, sampling_rate=rate) for clip in padded]
+    clean, corrupted = (np.pad(clip, (0, longest - len(clip))) for clip in clips)
+    inputs = model.prepare(clean, text=case.question, sampling_rate=rate, **options)
+    return [inputs, inputs.with_audio(corrupted, sampling_rate=rate)]
 
 
 def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
@@ -234,9 +255,9 @@ def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
     from audio_lens import metrics
     from audio_lens.patching.result import alike
 
-    answers = [model.generate(inputs, max_new_tokens=ANSWER_TOKENS)[0] for inputs in pair]
     with torch.inference_mode():
         values = [metrics.bound(metric, model, inputs)(model(inputs)).mean() for inputs in pair]
+    answers = [model.generate(inputs, max_new_tokens=ANSWER_TOKENS)[0] for inputs in pair]
     return {
         "model": model.cfg.model_name,
         "answers": dict(zip(("clean", "corrupted"), answers, strict=True)),
@@ -246,16 +267,37 @@ def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
 
 
 def _wanted_axes(axes: str) -> list[str]:
+    from audio_lens.patching.result import AXES
+
     wanted = [axis.strip() for axis in axes.split(",")]
     if len(wanted) > 2:
         raise ValueError(f"a map has one or two axes, got {', '.join(wanted)}")
+    unknown = [axis for axis in wanted if axis not in AXES]
+    if unknown:
+        raise ValueError(f"unknown axis {unknown[0]!r}: choose of {', '.join(AXES)}")
     return wanted
 
 
-def _check_folders(*paths: Path | None) -> None:
-    """Raise before the work if what it gives could not be written."""
+def _check_not_empty(options: dict[str, str | None]) -> None:
+    for option, text in options.items():
+        if text == "":
+            raise ValueError(f"{option} is empty: write something or leave it out")
+
+
+def _check_audio(*paths: Path) -> None:
+    """Raise before the work if a clip is missing or no sound file."""
+    from audio_lens import audio
+
     for path in paths:
-        if path is not None and not path.parent.is_dir():
+        audio.check(path)
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Raise before the work if what it gives could not be written."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name the file to write")
+        if not path.parent.is_dir():
             raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
 
 
@@ -263,7 +305,9 @@ def _windows(window: float | None, stride: float | None) -> float | tuple[float,
     """Width, or width and stride, of the windows; None leaves the choice to the sweep."""
     from audio_lens.patching.plan import DEFAULT_WINDOW_S
 
-    return window if stride is None else (window or DEFAULT_WINDOW_S, stride)
+    if stride is None:
+        return window
+    return (DEFAULT_WINDOW_S if window is None else window, stride)
 
 
 def _told(case: Case, before: dict[str, Any]) -> dict[str, str]:
@@ -371,7 +415,7 @@ def _one_block_each(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
 def transcribe(
     audio: AudioFiles,
     model: ModelName = "openai/whisper-tiny",
-    language: Annotated[str | None, typer.Option(help='A code like "en"; default: found.')] = None,
+    language: Language = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -382,13 +426,11 @@ def transcribe(
     [green]audio-lens transcribe talk.wav --model openai/whisper-tiny --language en[/]
     """
     with plain_errors(debug):
+        _check_audio(*audio)
         listener = _load(model)
-        if not _transcribes(listener):
+        if listener.takes_question:
             raise ValueError(f"{model} answers questions: audio-lens ask CLIP --question ...")
-        said = {}
-        for path in audio:
-            inputs = listener.prepare(path, language=language)
-            said[str(path)] = listener.generate(inputs, max_new_tokens=TRANSCRIPT_TOKENS)[0]
+        said = _texts_of(listener, audio, TRANSCRIPT_TOKENS, language=language)
         _print_texts(said, as_json)
 
 
@@ -407,16 +449,14 @@ def ask(
     [green]audio-lens ask clip.wav --question "which digit is first?"[/]
     """
     with plain_errors(debug):
+        _check_not_empty({"--question": question})
+        _check_audio(*audio)
         listener = _load(model)
-        if _transcribes(listener):
+        if not listener.takes_question:
             raise ValueError(
                 f"{model} writes down speech and takes no question: audio-lens transcribe"
             )
-        answers = {}
-        for path in audio:
-            inputs = listener.prepare(path, text=question)
-            answers[str(path)] = listener.generate(inputs, max_new_tokens=ANSWER_TOKENS)[0]
-        _print_texts(answers, as_json)
+        _print_texts(_texts_of(listener, audio, ANSWER_TOKENS, text=question), as_json)
 
 
 # -------------------------------------------------------------------------------- shared
@@ -432,9 +472,15 @@ def _load(name: str) -> Any:
         return HookedAudioTransformer.from_pretrained(name)
 
 
-def _transcribes(model: Any) -> bool:
-    """Whether the model only writes down speech, and takes no question."""
-    return model.cfg.family == "whisper"
+def _texts_of(
+    model: Any, audio: Sequence[Path], max_new_tokens: int, **options: str | None
+) -> dict[str, str]:
+    """What the model says to each clip; all are prepared first, so that a bad one costs no work."""
+    prepared = {str(path): model.prepare(path, **options) for path in audio}
+    return {
+        path: model.generate(inputs, max_new_tokens=max_new_tokens)[0]
+        for path, inputs in prepared.items()
+    }
 
 
 def _print_texts(texts: dict[str, str], as_json: bool) -> None:

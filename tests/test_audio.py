@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from audio_lens import AudioError
-from audio_lens.audio import load, read, resample
+from audio_lens.audio import check, load, read, resample
 
 RATE = 16_000
 
@@ -122,7 +122,7 @@ def test_files_that_are_no_audio(tmp_path: Path) -> None:
         (np.array([0.0, np.nan]), "holds NaN or infinite"),
         (np.array([0.0, np.inf]), "holds NaN or infinite"),
         (torch.tensor([0.0, float("nan")]), "holds NaN or infinite"),
-        (np.zeros((2, 3, 4)), r"got shape \(2, 3, 4\)"),
+        (np.zeros((2, 3, 4)), r"got shape \(2, 3, 4\); a batch is a list"),
         (np.zeros((9, 9)), r"got shape \(9, 9\)"),
         (np.ones(()), r"got shape \(\)"),
         (np.array(["a", "b"]), "must be real numbers"),
@@ -144,6 +144,22 @@ def test_arrays_need_their_sampling_rate() -> None:
         load(tone(), RATE)
     with pytest.raises(AudioError, match="positive number of Hz, got 0"):
         load(tone(), RATE, 0)
+
+
+def test_a_file_keeps_its_own_rate(tmp_path: Path) -> None:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, tone(8_000), 8_000, subtype="FLOAT")
+    for said in (None, 8_000, 44_100):
+        assert np.array_equal(load(path, RATE, said), read(path, RATE))
+
+
+def test_check_takes_sound_files_only(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "clip.wav", tone(), RATE)
+    check(tmp_path / "clip.wav")
+    (tmp_path / "text.wav").write_text("this is no sound")
+    for name in ("text.wav", "nothing.wav"):
+        with pytest.raises(AudioError, match=name):
+            check(tmp_path / name)
 
 
 def test_too_short_to_resample() -> None:

@@ -116,6 +116,7 @@ def test_map_without_options_takes_the_shipped_pair(run, clips, monkeypatch, tmp
     pair = SimpleNamespace(
         clean=clips.clean, corrupted=clips.corrupted, question="which digit is last?",
         answer="seven", against="two", words=[Span(0.2, 0.4, "seven")],
+        corrupted_words=[],
     )  # fmt: skip
     monkeypatch.setattr(shipped, "default_pair", lambda: pair, raising=False)
     result = run("map", *QUICK)
@@ -163,15 +164,57 @@ def test_clips_of_unequal_length_are_lengthened(run, clips):
         (["--axes", "layer,tone"], "tone"),
         (["--answer", "seven hundred"], "one token"),
         (["--window", "0"], "positive"),
-        (["--clean", "nothing.wav"], "nothing.wav"),
+        (["--window", "0", "--stride", "0.5"], "positive"),
         (["--model", "no_such_directory/at_all/here"], "no_such_directory"),
-        (["--axes", "layer,head,time", "--site", "decoder.attn.z"], "one or two axes"),
-        (["--out", "no_folder/map.html"], "no folder"),
+        (["--language", "en"], "takes no --language"),
     ],
 )
 def test_bad_input_is_one_red_line(run, clips, options, complaint, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert_one_red_line(run(*own(clips, *options)), complaint)
+
+
+@pytest.fixture
+def unloadable(monkeypatch, run):
+    """Loading a model fails the test: what is wrong must be said before."""
+    monkeypatch.setattr(cli, "_load", lambda name: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--axes", "layer,tone"], "unknown axis 'tone'"),
+        (["--axes", "layer,head,time", "--site", "decoder.attn.z"], "one or two axes"),
+        (["--clean", "nothing.wav"], "nothing.wav"),
+        (["--corrupted", "text.wav"], "text.wav cannot be read as audio"),
+        (["--out", "no_folder/map.html"], "no folder"),
+        (["--out", "."], "is a folder"),
+        (["--save", "."], "is a folder"),
+        (["--answer", ""], "--answer is empty"),
+        (["--question", ""], "--question is empty"),
+    ],
+)
+def test_what_needs_no_model_is_said_before_it_is_loaded(
+    run, clips, unloadable, options, complaint, tmp_path
+):
+    (tmp_path / "text.wav").write_text("no sound")
+    assert_one_red_line(run(*own(clips, *options)), complaint)
+
+
+@pytest.mark.parametrize("command", [["ask", "-q", "what?"], ["transcribe"]])
+def test_every_clip_is_looked_for_before_the_model_is_loaded(run, clips, unloadable, command):
+    assert_one_red_line(run(*command, clips.clean, "missing.wav"), "missing.wav")
+
+
+def test_an_empty_question_is_refused(run, clips, unloadable):
+    assert_one_red_line(run("ask", clips.clean, "-q", ""), "--question is empty")
+
+
+def test_nothing_is_generated_before_a_bad_clip_or_site(run, clips, monkeypatch, embedded):
+    monkeypatch.setattr(embedded, "generate", lambda *_, **__: pytest.fail("generated"))
+    soundfile.write("long.wav", np.zeros(40 * RATE), RATE)
+    assert_one_red_line(run("ask", clips.clean, "long.wav", "-q", "what?"), "40")
+    assert_one_red_line(run(*own(clips, "--site", "decoder.resid_prr")), "resid_pre")
 
 
 def test_a_direction_is_one_of_two(run, clips):
@@ -263,6 +306,24 @@ def test_map_of_whisper_is_over_its_encoder(run, clips, speaking_whisper):
     assert encoder.exit_code == 0, encoder.output
     assert {cell["layer"] for cell in json.loads(encoder.stdout)["top"]} == {0}
     assert_one_red_line(run(*files, *words, "--site", "decoder.resid_pre"), "position")
+    assert_one_red_line(run(*files, *words, "--question", "what?"), "takes no --question")
+
+
+def test_both_clips_of_a_pair_have_the_tokens_of_the_clean_one(whisper, clips, monkeypatch):
+    model = HookedAudioTransformer.from_pretrained(str(whisper))
+    found, asked = iter(["de", "en"]), []
+
+    def prompt(written, language, task):
+        asked.append(language)
+        return written or [1, {"de": 3, "en": 4}[language or next(found)]]
+
+    monkeypatch.setattr(model, "_prompt_of", prompt)
+    case = cli.Case(clips.clean, clips.corrupted, None, "seven", "two")
+    clean, corrupted = cli._prepare_pair(model, case, {"language": None})
+    assert clean.tokens.tolist() == corrupted.tokens.tolist() == [[1, 3]]
+    assert not torch.equal(clean.features, corrupted.features)
+    chosen, _ = cli._prepare_pair(model, case, {"language": "en"})
+    assert chosen.tokens.tolist() == [[1, 4]] and "en" in asked
 
 
 def test_each_command_names_the_other_for_the_other_kind(run, clips, whisper):

@@ -9,15 +9,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.timeline import Span
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 BATCH_DIMS = ("metric", "stimulus")
 AXES = ("layer", "head", "time", "position", "neuron")
@@ -57,11 +59,11 @@ class Cell:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings for JSON; seconds for the span, None for NaN."""
+        """Plain numbers and strings for JSON; seconds and clip of the span, None for NaN."""
         places = {axis: getattr(self, axis) for axis in AXES if axis != "time"}
         if self.span is not None:
             places |= {"start_s": self.span.start_s, "end_s": self.span.end_s}
-            places |= {"label": self.span.label}
+            places |= {"label": self.span.label, "clip": self.span.clip}
         numbers = {"value": self.value, "recovery": self.recovery, "effect": self.effect}
         numbers = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         return {name: at for name, at in places.items() if at is not None} | numbers
@@ -83,6 +85,13 @@ def alike(clean: Float[Tensor, ...], corrupted: Float[Tensor, ...]) -> Bool[Tens
     return (clean - corrupted).abs() < (RELATIVE_GAP * larger).clamp(min=ABSOLUTE_GAP)
 
 
+def _recovery(values: Tensor, clean: Tensor, corrupted: Tensor) -> Float[Tensor, ...]:
+    """(value - corrupted) / (clean - corrupted); NaN where that gap is nothing or not finite."""
+    gap = clean - corrupted
+    useless = alike(clean, corrupted) | ~gap.isfinite()
+    return (values - corrupted) / gap.masked_fill(useless, math.nan)
+
+
 def describe_span(span: Span) -> str:
     """A span for people, e.g. ``0.40-0.50 s "seven"``; later clips are named."""
     clip = f" of clip {span.clip}" if span.clip else ""
@@ -96,7 +105,7 @@ class SweepResult:
 
     Attributes:
         values: metric of each patched run, ``[metric?, stimulus?, *axes]`` as ``dims`` says.
-            NaN marks a cell that has not been computed.
+            NaN marks a cell that was not computed, or a window that the stimulus does not have.
         dims: name of every dimension of ``values``: first "metric" where several were asked,
             then "stimulus" where the batch holds several, then the axes in the order asked.
         coords: per dimension its coordinates: names of metrics, labels of stimuli, numbers of
@@ -123,13 +132,17 @@ class SweepResult:
 
     def __post_init__(self) -> None:
         self._check()
-        alike = int(self._alike.sum())
-        if not alike:
+        finite = self.clean.isfinite() & self.corrupted.isfinite()
+        self._note_baselines(~finite, "not finite", "the metric tells nothing")
+        why = "the inputs do not differ in what the metric measures"
+        self._note_baselines(alike(self.clean, self.corrupted), "alike", why)
+
+    def _note_baselines(self, where: Bool[Tensor, ...], what: str, why: str) -> None:
+        """Report and log that the baselines ``where`` allow no recovery."""
+        if not where.any():
             return
-        note = (
-            f"clean and corrupted metric are alike for {alike} of {self._alike.numel()} baselines: "
-            "the inputs do not differ in what the metric measures, so recovery is NaN there"
-        )
+        count = f"{int(where.sum())} of {where.numel()} baselines"
+        note = f"clean and corrupted metric are {what} for {count}: {why}, so recovery is NaN there"
         if note not in self.report:
             self.report = [*self.report, note]
             log.warning(note)
@@ -162,17 +175,14 @@ class SweepResult:
         return len(self.dims) - len(self.axes)
 
     @property
-    def _alike(self) -> Bool[Tensor, ...]:
-        return alike(self.clean, self.corrupted)
-
-    @property
     def recovery(self) -> Float[Tensor, ...]:
         """(value - corrupted) / (clean - corrupted): 0 as corrupted, 1 as clean; same shape.
 
-        May lie below 0 or above 1. NaN where the baselines are alike (see ``report``).
+        May lie below 0 or above 1. NaN where the baselines are alike or not finite (see
+        ``report``), and where the value is NaN.
         """
-        gap = (self.clean - self.corrupted).masked_fill(self._alike, math.nan)
-        return (self.values - self._over_axes(self.corrupted)) / self._over_axes(gap)
+        clean, corrupted = self._over_axes(self.clean), self._over_axes(self.corrupted)
+        return _recovery(self.values, clean, corrupted)
 
     @property
     def effect(self) -> Float[Tensor, ...]:
@@ -180,13 +190,20 @@ class SweepResult:
 
         Denoising: the recovery. Noising: (clean - value) / (clean - corrupted).
         """
-        return self.recovery if self.direction == "denoise" else 1 - self.recovery
+        return self._effect(self.recovery)
+
+    def _effect(self, recovery: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        return recovery if self.direction == "denoise" else 1 - recovery
 
     def _over_axes(self, baseline: Tensor) -> Tensor:
         return baseline.reshape(*baseline.shape, *[1] * len(self.axes))
 
     def mean(self) -> SweepResult:
-        """Mean over the stimuli; recovery is then a ratio of means, the stable aggregate."""
+        """Mean over the stimuli; recovery is then a ratio of means, the stable aggregate.
+
+        A cell that any stimulus lacks is NaN, for the baselines are those of all stimuli. `cells`
+        and `top` take the mean over the stimuli that have the cell.
+        """
         if "stimulus" not in self.dims:
             return self
         at = self.dims.index("stimulus")
@@ -247,13 +264,28 @@ class SweepResult:
     def cells(self, metric: str | None = None) -> list[Cell]:
         """Every cell, in the order of the axes, averaged over the stimuli (ratio of means).
 
+        Stimuli whose value or baseline is NaN are left out, of the baselines too.
+
         Raises:
             ValueError: if there are several metrics and none is named.
         """
-        one = self._of_metric(metric).mean()
-        columns = (x.flatten().tolist() for x in (one.values, one.recovery, one.effect))
+        one = self._of_metric(metric)
+        values, clean, corrupted = one._means()
+        recovery = _recovery(values, clean, corrupted)
+        columns = (x.flatten().tolist() for x in (values, recovery, one._effect(recovery)))
         rows = zip(*columns, one._places(), strict=True)
         return [Cell(*numbers, **place) for *numbers, place in rows]
+
+    def _means(self) -> Float[Tensor, values_clean_corrupted * axes]:
+        """Values and baselines of every cell, each the mean over the stimuli that have all."""
+        baselines = (
+            self._over_axes(x).expand_as(self.values) for x in (self.clean, self.corrupted)
+        )
+        numbers = torch.stack([self.values, *baselines])
+        if "stimulus" not in self.dims:
+            return numbers
+        lacking = numbers.isnan().any(0)
+        return numbers.masked_fill(lacking, math.nan).nanmean(1)
 
     def _places(self) -> Iterator[dict[str, Any]]:
         names = ["span" if axis == "time" else axis for axis in self.axes]
@@ -270,7 +302,7 @@ class SweepResult:
     def top(self, n: int = 10, metric: str | None = None) -> list[Cell]:
         """The ``n`` cells of largest |effect|, strongest first, without NaN.
 
-        Several stimuli are averaged (ratio of means).
+        Several stimuli are averaged as in `cells`.
 
         Raises:
             ValueError: if there are several metrics and none is named.
@@ -300,7 +332,7 @@ class SweepResult:
         return xr.Dataset(variables, coords, attrs)
 
     def save(self, path: str | Path) -> Path:
-        """Write the result as netCDF; `load` reads back exactly the same."""
+        """Write the result as netCDF; `load` reads the same back (bfloat16 as float32)."""
         path = Path(path)
         self.to_xarray().to_netcdf(path, engine="h5netcdf")
         return path
@@ -315,11 +347,9 @@ class SweepResult:
         Raises:
             ValueError: for three axes (select one first), or several metrics and none named.
         """
-        from audio_lens.report.figures import (
-            sweep_figure,
-        )  # pictures stand above patching: a doorway only
+        from audio_lens.report import figures  # stands above patching: a doorway only
 
-        return sweep_figure(self._of_metric(metric).mean(), quantity)
+        return figures.sweep_figure(self._of_metric(metric), quantity)
 
 
 def load(path: str | Path) -> SweepResult:

@@ -30,7 +30,7 @@ def describe(model: HookedAudioTransformer) -> dict[str, Any]:
     """
     seconds, rate = min(1.0, model.cfg.max_audio_s), model.cfg.sampling_rate
     silence = np.zeros(int(seconds * rate), dtype=np.float32)
-    question = None if model.cfg.family == "whisper" else "?"
+    question = "?" if model.takes_question else None
     inputs = model.prepare(silence, text=question, sampling_rate=rate)
     return {
         "model": model.cfg.model_name,

@@ -127,7 +127,8 @@
   });
 
   const heat = figure.data[mapTrace];
-  const nRows = heat.type === "heatmap" ? heat.z.length : 1;
+  const isHeatmap = heat.type === "heatmap"; // else bars
+  const nRows = isHeatmap ? heat.z.length : 1;
   const chosen = { row: 0, column: 0 };
   const steps = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] };
   function choose([up, right]) {
@@ -135,7 +136,7 @@
     chosen.row = bounded(chosen.row + up, nRows);
     do chosen.column = bounded(chosen.column + right, windows.length);
     while (right && !windows[chosen.column]);
-    const data = nRows > 1 ? heat.customdata[chosen.row][chosen.column] : heat.customdata[chosen.column];
+    const data = isHeatmap ? heat.customdata[chosen.row][chosen.column] : heat.customdata[chosen.column];
     status.textContent = `${data[0]}: effect ${data[1]}`;
     place(frame, ...windows[chosen.column]);
   }

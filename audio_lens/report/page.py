@@ -9,7 +9,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import soundfile
+from jaxtyping import Float
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
@@ -19,6 +21,7 @@ from audio_lens.patching.result import SweepResult
 from audio_lens.report.figures import Clip, draw_map, page_figure
 from audio_lens.timeline import Span
 
+ROUNDING_S = 0.05  # windows end on frames, a little after the audio
 SENTENCES = {
     "denoise": (
         "Activations of the clean run were put into the corrupted run. Effect 0: still answers as "
@@ -51,7 +54,7 @@ def map_page(
 
     Args:
         result: a sweep of one or two axes.
-        audio: the clean clip: a path, or mono samples at ``sampling_rate`` Hz.
+        audio: the clean clip: a path, or samples at ``sampling_rate`` Hz.
         path: the HTML file to write.
         words: labelled stretches of the clean clip, in seconds.
         corrupted_audio: the other clip of the pair; the page switches between both.
@@ -65,16 +68,18 @@ def map_page(
         The path written.
 
     Raises:
-        ValueError: for three axes or several metrics (select one), or unreadable audio.
+        ValueError: for three axes or several metrics (select one), unreadable audio, or windows
+            that lie beyond its end.
     """
     sources = [("clean", audio, words), ("corrupted", corrupted_audio, corrupted_words)]
     clips = [
-        Clip(name, audio_io.load(source, sampling_rate, sampling_rate), sampling_rate, spoken)
+        Clip(name, _samples(source, sampling_rate), sampling_rate, spoken)
         for name, source, spoken in sources
         if source is not None
     ]
     one = result if metric is None else result.select(metric=metric)
     drawn = draw_map(one, quantity)
+    _check_windows(drawn.windows, clips[0])
     windows = [span and [span.start_s, span.end_s] for span in drawn.windows]
     page = (
         _environment()
@@ -94,6 +99,23 @@ def map_page(
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _samples(source: AudioSource, sampling_rate: int) -> Float[np.ndarray, " samples"]:
+    """Mono samples at the rate; arrays have it already, files know their own."""
+    is_file = isinstance(source, (str, Path))
+    return audio_io.load(source, sampling_rate, None if is_file else sampling_rate)
+
+
+def _check_windows(windows: Sequence[Span | None], clip: Clip) -> None:
+    """Raise if windows lie beyond the end of the clip: it is another one, or has another rate."""
+    last = max((span.end_s for span in windows if span and span.clip == 0), default=0.0)
+    if last > clip.seconds + ROUNDING_S:
+        raise ValueError(
+            f"the windows of the map reach to {last:.2f} s, but the audio is {clip.seconds:.2f} s "
+            f"long at {clip.sampling_rate} Hz: pass the clip of the sweep, and sampling_rate= of "
+            "its samples"
+        )
 
 
 def wav_uri(clip: Clip) -> str:

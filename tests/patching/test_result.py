@@ -3,6 +3,9 @@
 import json
 import logging
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,7 +114,7 @@ def test_cells_print_for_people_and_for_machines():
     place = 'layer 0, 0.10\N{EN DASH}0.20 s "seven"'
     assert repr(cell) == f"{place}: effect +1.000 (recovery +1.000, value 3)"
     assert cell.to_dict() == {
-        "layer": 0, "start_s": 0.1, "end_s": 0.2, "label": "seven",
+        "layer": 0, "start_s": 0.1, "end_s": 0.2, "label": "seven", "clip": 0,
         "value": 3.0, "recovery": 1.0, "effect": 1.0,
     }  # fmt: skip
     assert json.dumps(Cell(1.0, math.nan, math.nan, head=3).to_dict()).count("null") == 2
@@ -123,6 +126,37 @@ def test_stimuli_are_averaged_as_a_ratio_of_means():
     assert result.mean().recovery.item() == pytest.approx(1 / 4)
     assert result.top()[0].effect == pytest.approx(1 / 4)
     assert same(result.mean().mean(), result.mean())
+
+
+def test_a_cell_is_averaged_over_the_stimuli_that_have_it():
+    """Stimulus b lacks the second window, so there a alone counts, in the baselines too."""
+    result = SweepResult(
+        values=torch.tensor([[1.0, 0.5], [0.0, math.nan]]),
+        dims=("stimulus", "time"),
+        coords={"stimulus": ["a", "b"], "time": WINDOWS[:2]},
+        clean=torch.tensor([1.0, 3.0]),
+        corrupted=torch.tensor([0.0, 0.0]),
+        site="encoder.out",
+        direction="denoise",
+    )
+    assert [cell.effect for cell in result.cells()] == pytest.approx([1 / 4, 1 / 2])
+    assert [cell.span for cell in result.top()] == [WINDOWS[1], WINDOWS[0]]
+    assert result.mean().values.isnan().tolist() == [False, True]
+    assert list(result.plot().data[0].y) == pytest.approx([1 / 4, 1 / 2])
+
+
+def test_a_stimulus_without_baselines_is_left_out_and_noted(caplog):
+    with caplog.at_level(logging.WARNING):
+        result = replace(two_stimuli(), clean=torch.tensor([1.0, math.nan]))
+    assert "not finite for 1 of 2" in result.report[-1] and "not finite" in caplog.text
+    assert result.top()[0].effect == 1.0
+
+
+@pytest.mark.parametrize("clean", [math.nan, math.inf])
+def test_a_baseline_that_is_not_finite_is_noted(clean):
+    result = layer_time(clean=torch.tensor(clean), report=[])
+    assert result.recovery.isnan().all() and result.top() == []
+    assert "not finite for 1 of 1" in result.report[0]
 
 
 def test_several_metrics_must_be_named():
@@ -184,6 +218,18 @@ def test_xarray_is_labelled_in_seconds():
 def test_saved_results_load_unchanged(make, tmp_path):
     result = make()
     assert same(load(result.save(tmp_path / "map.nc")), result)
+
+
+def test_bfloat16_comes_back_as_float32(tmp_path):
+    result = two_stimuli()
+    halves = {name: getattr(result, name).bfloat16() for name in ("values", "clean", "corrupted")}
+    assert same(load(replace(result, **halves).save(tmp_path / "map.nc")), result)
+
+
+def test_plotly_is_imported_only_to_plot():
+    code = "import sys, audio_lens.patching.result; print('plotly' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
 
 
 spans = st.builds(

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import math
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -92,6 +94,37 @@ def test_audio_files_are_read_and_resampled(tmp_path):
     page = Page(map_page(sweep(), tmp_path / "clip.wav", tmp_path / "map.html"))
     heard, rate = samples_of(page.all("audio")[0]["src"])
     assert (len(heard), rate) == (RATE // 2, RATE)
+
+
+def test_audio_that_the_windows_do_not_fit_is_refused(tmp_path):
+    path = tmp_path / "map.html"
+    with pytest.raises(ValueError, match=r"reach to 0\.50 s, but the audio is 0\.25 s .* 32000 Hz"):
+        map_page(sweep(), CLEAN, path, sampling_rate=2 * RATE)
+    assert not path.exists()
+    map_page(sweep(), CLEAN[: int(0.46 * RATE)], path)  # less than a frame too short
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser")
+@pytest.mark.parametrize("coords", [{"layer": [3], "time": WINDOWS}, {"time": WINDOWS}])
+def test_arrow_keys_walk_maps_of_one_row(tmp_path, coords):
+    path = map_page(sweep(coords), CLEAN, tmp_path / "map.html")
+    press = """<script>const timer = setInterval(() => {
+      if (!stage.dataset.ready) return;
+      clearInterval(timer);
+      stage.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+      document.body.dataset.said = document.getElementById("status").textContent;
+    }, 50)</script>"""
+    path.write_text(path.read_text(encoding="utf-8") + press, encoding="utf-8")
+    options = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "virtual-time-budget=6000"]
+    options += [f"disable-{what}" for what in ("quic", "sync", "background-networking")]
+    options += ["disable-component-update", f"user-data-dir={tmp_path / 'browser'}", "dump-dom"]
+    command = [CHROMIUM, *(f"--{option}" for option in options), path.as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    layer = "layer 3, " if "layer" in coords else ""
+    assert f'data-said="{layer}0.10\N{EN DASH}0.20 s: effect 0.1"' in page
 
 
 def test_nothing_is_loaded_from_a_network(tmp_path):
