@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 
-from audio_lens.hooks import PosSlice, is_flat, suggest
+from audio_lens.hooks import HookNameError, PosSlice, is_flat, is_large, suggest
 
 if TYPE_CHECKING:
     from audio_lens.models.part import Part
@@ -48,10 +48,10 @@ class AudioCache(ActivationCache):
         """The activations of one part under its local names.
 
         Raises:
-            KeyError: if there is no such part.
+            HookNameError: if there is no such part.
         """
         if name not in self.parts:
-            raise KeyError(f"no part named {name!r}; {suggest(name, self.parts)}")
+            raise HookNameError(f"no part named {name!r}; {suggest(name, self.parts)}")
         if not self.prefixed:
             return self
         part = self.parts[name]
@@ -96,14 +96,17 @@ class AudioCache(ActivationCache):
         """The activation of a name or shorthand.
 
         Raises:
-            KeyError: if it was not cached; the message lists the nearest names that were.
+            HookNameError: if it was not cached; the message lists the nearest names that were.
         """
         if isinstance(key, tuple) and len(key) > 1 and isinstance(key[1], str):
             return self.part(key[0])[key[1:] if len(key) > 2 else key[1]]
         name = self._spelled_out(key)
         found = self._find(name)
         if found is None:
-            raise KeyError(f"{name!r} is not in this cache; {suggest(name, self.cache_dict)}")
+            hint = " (kept only with attention=True, or by name)" if is_large(name) else ""
+            raise HookNameError(
+                f"{name!r} is not in this cache{hint}; {suggest(name, self.cache_dict)}"
+            )
         return self.cache_dict[found]
 
     def _spelled_out(self, key: str | tuple) -> str:

@@ -9,6 +9,7 @@ somebody asks.
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +28,10 @@ PosSlice = Slice | SliceInput | slice
 
 _PER_PAIR = ("hook_attn_scores", "hook_pattern")
 _LARGE = (*_PER_PAIR, "hook_result")
+_FUSED = (
+    'attention scores and patterns do not exist in attn_mode "sdpa": use "auto" (written out '
+    'where somebody looks) or "explicit"'
+)
 
 
 class HookNameError(KeyError):
@@ -154,6 +159,7 @@ class HookedRoot(HookedRootModule):
 
         Raises:
             HookNameError: if a name is unknown or a predicate matches nothing.
+            DeadHookError: if ``attention`` asks for what `attn_mode` "sdpa" does not compute.
         """
         known = [n for n in self.hook_dict if part is None or n.startswith(f"{part}.")]
         if names is None:
@@ -168,6 +174,8 @@ class HookedRoot(HookedRootModule):
             raise HookNameError(
                 f"the filter selects none of the {len(known)} hook names; they look like {examples}"
             )
+        if attention and self.attn_mode == "sdpa":
+            raise DeadHookError(f"attention=True: {_FUSED}")
         large = [name for name in known if is_large(name)] if attention else []
         return list(dict.fromkeys([*chosen, *large]))
 
@@ -176,13 +184,21 @@ class HookedRoot(HookedRootModule):
     @property
     def attn_mode(self) -> AttnMode:
         """How attention is computed: "auto" (fused, unless somebody hooks scores or patterns of
-        that layer in this call), "explicit" (always written out) or "sdpa" (always fused)."""
+        that layer in this call), "explicit" (always written out) or "sdpa" (always fused).
+
+        Raises:
+            DeadHookError: "sdpa" while hooks on scores or patterns are attached.
+        """
         return self._attn_mode
 
     @attn_mode.setter
     def attn_mode(self, mode: str) -> None:
         if mode not in ("auto", "explicit", "sdpa"):
             raise ValueError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
+        attached = [name for name, point in self.hook_dict.items() if point.has_hooks()]
+        hooked = [name for name in attached if local_name(name) in _PER_PAIR]
+        if mode == "sdpa" and hooked:
+            raise DeadHookError(f"hooks are attached to {', '.join(hooked[:5])}, but {_FUSED}")
         self._attn_mode = mode
         for module in self.modules():
             if hasattr(module, "attn_mode") and module is not self:
@@ -200,14 +216,24 @@ class HookedRoot(HookedRootModule):
 
     # ---------------------------------------------------------------- hooks
 
-    def add_hook(self, name: str | Callable[[str], bool], hook: HookFn, **options: Any) -> None:
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFn,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        **options: Any,
+    ) -> None:
         """Attach a hook until `reset_hooks`; ``name`` is a hook name or a predicate over names.
 
         Raises:
             HookNameError: if the name or predicate matches nothing.
+            DeadHookError: if it matches only what `attn_mode` "sdpa" does not compute.
         """
-        for full_name in self.matching(name):
-            super().add_hook(full_name, hook, **options)
+        names = self.matching(name)
+        if self.attn_mode == "sdpa" and all(local_name(n) in _PER_PAIR for n in names):
+            raise DeadHookError(f"a hook on {_label(name)}: {_FUSED}")
+        for full_name in names:
+            super().add_hook(full_name, hook, dir, **options)
 
     @contextmanager
     def hooks(
@@ -235,6 +261,48 @@ class HookedRoot(HookedRootModule):
                 "(their points lie outside what this call computed)"
             )
 
+    @contextmanager
+    def without_hooks(self) -> Iterator[HookedRoot]:
+        """Run inside a ``with`` block as if nobody had attached a forward hook."""
+        hooked = [point for point in self.hook_dict.values() if point.fwd_hooks]
+        held = [(point._forward_hooks, point.fwd_hooks) for point in hooked]
+        try:
+            for point in hooked:
+                point._forward_hooks, point.fwd_hooks = OrderedDict(), []
+            yield self
+        finally:
+            for point, (torch_hooks, hooks) in zip(hooked, held, strict=True):
+                point._forward_hooks, point.fwd_hooks = torch_hooks, hooks
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        **options: Any,
+    ) -> Any:
+        """The model's output with hooks in TransformerLens form: ``[(name, fn), ...]``.
+
+        Raises:
+            HookNameError: if a name or predicate matches nothing.
+            DeadHookError: if a forward hook never ran, or backward hooks would be removed before a
+                backward pass can reach them.
+        """
+        if bwd_hooks and reset_hooks_end:
+            raise DeadHookError(
+                "run_with_hooks only runs forward and then removes bwd_hooks, so they never run: "
+                "call backward inside `with model.hooks(bwd_hooks=...)`, keep gradients with "
+                "run_with_cache(..., incl_bwd=True), or pass reset_hooks_end=False"
+            )
+        return super().run_with_hooks(
+            *model_args,
+            fwd_hooks=fwd_hooks,
+            bwd_hooks=bwd_hooks,
+            reset_hooks_end=reset_hooks_end,
+            **options,
+        )
+
     # ---------------------------------------------------------------- cache
 
     def run_with_cache(
@@ -249,6 +317,7 @@ class HookedRoot(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: PosSlice = None,
+        return_cache_object: bool = True,
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run the model and keep activations.
@@ -260,10 +329,11 @@ class HookedRoot(HookedRootModule):
             part: keep only activations of this part.
             device: where to keep the activations; None leaves them where they are.
             remove_batch_dim: drop the batch axis (batches of one only).
-            incl_bwd: also run ``backward`` on the output (use ``return_type="loss"``) and keep
+            incl_bwd: also run ``backward`` on the loss (needs ``return_type="loss"``) and keep
                 gradients under ``name + "_grad"``.
             pos_slice: positions to keep, of ``part`` (default: the part that makes the output).
                 Activations that do not lie on them are left out.
+            return_cache_object: False gives a plain dict in place of the `AudioCache`.
 
         Returns:
             The model's output and an `AudioCache`.
@@ -271,8 +341,12 @@ class HookedRoot(HookedRootModule):
         Raises:
             HookNameError: if a name is unknown or the filter matches nothing.
             DeadHookError: if a named point, or every point the filter matches, did not run.
-            ValueError: if ``pos_slice`` cannot apply to a named point.
+            ValueError: if ``pos_slice`` cannot apply to a named point, or there is no loss for
+                ``incl_bwd``.
         """
+        is_whole = model_kwargs.get("stop_at_layer") is None
+        if incl_bwd and not (is_whole and model_kwargs.get("return_type") == "loss"):
+            raise ValueError("incl_bwd runs backward on the loss: use return_type='loss'")
         cache, forward, backward = self.get_caching_hooks(
             names_filter,
             incl_bwd,
@@ -289,6 +363,8 @@ class HookedRoot(HookedRootModule):
         missing = [name for name, _ in forward if name not in cache]
         if missing and (_is_named(names_filter) or not cache):
             raise DeadHookError(f"these points did not run in this call: {', '.join(missing[:5])}")
+        if not return_cache_object:
+            return output, cache
         return output, self._as_cache(cache, has_batch_dim=not remove_batch_dim)
 
     def get_caching_hooks(

@@ -30,7 +30,7 @@ class AudioInputs:
         attention_mask: True at tokens, False at padding; None if nothing is padded. While
             decoding step by step it covers the earlier tokens too.
         feature_mask: True at mel frames that hold audio; None counts all as audio.
-        position_ids: positions of the tokens; None counts from the start of the row.
+        position_ids: positions of the tokens; None counts them (left padding shifts nothing).
         clips_per_row: how many clips each prompt holds.
         audio: the waveforms, mono at `sampling_rate`, one per clip.
         text: what each row says, as ``model.prepare`` takes it: a whole prompt or its token ids.

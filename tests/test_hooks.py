@@ -259,6 +259,51 @@ def test_hooks_that_cannot_fire_raise(model, inputs):
     assert count_hooks(model) == 0
 
 
+def test_fused_attention_has_no_scores_to_hook(model, inputs):
+    pattern = "decoder.blocks.1.attn.hook_pattern"
+    adding = [
+        lambda: model.add_hook(pattern, identity),
+        lambda: model.add_perma_hook(lambda name: "hook_attn_scores" in name, identity),
+        lambda: model.part("encoder").add_hook("blocks.0.attn.hook_pattern", identity),
+        lambda: model.run_with_cache(inputs, attention=True),
+        lambda: model.run_with_cache(inputs, names_filter="hook_embed", attention=True),
+    ]
+    with model.attention("sdpa"):
+        for call in adding:
+            with pytest.raises(DeadHookError, match='do not exist in attn_mode "sdpa"'):
+                call()
+        model.add_hook(lambda name: True, identity)  # of which some run
+        model.reset_hooks()
+    model.add_hook(pattern, identity)
+    with pytest.raises(DeadHookError, match=rf"attached to {pattern}, but .*sdpa"):
+        model.attn_mode = "sdpa"
+    assert model.attn_mode == "auto"
+    model.reset_hooks()
+    model.attn_mode = "sdpa"
+
+
+def test_backward_hooks_need_their_backward(model, inputs):
+    name, seen = "decoder.blocks.1.hook_resid_pre", []
+
+    def look(grad, hook):
+        seen.append(hook.name)
+
+    for view in (model, model.part("decoder")):
+        with pytest.raises(DeadHookError, match=r"with model\.hooks\(bwd_hooks="):
+            view.run_with_hooks(inputs, bwd_hooks=[(name, look)], return_type="loss")
+    hooks = {"bwd_hooks": [(name, look)], "reset_hooks_end": False}
+    model.run_with_hooks(inputs, **hooks, return_type="loss").backward()
+    assert seen == [name]
+    model.reset_hooks()
+    assert count_hooks(model) == 0
+
+
+def test_gradients_are_of_the_loss(model, inputs):
+    for options in ({}, {"return_type": "both"}, {"return_type": "loss", "stop_at_layer": 0}):
+        with pytest.raises(ValueError, match="use return_type='loss'"):
+            model.run_with_cache(inputs, incl_bwd=True, **options)
+
+
 def test_encoder_hooks_are_dead_when_the_encoder_is_skipped(model, inputs):
     encoded = model.encode(model.as_inputs(inputs))
     hooks = [("encoder.blocks.0.hook_mlp_out", identity)]
@@ -271,6 +316,20 @@ def test_default_cache_of_a_stopped_run_holds_what_ran(model, inputs):
     assert "blocks.0.hook_resid_post" in cache and "blocks.1.hook_resid_pre" not in cache
     _, local = model.part("decoder").run_with_cache(inputs, stop_at_layer=1)
     assert "blocks.0.hook_resid_post" in local and "blocks.1.hook_resid_pre" not in local
+
+
+def test_hooks_can_be_left_out_for_a_while(model, inputs):
+    name = "decoder.blocks.0.hook_mlp_out"
+    before = model(inputs)
+    model.add_hook(name, lambda act, hook: act * 0)
+    model.add_perma_hook("encoder.hook_embed", lambda act, hook: act + 1)
+    held = model(inputs)
+    with pytest.raises(KeyError), model.without_hooks():
+        assert torch.equal(model(inputs), before)
+        raise KeyError
+    assert torch.equal(model(inputs), held) and not torch.equal(held, before)
+    model.reset_hooks(including_permanent=True)
+    assert torch.equal(model(inputs), before)
 
 
 # -------------------------------------------------------------------------------- life of a hook

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
     """
 
     output_part = "decoder"
+    takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
     hf_class: ClassVar[str]
     weight_names: ClassVar[dict[str, str]]
 
@@ -72,6 +74,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         self.cfg = cfg
         self.feature_extractor: Any = None
         self.tokenizer: Any = None
+        self.tokenizer_problem = ""  # why there is none, if there should be one
         self.processor: Any = None
         self.generation_config: Any = None
         self.hook_logits = HookPoint()
@@ -94,8 +97,8 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
             device: where to put the model; None is the CPU.
 
         Raises:
-            LoadingError: unsupported architecture, missing or unexpected weights, or a checkpoint
-                without safetensors.
+            LoadingError: unsupported architecture, missing, unexpected or corrupt weights, a
+                checkpoint without safetensors, or no such directory.
         """
         from audio_lens.models.loading import load_pretrained
 
@@ -201,7 +204,8 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
                 the encoder does not run.
 
         Raises:
-            InputError: inputs of the wrong form, or a start without its residual stream.
+            InputError: inputs of the wrong form, a start without its residual stream, or one (or
+                an ``encoder_out``) whose shape these inputs do not have.
         """
         if return_type not in get_args(ReturnType):
             raise InputError(f"return_type must be logits, loss, both or None, got {return_type!r}")
@@ -209,10 +213,13 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         is_heard = encoder_out is not None or (past is not None and past.length > 0)
         self._check_route(start, stop, is_heard)
         resid = self._residual(x, start)
+        if x is not None and resid is None and inputs is not None:
+            raise InputError("inputs were given twice: inputs= goes with start_at_layer only")
         given = inputs if x is None or resid is not None else x
         batch = self.as_inputs(given, mapping, optional=resid is not None)
         if batch is None:
             batch = self._context_free(resid, start, encoder_out, return_type)
+        self._check_fits(batch, resid, start, encoder_out)
         if stop and stop[0] == "encoder":
             return self.encode(batch, resid, start[1] if start else 0, stop[1])
         if not is_heard and (start is None or start[0] == "encoder"):
@@ -274,6 +281,23 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         features = resid.new_zeros(0, self.cfg.n_mels, self.cfg.n_frames)
         return AudioInputs(features, tokens, clips_per_row=(0,) * len(resid))
 
+    def _check_fits(
+        self, inputs: AudioInputs, resid: Tensor | None, start: Address | None, encoder_out: Any
+    ) -> None:
+        """Raise unless the residual stream and the encoder's output belong to these inputs."""
+        n_clips = len(inputs.features) or len(inputs)
+        if encoder_out is not None and len(encoder_out) != n_clips:
+            raise InputError(f"encoder_out is of {len(encoder_out)} clips, the inputs of {n_clips}")
+        if resid is None:
+            return
+        cfg = self.cfg.parts[start[0]]
+        rows = inputs.shape if start[0] == self.output_part else (n_clips, cfg.n_ctx)
+        if tuple(resid.shape) != (*rows, cfg.d_model):
+            raise InputError(
+                f"the residual stream entering {start[0]} layer {start[1]} is "
+                f"{(*rows, cfg.d_model)} for these inputs; got {tuple(resid.shape)}"
+            )
+
     def as_inputs(
         self,
         inputs: AudioInputs | Mapping[str, Any] | None,
@@ -311,10 +335,24 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         if mapping.get("input_features") is None:
             raise InputError("inputs hold no input_features: pass audio")
         device = self.device
-        return {
+        given = {
             key: None if mapping.get(key) is None else torch.as_tensor(mapping[key]).to(device)
             for key in known
         }
+        if not given["input_features"].isfinite().all():
+            raise InputError("input_features hold NaN or infinite values")
+        return given
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless every token id is in the vocabulary.
+
+        Raises:
+            InputError: naming the first that is not.
+        """
+        n = self.cfg.decoder.d_vocab
+        unknown = tokens[(tokens < 0) | (tokens >= n)]
+        if len(unknown):
+            raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
 
     @staticmethod
     def _positions_of(tokens: Tensor, given: Tensor | None) -> Int[Tensor, "b t"] | None:
@@ -440,17 +478,19 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
             raise TokenError(
                 f"{purpose} needs a tokenizer, and this model was loaded without one: use a "
                 "directory with tokenizer files, or from_hf(hf_model, processor=...)"
+                + (f" ({self.tokenizer_problem})" if self.tokenizer_problem else "")
             )
         return self.tokenizer
 
-    def to_single_token(self, text: str | int) -> int:
+    def to_single_token(self, text: str | SupportsIndex) -> int:
         """The id of a word that is one token.
 
         Raises:
-            TokenError: if the word is none or several tokens, or unknown to the tokenizer.
+            TokenError: if the word is none or several tokens, or unknown to the tokenizer, or an
+                id is not in the vocabulary.
         """
-        if isinstance(text, int):
-            return text
+        if not isinstance(text, str):
+            return self._checked_token(operator.index(text))
         tokenizer = self.need_tokenizer(f"the token of {text!r}")
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
@@ -461,4 +501,10 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
             )
         if ids[0] == tokenizer.unk_token_id:
             raise TokenError(f"{text!r} is unknown to the tokenizer")
-        return ids[0]
+        return self._checked_token(ids[0])
+
+    def _checked_token(self, token: int) -> int:
+        n = self.cfg.decoder.d_vocab
+        if not 0 <= token < n:
+            raise TokenError(f"no token {token}: the vocabulary (d_vocab) has {n} tokens")
+        return token

@@ -20,9 +20,10 @@ class GreedyDecoding:
     @torch.no_grad()
     def generate(
         self,
-        inputs: AudioInputs | Mapping[str, Any],
+        inputs: AudioInputs | Mapping[str, Any] | None = None,
         max_new_tokens: int = 64,
         return_type: Literal["text", "tokens"] = "text",
+        **mapping: Any,
     ) -> list[str] | Int[Tensor, "b t"]:
         """Continue the prompts greedily, with a key-value cache.
 
@@ -30,6 +31,8 @@ class GreedyDecoding:
         later one a single new position.
 
         Args:
+            inputs: `AudioInputs`, or the mapping a Hugging Face processor returns (which may also
+                be given as keywords).
             max_new_tokens: how many tokens to add at most.
             return_type: "text" gives the new text of each row; "tokens" prompt and continuation
                 ids, padded after the end.
@@ -41,7 +44,7 @@ class GreedyDecoding:
             raise InputError(f"return_type must be text or tokens, got {return_type!r}")
         if return_type == "text":
             self.need_tokenizer("text")
-        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
+        inputs = self._continuable(self.as_inputs(inputs, mapping), max_new_tokens)
         tokens = self._continue(inputs, max_new_tokens)
         if return_type == "tokens":
             return tokens

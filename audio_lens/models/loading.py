@@ -7,14 +7,18 @@ place without a tensor, is an error.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from audio_lens.models.base import HookedAudioTransformer, LoadingError
@@ -26,6 +30,7 @@ FAMILIES: dict[str, type[HookedAudioTransformer]] = {
     "qwen2_audio": HookedQwen2Audio,
 }
 EMBEDDED = "embedded"
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNQUANTISED = "packed weights cannot be hooked: load it in float16, bfloat16 or float32"
 
@@ -40,12 +45,14 @@ def load_pretrained(
 ) -> HookedAudioTransformer:
     """See `HookedAudioTransformer.from_pretrained`."""
     source = str(embedded_path()) if name == EMBEDDED else str(name)
-    _check_directory(source)
+    _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
     hf_config = _config(source)
     family = family_of(hf_config)
     family.config_from_hf(hf_config)  # refuses what is not implemented before anything is read
     hf_model = _read(getattr(transformers, family.hf_class), source, dtype)
-    model = take_over(hf_model, _processor(source))
+    processor, problem = _processor(source)
+    model = take_over(hf_model, processor)
+    model.tokenizer_problem = model.tokenizer_problem or problem
     model.cfg.model_name = str(name)
     return model if device is None else model.to(device)
 
@@ -54,6 +61,8 @@ def take_over(hf_model: nn.Module, processor: Any = None) -> HookedAudioTransfor
     """See `HookedAudioTransformer.from_hf`."""
     if hasattr(hf_model, "peft_config"):
         raise LoadingError("the model carries LoRA adapters: pass hf_model.merge_and_unload()")
+    if not isinstance(hf_model, transformers.PreTrainedModel):
+        raise LoadingError(f"not a Hugging Face model, but a {type(hf_model).__name__}")
     family = family_of(hf_model.config)
     state = hf_model.state_dict()
     _check_tensors(state)
@@ -126,11 +135,18 @@ def _tie_shared(model: nn.Module) -> None:
             setattr(module, name, by_memory.setdefault(key, parameter))
 
 
-def _check_directory(source: str) -> None:
+def _looks_like_path(source: str) -> bool:
+    """Whether it can be no hub id."""
+    return source.startswith(("/", "./", "../", "~")) or source.endswith(("/", os.sep))
+
+
+def _check_directory(source: str, is_path: bool) -> None:
     path = Path(source)
     if not path.is_dir():
         if path.exists():
             raise LoadingError(f"{path} is a file; pass the checkpoint's directory")
+        if is_path:
+            raise LoadingError(f"no such directory: {path}")
         return
     if not (path / "config.json").is_file():
         raise LoadingError(f"{path} holds no config.json, so it is no Hugging Face checkpoint")
@@ -158,13 +174,16 @@ def _config(source: str) -> Any:
 
 def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
     """The Hugging Face model, with every weight from the checkpoint."""
-    hf_model, info = hf_class.from_pretrained(
-        source,
-        dtype="auto" if dtype is None else dtype,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are reported below, by name
-        output_loading_info=True,
-    )
+    try:
+        hf_model, info = hf_class.from_pretrained(
+            source,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise LoadingError(f"{_corrupt_file(source)} is corrupt: {error}") from error
     problems = {
         what.replace("_", " "): sorted(map(str, info[what]))[:10]
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -178,6 +197,17 @@ def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
     return hf_model
 
 
+def _corrupt_file(source: str) -> Path:
+    """The first file of weights that cannot be opened."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return path
+    return Path(source)
+
+
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
     packed = [key for key, tensor in state.items() if tensor.dtype not in _DTYPES]
     if packed:
@@ -187,22 +217,37 @@ def _check_tensors(state: Mapping[str, Tensor]) -> None:
         raise LoadingError(f"weights that are offloaded or empty: {', '.join(offloaded[:3])} ...")
 
 
-def _processor(source: str) -> Any:
-    """The checkpoint's processor, or what there is of it (a feature extractor), or None."""
-    for auto in (transformers.AutoProcessor, transformers.AutoFeatureExtractor):
-        try:
-            return auto.from_pretrained(source)
-        except (OSError, ValueError, TypeError, AttributeError, ImportError):
-            continue
-    return None
+def _processor(source: str) -> tuple[Any, str]:
+    """The checkpoint's processor or the pieces of it that load, and why a tokenizer does not."""
+    processor, _ = _loaded(transformers.AutoProcessor, source)
+    if processor is not None:
+        return processor, ""
+    extractor, no_extractor = _loaded(transformers.AutoFeatureExtractor, source)
+    tokenizer, no_tokenizer = _loaded(transformers.AutoTokenizer, source)
+    for problem in filter(None, (no_extractor, no_tokenizer)):
+        _log.warning("%s: %s", source, problem)
+    return SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer), no_tokenizer
+
+
+def _loaded(auto: Any, source: str) -> tuple[Any, str]:
+    """What a transformers Auto class loads, or None and the cause."""
+    try:
+        return auto.from_pretrained(source), ""
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        return None, f"{auto.__name__} says: {cause}"
 
 
 def _attach(model: HookedAudioTransformer, processor: Any) -> None:
     """Give the model its processor's pieces; without one, the feature extractor its shape tells."""
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
     is_extractor = isinstance(processor, transformers.FeatureExtractionMixin)
-    model.processor = processor
-    model.tokenizer = processor if is_tokenizer else getattr(processor, "tokenizer", None)
+    tokenizer = processor if is_tokenizer else getattr(processor, "tokenizer", None)
+    if tokenizer is not None and _is_empty(tokenizer):
+        model.tokenizer_problem = "the tokenizer holds no words: its files are missing"
+        tokenizer = None
+    model.tokenizer = tokenizer
+    model.processor = processor if hasattr(processor, "apply_chat_template") else tokenizer
     extractor = processor if is_extractor else getattr(processor, "feature_extractor", None)
     cfg = model.cfg
     if extractor is None:
@@ -214,3 +259,8 @@ def _attach(model: HookedAudioTransformer, processor: Any) -> None:
     if extractor.sampling_rate != cfg.sampling_rate:
         raise LoadingError(f"the processor works at {extractor.sampling_rate} Hz, not 16000")
     model.feature_extractor = extractor
+
+
+def _is_empty(tokenizer: Any) -> bool:
+    """Whether it holds special tokens only: what transformers makes where there are no files."""
+    return len(tokenizer) <= len(set(tokenizer.all_special_ids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -112,25 +112,42 @@ class Part:
 
     # ---------------------------------------------------------------- running
 
-    def __call__(self, inputs: Any, **options: Any) -> Any:
-        return self.model(_unwrapped(inputs), **options)
+    def __call__(self, x: Any = None, /, **options: Any) -> Any:
+        """The model's output; an int as ``start_at_layer`` or ``stop_at_layer`` is of this part."""
+        return self.model(_unwrapped(x), **self._full_options(options))
 
     forward = __call__
 
+    def _full_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a run as the model takes them: ints as layers of this part, plain inputs."""
+        full = dict(options)
+        for name in ("start_at_layer", "stop_at_layer"):
+            layer = options.get(name)
+            if layer is not None and not isinstance(layer, str):
+                full[name] = f"{self.name}.{layer}"
+        if "inputs" in options:
+            full["inputs"] = _unwrapped(options["inputs"])
+        return full
+
     def run_with_hooks(
-        self, inputs: Any, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
+        self, x: Any = None, /, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
     ) -> Any:
         """The model's output with hooks on local names; see `HookedRoot.hooks` for errors."""
         return self.model.run_with_hooks(
-            _unwrapped(inputs),
+            _unwrapped(x),
             fwd_hooks=self._full_hooks(fwd_hooks),
             bwd_hooks=self._full_hooks(bwd_hooks),
-            **options,
+            **self._full_options(options),
         )
 
     def run_with_cache(
-        self, inputs: Any, names_filter: NamesFilter = None, **options: Any
-    ) -> tuple[Any, AudioCache]:
+        self,
+        x: Any = None,
+        /,
+        names_filter: NamesFilter = None,
+        return_cache_object: bool = True,
+        **options: Any,
+    ) -> tuple[Any, AudioCache | dict[str, Tensor]]:
         """The model's output and the part's activations under local names.
 
         ``names_filter`` holds local names, and ``pos_slice`` selects positions of this part; the
@@ -140,10 +157,12 @@ class Part:
             is_list = not (isinstance(names_filter, str) or callable(names_filter))
             full = self._full
             names_filter = [full(n) for n in names_filter] if is_list else full(names_filter)
+        options = self._full_options(options)
         output, cache = self.model.run_with_cache(
-            _unwrapped(inputs), names_filter=names_filter, part=self.name, **options
+            _unwrapped(x), names_filter=names_filter, part=self.name, **options
         )
-        return output, cache.part(self.name)
+        local = cache.part(self.name)
+        return output, local if return_cache_object else local.cache_dict
 
     @contextmanager
     def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Iterator[Part]:
@@ -151,11 +170,22 @@ class Part:
         with self.model.hooks(self._full_hooks(fwd_hooks), self._full_hooks(bwd_hooks), **options):
             yield self
 
-    def add_hook(self, name: str | Callable[[str], bool], hook: HookFn, **options: Any) -> None:
-        self.model.add_hook(self._full(name), hook, **options)
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFn,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        **options: Any,
+    ) -> None:
+        self.model.add_hook(self._full(name), hook, dir, **options)
 
-    def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFn) -> None:
-        self.add_hook(name, hook, is_permanent=True)
+    def add_perma_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFn,
+        dir: Literal["fwd", "bwd"] = "fwd",
+    ) -> None:
+        self.add_hook(name, hook, dir, is_permanent=True)
 
     def reset_hooks(self, **options: Any) -> None:
         """Remove the hooks of the whole model, as `HookedRootModule.reset_hooks`."""
@@ -223,7 +253,7 @@ class Part:
             raise ValueError(f"the {self.name} has no vocabulary; use the decoder")
         return self.module
 
-    def to_single_token(self, text: str | int) -> int:
+    def to_single_token(self, text: str | SupportsIndex) -> int:
         """The id of a word that is one token; see `HookedAudioTransformer.to_single_token`."""
         return self.model.to_single_token(text)
 

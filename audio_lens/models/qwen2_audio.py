@@ -30,7 +30,7 @@ from audio_lens.models.layers import (
     Stack,
     padding_mask,
 )
-from audio_lens.models.whisper import WhisperEncoder, encoder_track
+from audio_lens.models.whisper import WhisperEncoder, encoder_config, encoder_track
 from audio_lens.timeline import Row, Timeline, Track
 
 TOKEN_S = 0.04  # one audio token: two encoder frames of 20 ms
@@ -92,6 +92,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
     """Qwen2-Audio with every activation hooked."""
 
     hf_class = "Qwen2AudioForConditionalGeneration"
+    takes_question = True
     weight_names: ClassVar = {
         "model.audio_tower.conv1": "encoder.conv1",
         "model.audio_tower.conv2": "encoder.conv2",
@@ -138,20 +139,6 @@ class HookedQwen2Audio(HookedAudioTransformer):
         """
         ear, text = hf_config.audio_config, hf_config.text_config
         _check_language_model(text)
-        encoder = PartConfig(
-            n_layers=ear.encoder_layers,
-            n_heads=ear.encoder_attention_heads,
-            n_key_value_heads=ear.encoder_attention_heads,
-            d_model=ear.d_model,
-            d_head=ear.d_model // ear.encoder_attention_heads,
-            d_mlp=ear.encoder_ffn_dim,
-            n_ctx=ear.max_source_positions,
-            act_fn=ear.activation_function,
-            eps=1e-5,
-            normalization_type="LN",
-            scales_queries=True,
-            model_name=hf_config.name_or_path,
-        )
         decoder = PartConfig(
             n_layers=text.num_hidden_layers,
             n_heads=text.num_attention_heads,
@@ -174,7 +161,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
         return AudioConfig(
             family="qwen2_audio",
             model_name=hf_config.name_or_path,
-            encoder=encoder,
+            encoder=encoder_config(ear, hf_config.name_or_path),
             decoder=decoder,
             n_mels=ear.num_mel_bins,
             n_frames=2 * ear.max_source_positions,
@@ -275,6 +262,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
         tokens, features = given["input_ids"], given["input_features"]
         if tokens is None:
             raise InputError("inputs hold no input_ids: an audio LLM needs a text prompt")
+        self.check_tokens(tokens)
         self.check_features(features)
         frames = given["feature_attention_mask"]
         n_mel = features.new_full((len(features),), features.shape[-1]).long()
@@ -342,7 +330,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
 
         Args:
             audio: a path, array or tensor; a list of them gives one prompt each; a list of lists
-                gives several clips per prompt.
+                gives several clips per prompt. A batch is a list, not one stacked array.
             text: the question, which is put behind the clips in the chat template; or a whole
                 prompt with the placeholder ``<|AUDIO|>`` where each clip belongs; or a
                 conversation (a list of messages) as the chat template takes it; or a list of

@@ -121,24 +121,9 @@ class HookedWhisper(HookedAudioTransformer):
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> AudioConfig:
         """The shape of a `WhisperConfig`."""
-        shared = {
-            "d_model": hf_config.d_model,
-            "act_fn": hf_config.activation_function,
-            "eps": 1e-5,
-            "normalization_type": "LN",
-            "scales_queries": True,
-            "model_name": hf_config.name_or_path,
-        }
-        encoder = PartConfig(
-            n_layers=hf_config.encoder_layers,
-            n_heads=hf_config.encoder_attention_heads,
-            n_key_value_heads=hf_config.encoder_attention_heads,
-            d_head=hf_config.d_model // hf_config.encoder_attention_heads,
-            d_mlp=hf_config.encoder_ffn_dim,
-            n_ctx=hf_config.max_source_positions,
-            **shared,
-        )
-        decoder = PartConfig(
+        encoder = encoder_config(hf_config, hf_config.name_or_path)
+        decoder = replace(
+            encoder,
             n_layers=hf_config.decoder_layers,
             n_heads=hf_config.decoder_attention_heads,
             n_key_value_heads=hf_config.decoder_attention_heads,
@@ -147,7 +132,6 @@ class HookedWhisper(HookedAudioTransformer):
             n_ctx=hf_config.max_target_positions,
             d_vocab=hf_config.vocab_size,
             causal=True,
-            **shared,
         )
         return AudioConfig(
             family="whisper",
@@ -204,6 +188,9 @@ class HookedWhisper(HookedAudioTransformer):
             raise InputError(f"{last} tokens are more than the {self.cfg.decoder.n_ctx} it takes")
         if inputs.position_ids is not None:
             return inputs.position_ids
+        mask = inputs.attention_mask
+        if mask is not None and not mask[:, 0].all():  # padding on the left shifts nothing
+            return (mask.long().cumsum(1) - 1).clamp(min=0)[:, earlier:]
         return torch.arange(earlier, last, device=inputs.device).expand(inputs.tokens.shape)
 
     # ---------------------------------------------------------------- inputs
@@ -222,6 +209,7 @@ class HookedWhisper(HookedAudioTransformer):
         self.check_features(features)
         if tokens is None:
             tokens = torch.tensor([self.prompt()] * len(features), device=features.device)
+        self.check_tokens(tokens)
         mask, frames = given["decoder_attention_mask"], given["attention_mask"]
         return AudioInputs(
             features=features,
@@ -243,7 +231,7 @@ class HookedWhisper(HookedAudioTransformer):
         """Inputs from clips (one per prompt) and, if given, the text decoded so far.
 
         Args:
-            audio: a path, array or tensor, or a list of them.
+            audio: a path, array or tensor, or a list of them (a batch is a list, not an array).
             text: what the decoder has already written, after the control tokens; or token ids,
                 which are then the whole decoder prompt; or a list of either, one per clip.
             sampling_rate: of arrays, in Hz; files know their own.
@@ -270,6 +258,7 @@ class HookedWhisper(HookedAudioTransformer):
         if not all(prompts):
             raise TokenError("the decoder needs at least one token to start from")
         tokens, mask = padded(prompts, self._pad_token(), self.device)
+        self.check_tokens(tokens[mask])
         inputs = AudioInputs(
             features=made["features"],
             tokens=tokens,
@@ -320,7 +309,8 @@ class HookedWhisper(HookedAudioTransformer):
             return [language] * len(features)
         start = self.generation_config.decoder_start_token_id
         tokens = torch.full((len(features), 1), start, device=features.device)
-        logits = self(AudioInputs(features, tokens, (1,) * len(tokens)))[:, -1]
+        with self.without_hooks():  # the user's hooks are for the run that follows
+            logits = self(AudioInputs(features, tokens, (1,) * len(tokens)))[:, -1]
         names, ids = zip(*known.items(), strict=True)
         best = logits[:, list(ids)].argmax(-1).tolist()
         return [names[i].strip("<|>") for i in best]
@@ -351,6 +341,24 @@ class HookedWhisper(HookedAudioTransformer):
 
 
 # -------------------------------------------------------------------------------- shared pieces
+
+
+def encoder_config(ear: Any, model_name: str) -> PartConfig:
+    """The shape of a Whisper-style encoder, from the Hugging Face config that describes it."""
+    return PartConfig(
+        n_layers=ear.encoder_layers,
+        n_heads=ear.encoder_attention_heads,
+        n_key_value_heads=ear.encoder_attention_heads,
+        d_model=ear.d_model,
+        d_head=ear.d_model // ear.encoder_attention_heads,
+        d_mlp=ear.encoder_ffn_dim,
+        n_ctx=ear.max_source_positions,
+        act_fn=ear.activation_function,
+        eps=1e-5,
+        normalization_type="LN",
+        scales_queries=True,
+        model_name=model_name,
+    )
 
 
 def encoder_track(cfg: AudioConfig, n_mel: int, clip: int) -> Track:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import AUDIO_TOKEN, N_FRAMES, hf_inputs, tiny_hf, tiny_whisper_hf
 from transformers import BatchFeature
 
-from audio_lens import HookedAudioTransformer, InputError
+from audio_lens import HookedAudioTransformer, InputError, TokenError
 from audio_lens.models.layers import KVCache
 
 N_LAYERS = 3
@@ -153,6 +154,19 @@ def test_wrong_layers_are_refused(model: HookedAudioTransformer, inputs: dict) -
         model(inputs, stop_at_layer="encoder.1", encoder_out=resid)
 
 
+def test_residuals_of_other_inputs_are_refused(model: HookedAudioTransformer, inputs: dict) -> None:
+    for place in ("encoder.1", "decoder.1"):
+        resid = model(inputs, stop_at_layer=place)
+        for wrong in (resid[:, :5], resid[:1], resid.repeat(2, 1, 1), resid[..., :-1], resid[0]):
+            with pytest.raises(InputError, match=rf"{place.replace('.', ' layer ')} is \(2, .*got"):
+                model(wrong, start_at_layer=place, inputs=inputs)
+    with pytest.raises(InputError, match="inputs were given twice"):
+        model(inputs, inputs=inputs)
+    encoded = model.encode(model.as_inputs(inputs))
+    with pytest.raises(InputError, match="encoder_out is of 1 clips, the inputs of 2"):
+        model(inputs, encoder_out=encoded[:1])
+
+
 def test_gradients_flow_from_a_later_start_to_the_residual(
     model: HookedAudioTransformer, inputs: dict
 ) -> None:
@@ -245,6 +259,36 @@ def test_mappings_that_do_not_fit_are_refused(
         model({**inputs, positions: torch.zeros(2, 3, dtype=torch.long)})
 
 
+def test_values_that_mean_nothing_are_refused(
+    model: HookedAudioTransformer, inputs: dict, family: str
+) -> None:
+    for bad in (float("nan"), float("inf")):
+        features = inputs["input_features"].clone()
+        features[1, 3, 5] = bad
+        with pytest.raises(InputError, match="NaN or infinite"):
+            model({**inputs, "input_features": features})
+    key = "decoder_input_ids" if family == "whisper" else "input_ids"
+    for bad in (100, -1):
+        tokens = inputs[key].clone()
+        tokens[0, 0] = bad
+        with pytest.raises(InputError, match=f"no token {bad}: the vocabulary has 100 tokens"):
+            model({**inputs, key: tokens})
+
+
+def test_token_ids_are_checked(model: HookedAudioTransformer) -> None:
+    for view in (model, model.part("decoder")):
+        assert view.to_single_token(np.int64(7)) == view.to_single_token(torch.tensor(7)) == 7
+        for bad in (99999, -1):
+            with pytest.raises(TokenError, match=rf"no token {bad}: .*\(d_vocab\) has 100"):
+                view.to_single_token(bad)
+
+
+def test_prompts_of_ids_beyond_the_vocabulary_are_refused() -> None:
+    whisper = HookedAudioTransformer.from_hf(tiny_whisper_hf())
+    with pytest.raises(InputError, match="no token 100"):
+        whisper.prepare(torch.randn(8000), [1, 100], sampling_rate=16_000)
+
+
 def test_positions_may_be_given(model: HookedAudioTransformer, inputs: dict, family: str) -> None:
     hf = tiny_hf(family)
     key = "decoder_position_ids" if family == "whisper" else "position_ids"
@@ -254,6 +298,22 @@ def test_positions_may_be_given(model: HookedAudioTransformer, inputs: dict, fam
     with torch.no_grad():
         theirs, ours = hf(**given).logits, model(given)
     assert torch.allclose(theirs[attended], ours[attended], atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [(6, 2), (2, 0)], ids=str)
+def test_left_padding_changes_nothing(
+    model: HookedAudioTransformer, family: str, words: tuple[int, int]
+) -> None:
+    """Not even where the mask alone says what is padding."""
+    words = words if family == "whisper" else (words[0] + 2, words[1] + 2)
+    batch = hf_inputs(family, lengths=(199, 199), words=words, padding="left")
+    whole = model.as_inputs(batch)
+    n_padding = int((~whole.attended[1]).sum())
+    assert n_padding > 0
+    alone = replace(whole[1], tokens=whole.tokens[1:, n_padding:], attention_mask=None)
+    torch.testing.assert_close(model(whole)[1:, n_padding:], model(alone), rtol=1e-4, atol=1e-5)
+    tokens = model.generate(batch, max_new_tokens=1, return_type="tokens")
+    assert torch.equal(tokens[:, -1], model(whole)[:, -1].argmax(-1))
 
 
 def test_whisper_without_tokens_transcribes() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import PAD, START, hf_inputs, tiny_hf, tiny_whisper_hf
 
-from audio_lens import HookedAudioTransformer, InputError, TokenError
+from audio_lens import DeadHookError, HookedAudioTransformer, InputError, TokenError
 from audio_lens.models.base import HookedAudioTransformer as Base
 from audio_lens.models.layers import KVCache
 
@@ -152,6 +152,20 @@ def test_language_is_detected_as_hugging_face_does() -> None:
     assert inputs.tokens[:, 1].tolist() == hf.detect_language(inputs.features).tolist()
 
 
+def test_language_is_detected_without_the_users_hooks() -> None:
+    _, model = multilingual()
+    clip, ran = torch.randn(8000), []
+    expected = model.prepare(clip, sampling_rate=16_000).tokens
+
+    def silence(act: torch.Tensor, hook: object) -> torch.Tensor:
+        ran.append(hook)
+        return act * 0
+
+    with pytest.raises(DeadHookError), model.hooks([("hook_logits", silence)]):
+        assert torch.equal(model.prepare(clip, sampling_rate=16_000).tokens, expected)
+    assert not ran
+
+
 def test_unknown_language_or_task_is_named() -> None:
     _, model = multilingual()
     with pytest.raises(InputError, match=r"unknown language '<\|xx\|>'; known: .*<\|fr\|>"):
@@ -206,6 +220,12 @@ def test_generation_refuses_what_it_cannot_do(model: Base, family: str) -> None:
     if family == "whisper":
         with pytest.raises(InputError, match="more than the 40 positions of the decoder"):
             model.generate(batch, max_new_tokens=35, return_type="tokens")
+
+
+def test_a_processors_output_may_be_given_as_keywords(model: Base, family: str) -> None:
+    batch = hf_inputs(family, padding="left")
+    options = {"max_new_tokens": 3, "return_type": "tokens"}
+    assert torch.equal(model.generate(**batch, **options), model.generate(batch, **options))
 
 
 def test_text_comes_out(embedded: Base) -> None:

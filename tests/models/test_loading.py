@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny import hf_inputs, tiny_hf, tiny_qwen2_audio_hf, tiny_whisper_hf
 
-from audio_lens import HookedAudioTransformer, LoadingError
+from audio_lens import HookedAudioTransformer, LoadingError, TokenError
 from audio_lens.models.loading import embedded_path
 from audio_lens.models.qwen2_audio import HookedQwen2Audio
 from benchmarks import loading
@@ -144,6 +144,33 @@ def test_a_processor_of_any_form_is_used() -> None:
         assert model.tokenizer is (tokenizer if processor in (tokenizer, both) else None)
 
 
+def test_a_corrupt_tokenizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(shutil.copytree(embedded_path(), tmp_path / "copy"))
+    (path / "tokenizer.json").write_text("{nonsense")
+    model = load(path)
+    assert model.tokenizer is None and "AutoTokenizer says: Expecting" in caplog.text
+    with pytest.raises(TokenError, match=r"loaded without one.*\(AutoTokenizer says: Expecting"):
+        model.to_single_token(" seven")
+
+
+def test_pieces_of_a_processor_are_used(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(embedded_path(), tmp_path / "copy"))
+    (path / "processor_config.json").unlink()
+    model, whole = load(path), load(embedded_path())
+    assert model.to_single_token(" seven") == whole.to_single_token(" seven")
+    question = (torch.randn(16_000), "which digit is first ?", 16_000)
+    assert torch.equal(model.prepare(*question).tokens, whole.prepare(*question).tokens)
+
+
+def test_an_empty_tokenizer_is_none(saved: Path) -> None:
+    """What transformers makes up where there are no tokenizer files."""
+    transformers.WhisperFeatureExtractor(feature_size=20).save_pretrained(saved)
+    model = load(saved)
+    assert model.tokenizer is None
+    with pytest.raises(TokenError, match="holds no words: its files are missing"):
+        model.generate(hf_inputs("whisper"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("dtype, share", [("bfloat16", 0.3), ("float32", 1.3)])
@@ -195,8 +222,25 @@ def test_directories_that_are_no_checkpoint(saved: Path, tmp_path: Path) -> None
         load(str(saved))
     with pytest.raises(LoadingError, match="is a file"):
         load(str(saved / "model.safetensors"))
-    with pytest.raises(OSError, match="nowhere"):
-        load(str(tmp_path / "nowhere"))
+    for nowhere in (
+        str(tmp_path / "no"),
+        tmp_path / "no",
+        Path("no/where"),
+        "./no",
+        "no/",
+        "../no",
+    ):
+        with pytest.raises(LoadingError, match=r"no such directory: .*no"):
+            load(nowhere)
+
+
+def test_corrupt_weights_are_named(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"no weights at all"):
+        file.write_bytes(broken)
+        with pytest.raises(LoadingError, match=r"model\.safetensors is corrupt: "):
+            load(str(saved))
 
 
 @pytest.mark.parametrize("model_type", ["wav2vec2", "never_heard_of"])
@@ -211,6 +255,11 @@ def test_unsupported_model_in_memory() -> None:
     config = transformers.BertConfig(hidden_size=24, num_hidden_layers=1, vocab_size=5)
     with pytest.raises(LoadingError, match="'bert' is not supported; supported: whisper, qwen2"):
         HookedAudioTransformer.from_hf(transformers.BertModel(config))
+
+
+def test_other_modules_are_refused() -> None:
+    with pytest.raises(LoadingError, match="not a Hugging Face model, but a Linear"):
+        HookedAudioTransformer.from_hf(torch.nn.Linear(2, 2))
 
 
 def test_another_head_is_refused() -> None:

@@ -187,6 +187,47 @@ def test_hooks_on_a_part(small, pair):
     assert seen == [name, "encoder.hook_out", name, name, name]
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_integers_are_layers_of_the_part(small, pair, part):
+    inputs, _ = pair
+    view, place = small.part(part), f"{part}.1"
+    resid, logits = small(inputs, stop_at_layer=place), small(inputs)
+    runs = {
+        "call": view(inputs, stop_at_layer=1),
+        "hooks": view.run_with_hooks(inputs, stop_at_layer=1),
+        "cache": view.run_with_cache(inputs, stop_at_layer=1)[0],
+        "negative": view(inputs, stop_at_layer=-1),
+        "full name": view(inputs, stop_at_layer=place),
+    }
+    for name, found in runs.items():
+        torch.testing.assert_close(found, resid, msg=name)
+    for prompts in (inputs, view.inputs(inputs)):
+        assert torch.equal(view(resid, start_at_layer=1, inputs=prompts), logits)
+        started, _ = view.run_with_cache(resid, start_at_layer=1, inputs=prompts)
+        torch.testing.assert_close(started, logits)
+    assert torch.equal(view(inputs=view.inputs(inputs)), logits)
+
+
+def test_positional_directions_and_plain_caches(small, pair):
+    """Further forms that TransformerLens knows."""
+    inputs, _ = pair
+    view, seen = small.part("decoder"), []
+
+    def look(grad, hook):
+        seen.append(hook.name)
+
+    view.add_hook("hook_embed", look, "bwd")
+    view.add_perma_hook("blocks.0.hook_mlp_out", look, "bwd")
+    small.add_hook("hook_logits", look, "bwd")
+    view(inputs, return_type="loss").backward()
+    small.reset_hooks(including_permanent=True)
+    assert seen == ["hook_logits", "decoder.blocks.0.hook_mlp_out", "decoder.hook_embed"]
+    _, plain = view.run_with_cache(inputs, "hook_embed", return_cache_object=False)
+    assert type(plain) is dict and list(plain) == ["hook_embed"]
+    _, plain = small.run_with_cache(inputs, names_filter="hook_logits", return_cache_object=False)
+    assert type(plain) is dict and list(plain) == ["hook_logits"]
+
+
 def test_inputs_have_the_shape_of_the_part(small, family):
     lengths = [13, 9] if family == "whisper" else [(13, 9), 11]
     inputs = tiny.hf_inputs(family, lengths=lengths, words=[3, 4], n_frames=2 * FRAMES)
