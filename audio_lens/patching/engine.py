@@ -114,7 +114,8 @@ def _run(
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     names = sorted({table.site.hook_name(layer) for cell in table.cells for layer in cell.layers})
     source_logits, source_cache = model.run_with_cache(source, names_filter=names)
-    base_logits = model(base)
+    patched = _Patched(model, base, table, {name: source_cache[name] for name in names})
+    base_logits = model(base, encoder_out=patched.encoder_out)
     clean_logits = source_logits if direction == "denoise" else base_logits
     measures = {
         name: metrics.bound(one, model, base, clean_logits)
@@ -123,9 +124,12 @@ def _run(
     source_values, base_values = (
         _measure(measures, logits, len(base)) for logits in (source_logits, base_logits)
     )
-    _check_finite({"patched": base_values, "source": source_values}, list(measures))
+    is_denoise = direction == "denoise"
+    clean_values, corrupted_values = (
+        (source_values, base_values) if is_denoise else (base_values, source_values)
+    )
+    _check_finite({"clean": clean_values, "corrupted": corrupted_values}, list(measures))
     hooked = list(model.list_hooks(dir="fwd"))
-    patched = _Patched(model, base, table, {name: source_cache[name] for name in names})
     size = cells_per_forward or (1 if hooked else _cells_per_forward(model, base))
     values = []
     with tqdm(total=len(table.cells), unit="cell", disable=not progress) as bar:
@@ -141,13 +145,12 @@ def _run(
         per_cell = per_cell.masked_fill(absent, torch.nan)
     shape = [len(coords[dim]) for dim in dims] + [len(table.coords[a]) for a in table.axes]
     batch_shape = shape[: len(dims)]
-    is_denoise = direction == "denoise"
     return SweepResult(
         values=per_cell.reshape(shape),
         dims=(*dims, *table.axes),
         coords={**coords, **table.coords},
-        clean=(source_values if is_denoise else base_values).reshape(batch_shape),
-        corrupted=(base_values if is_denoise else source_values).reshape(batch_shape),
+        clean=clean_values.reshape(batch_shape),
+        corrupted=corrupted_values.reshape(batch_shape),
         site=str(table.site),
         direction=direction,
         report=[f"your hooks were in force: {', '.join(hooked)}"] if hooked else [],
@@ -163,7 +166,7 @@ def _cells_per_forward(model: HookedAudioTransformer, base: AudioInputs) -> int:
 
 def _measure(
     measures: dict[str, Callable], logits: Float[Tensor, "b t v"], batch: int
-) -> Float[Tensor, metrics * batch]:
+) -> Float[Tensor, "metrics *batch"]:
     """Every metric of one run: a scalar or one value per row each, alike for all metrics."""
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values = [torch.as_tensor(measure(precise)).detach().cpu() for measure in measures.values()]
@@ -189,7 +192,7 @@ def _check_finite(values: dict[str, Tensor], names: list[str]) -> None:
 
 
 def _batch_dims(
-    metric: Any, measures: dict, base: AudioInputs, baseline: Float[Tensor, metrics * batch]
+    metric: Any, measures: dict, base: AudioInputs, baseline: Float[Tensor, "metrics *batch"]
 ) -> tuple[tuple[str, ...], dict[str, list]]:
     """The dims in front of the axes: several metrics, several stimuli."""
     dims: dict[str, list] = {}
@@ -231,7 +234,9 @@ class _Patched:
         source = repeat(self.source[hook.name], "c ... -> (n c) ...", n=len(cells))
         return torch.where(self._mask(activation, hook.name, cells), source, activation)
 
-    def _mask(self, activation: Tensor, name: str, cells: list[Intervention]) -> Bool[Tensor, ...]:
+    def _mask(
+        self, activation: Tensor, name: str, cells: list[Intervention]
+    ) -> Bool[Tensor, "..."]:
         site = self.table.site
         here = [name in map(site.hook_name, cell.layers) for cell in cells]
         touched = torch.tensor(here, device=activation.device)
@@ -245,7 +250,7 @@ class _Patched:
         return mask & _along(units, activation.ndim, site.unit_dim)
 
 
-def _along(mask: Bool[Tensor, "batch n"], ndim: int, dim: int) -> Bool[Tensor, ...]:
+def _along(mask: Bool[Tensor, "batch n"], ndim: int, dim: int) -> Bool[Tensor, "..."]:
     """The mask with its second axis on axis ``dim`` of a tensor of ``ndim`` axes."""
     shape = [1] * ndim
     shape[0], shape[dim] = mask.shape

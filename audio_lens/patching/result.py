@@ -75,7 +75,7 @@ class Cell:
         )
 
 
-def alike(clean: Float[Tensor, ...], corrupted: Float[Tensor, ...]) -> Bool[Tensor, ...]:
+def alike(clean: Float[Tensor, "..."], corrupted: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
     """Where two baselines are too close for their difference to mean anything.
 
     Closer than 1e-4 of the larger of the two (or 1e-6): below that, float32 rounding of a forward
@@ -85,7 +85,7 @@ def alike(clean: Float[Tensor, ...], corrupted: Float[Tensor, ...]) -> Bool[Tens
     return (clean - corrupted).abs() < (RELATIVE_GAP * larger).clamp(min=ABSOLUTE_GAP)
 
 
-def _recovery(values: Tensor, clean: Tensor, corrupted: Tensor) -> Float[Tensor, ...]:
+def _recovery(values: Tensor, clean: Tensor, corrupted: Tensor) -> Float[Tensor, "..."]:
     """(value - corrupted) / (clean - corrupted); NaN where that gap is nothing or not finite."""
     gap = clean - corrupted
     useless = alike(clean, corrupted) | ~gap.isfinite()
@@ -120,11 +120,11 @@ class SweepResult:
         ValueError: if dims, coords and the shapes do not fit together.
     """
 
-    values: Float[Tensor, ...]
+    values: Float[Tensor, "..."]
     dims: tuple[str, ...]
     coords: dict[str, list]
-    clean: Float[Tensor, ...]
-    corrupted: Float[Tensor, ...]
+    clean: Float[Tensor, "..."]
+    corrupted: Float[Tensor, "..."]
     site: str
     direction: str
     report: list[str] = field(default_factory=list)
@@ -137,7 +137,7 @@ class SweepResult:
         why = "the inputs do not differ in what the metric measures"
         self._note_baselines(alike(self.clean, self.corrupted), "alike", why)
 
-    def _note_baselines(self, where: Bool[Tensor, ...], what: str, why: str) -> None:
+    def _note_baselines(self, where: Bool[Tensor, "..."], what: str, why: str) -> None:
         """Report and log that the baselines ``where`` allow no recovery."""
         if not where.any():
             return
@@ -175,7 +175,7 @@ class SweepResult:
         return len(self.dims) - len(self.axes)
 
     @property
-    def recovery(self) -> Float[Tensor, ...]:
+    def recovery(self) -> Float[Tensor, "..."]:
         """(value - corrupted) / (clean - corrupted): 0 as corrupted, 1 as clean; same shape.
 
         May lie below 0 or above 1. NaN where the baselines are alike or not finite (see
@@ -185,14 +185,14 @@ class SweepResult:
         return _recovery(self.values, clean, corrupted)
 
     @property
-    def effect(self) -> Float[Tensor, ...]:
+    def effect(self) -> Float[Tensor, "..."]:
         """How far the patch moved the run towards the other baseline: 0 nothing, 1 all the way.
 
         Denoising: the recovery. Noising: (clean - value) / (clean - corrupted).
         """
         return self._effect(self.recovery)
 
-    def _effect(self, recovery: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    def _effect(self, recovery: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return recovery if self.direction == "denoise" else 1 - recovery
 
     def _over_axes(self, baseline: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class SweepResult:
         rows = zip(*columns, one._places(), strict=True)
         return [Cell(*numbers, **place) for *numbers, place in rows]
 
-    def _means(self) -> Float[Tensor, values_clean_corrupted * axes]:
+    def _means(self) -> Float[Tensor, "values_clean_corrupted *axes"]:
         """Values and baselines of every cell, each the mean over the stimuli that have all."""
         baselines = (
             self._over_axes(x).expand_as(self.values) for x in (self.clean, self.corrupted)

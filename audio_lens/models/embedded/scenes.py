@@ -80,11 +80,11 @@ def lay_out(slots_s: Sequence[float], gaps_s: Sequence[float]) -> tuple[list[flo
         Onsets in seconds on the 20 ms grid, and the clip's length, a multiple of 40 ms.
     """
     starts, now = [], 0
-    for slot, gap in zip(slots_s, gaps_s, strict=False):
+    for slot, gap in zip(slots_s, gaps_s[:-1], strict=True):
         now = math.ceil((now + gap * RATE) / GRID) * GRID
         starts.append(now / RATE)
         now += round(slot * RATE)
-    return starts, math.ceil((now + gaps_s[len(slots_s)] * RATE) / TOKEN) * TOKEN / RATE
+    return starts, math.ceil((now + gaps_s[-1] * RATE) / TOKEN) * TOKEN / RATE
 
 
 def draw_gaps(slots_s: Sequence[float], draw: np.random.Generator) -> list[float]:
