@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -26,8 +26,41 @@ Words = Word | Sequence[Word]
 MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A metric as a function of logits ``b t v``, and what it reads of them.
+
+    A sweep computes no more than that.
+
+    Attributes:
+        positions: the positions it reads in every row.
+        tokens: the columns of the vocabulary it reads in every row; None for all.
+        value: from the logits at those positions and columns to one value per row.
+    """
+
+    positions: Int[Tensor, "b r"]
+    tokens: Int[Tensor, "b c"] | None
+    value: Callable[[Float[Tensor, "b r c"]], Float[Tensor, " b"]]
+
+    def __call__(self, logits: Float[Tensor, "b t v"]) -> Float[Tensor, " b"]:
+        return self.value(self.of_rows(at_positions(logits, self.positions)))
+
+    def of_rows(self, rows: Float[Tensor, "b r v"]) -> Float[Tensor, "b r c"]:
+        """The columns it reads, of logits at its positions."""
+        if self.tokens is None:
+            return rows
+        return rows.gather(-1, self.tokens[:, None].expand(-1, rows.shape[1], -1))
+
+
+def at_positions(x: Float[Tensor, "b t d"], positions: Int[Tensor, "b r"]) -> Tensor:
+    """The given positions of every row, ``b r d``."""
+    return x[torch.arange(len(x), device=x.device)[:, None], positions]
+
+
 class Metric(ABC):
     """A metric that needs a model and inputs before it can read logits."""
+
+    needs_reference: ClassVar[bool] = False  # whether it compares with the clean run
 
     @property
     @abstractmethod
@@ -39,7 +72,7 @@ class Metric(ABC):
         model: HookedAudioTransformer,
         inputs: AudioInputs | Mapping[str, Any],
         reference: Float[Tensor, "b t v"] | None = None,
-    ) -> MetricFn:
+    ) -> Reading:
         """The metric as a function of logits, one value per row.
 
         Args:
@@ -57,7 +90,7 @@ class Metric(ABC):
         model: HookedAudioTransformer,
         inputs: AudioInputs,
         reference: Float[Tensor, "b t v"] | None,
-    ) -> MetricFn:
+    ) -> Reading:
         """What `bind` gives, for inputs that are `AudioInputs`."""
 
 
@@ -120,6 +153,23 @@ def kl(position: int | None = None) -> Metric:
     return _KL(position=position)
 
 
+def read_at(
+    fn: Callable[[Float[Tensor, "b v"]], Float[Tensor, " b"]],
+    position: int | None = None,
+    name: str | None = None,
+) -> Metric:
+    """Your own function of the logits ``b v`` at one position, giving one value per row.
+
+    Prefer it to a bare function of all logits: a sweep then computes no other position.
+
+    Args:
+        fn: the function.
+        position: which one; None is the last attended, negative counts from the end of the row.
+        name: what to call it; None takes the function's.
+    """
+    return _ReadAt(fn, name or getattr(fn, "__name__", "metric"), position=position)
+
+
 def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
     """Summed log-probability of the tokens the prompts end with (teacher forcing).
 
@@ -160,10 +210,15 @@ class _AtPosition(Metric):
             raise InputError(f"position {self.position} is padding in some row")
         return torch.full((batch,), self.position % width, device=inputs.device)
 
-    def _reader(self, inputs: AudioInputs) -> MetricFn:
-        positions = self._positions(inputs)
-        rows = torch.arange(len(positions), device=positions.device)
-        return lambda logits: logits[rows, positions]
+    def _reading(
+        self,
+        inputs: AudioInputs,
+        value: Callable[[Float[Tensor, "b c"]], Float[Tensor, " b"]],
+        tokens: Int[Tensor, "b c"] | None = None,
+    ) -> Reading:
+        """A function of the logits at the position."""
+        positions = self._positions(inputs)[:, None]
+        return Reading(positions, tokens, lambda rows: value(rows[:, 0]))
 
 
 @dataclass(frozen=True)
@@ -175,12 +230,12 @@ class _LogitDiff(_AtPosition):
     def name(self) -> str:
         return f"logit difference {_shown(self.answer)} - {_shown(self.against)}"
 
-    def _bind(self, model, inputs, reference) -> MetricFn:
-        read = self._reader(inputs)
+    def _bind(self, model, inputs, reference) -> Reading:
         right, wrong = (_ids(w, model, inputs) for w in (self.answer, self.against))
         if (right == wrong).any():
             raise InputError(f"answer and against are the same token in {self.name}")
-        return lambda logits: _at(read(logits), right) - _at(read(logits), wrong)
+        tokens = torch.stack([right, wrong], dim=-1)
+        return self._reading(inputs, lambda logits: logits[:, 0] - logits[:, 1], tokens)
 
 
 @dataclass(frozen=True)
@@ -191,9 +246,9 @@ class _LogProb(_AtPosition):
     def name(self) -> str:
         return f"log-probability of {_shown(self.answer)}"
 
-    def _bind(self, model, inputs, reference) -> MetricFn:
-        read, ids = self._reader(inputs), _ids(self.answer, model, inputs)
-        return lambda logits: _at(read(logits).log_softmax(-1), ids)
+    def _bind(self, model, inputs, reference) -> Reading:
+        ids = _ids(self.answer, model, inputs)
+        return self._reading(inputs, lambda logits: _at(logits.log_softmax(-1), ids))
 
 
 @dataclass(frozen=True)
@@ -202,23 +257,39 @@ class _Prob(_LogProb):
     def name(self) -> str:
         return f"probability of {_shown(self.answer)}"
 
-    def _bind(self, model, inputs, reference) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> Reading:
         log_prob = super()._bind(model, inputs, reference)
-        return lambda logits: log_prob(logits).exp()
+        return replace(log_prob, value=lambda rows: log_prob.value(rows).exp())
 
 
 @dataclass(frozen=True)
 class _KL(_AtPosition):
+    needs_reference: ClassVar[bool] = True
+
     @property
     def name(self) -> str:
         return "KL from the clean run (nats)"
 
-    def _bind(self, model, inputs, reference) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> Reading:
         if reference is None:
             raise InputError("kl compares with the clean run: pass its logits as reference=")
-        read = self._reader(inputs)
-        clean = read(reference).log_softmax(-1)
-        return lambda logits: (clean.exp() * (clean - read(logits).log_softmax(-1))).sum(-1)
+        clean = at_positions(reference, self._positions(inputs)[:, None])[:, 0].log_softmax(-1)
+        return self._reading(
+            inputs, lambda logits: (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
+        )
+
+
+@dataclass(frozen=True)
+class _ReadAt(_AtPosition):
+    fn: Callable[[Float[Tensor, "b v"]], Float[Tensor, " b"]]
+    called: str
+
+    @property
+    def name(self) -> str:
+        return self.called
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        return self._reading(inputs, self.fn)
 
 
 @dataclass(frozen=True)
@@ -229,7 +300,7 @@ class _SequenceLogProb(Metric):
     def name(self) -> str:
         return f"log-probability of {self.tokens!r}"
 
-    def _bind(self, model, inputs, reference) -> MetricFn:
+    def _bind(self, model, inputs, reference) -> Reading:
         ids = self.tokens
         if isinstance(ids, str):
             tokenizer = model.need_tokenizer("a sequence of words")
@@ -243,9 +314,12 @@ class _SequenceLogProb(Metric):
                 f"the prompts must end with the tokens scored ({list(ids)}), behind at least one "
                 f"other token and without padding; they end with {ends.tolist()}"
             )
-        before = slice(-len(ids) - 1, -1)
-        return lambda logits: (
-            logits[:, before].log_softmax(-1).gather(-1, ends[..., None]).sum((-1, -2))
+        width = inputs.tokens.shape[1]
+        before = torch.arange(width - len(ids) - 1, width - 1, device=inputs.device)
+        return Reading(
+            before.expand(len(inputs), -1),
+            None,
+            lambda rows: rows.log_softmax(-1).gather(-1, ends[..., None]).sum((-1, -2)),
         )
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, SupportsIndex, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.decoding import GreedyDecoding
-from audio_lens.models.layers import KVCache, PartConfig, padding_mask
+from audio_lens.models.layers import Context, KVCache, PartConfig, padding_mask
 from audio_lens.models.part import Part
 from audio_lens.timeline import Timeline
 
@@ -48,6 +48,19 @@ class AudioConfig:
     def max_audio_s(self) -> float:
         """Longest clip in seconds."""
         return self.n_frames / 100
+
+
+class AudioPlaces(NamedTuple):
+    """Where audio enters a language model: one entry per audio position, in the order of the merge.
+
+    Position ``index`` of ``clip`` (of the connector's output) stands at ``position`` of prompt
+    ``row``.
+    """
+
+    row: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    clip: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]
 
 
 class LoadingError(ValueError):
@@ -130,29 +143,32 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
     # ---------------------------------------------------------------- what a family defines
 
     @abstractmethod
-    def encode(
-        self,
-        inputs: AudioInputs,
-        resid: Float[Tensor, "clips frames d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> Tensor:
-        """What the decoder receives of the audio; with ``stop``, the residual entering that block.
-
-        ``resid`` is the residual stream entering block ``start``; None starts from the features.
-        """
+    def encoder_context(self, inputs: AudioInputs) -> Context:
+        """What the encoder's blocks need beside the residual stream."""
 
     @abstractmethod
-    def decode(
-        self,
-        inputs: AudioInputs,
-        encoded: Tensor | None,
-        resid: Float[Tensor, "b t d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        past: KVCache | None = None,
+    def send(self, resid: Float[Tensor, "clips frames d"]) -> Tensor:
+        """From the encoder's last residual stream to what the decoder receives."""
+
+    @abstractmethod
+    def decoder_context(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Context:
+        """What the decoder's blocks need beside the residual stream."""
+
+    @abstractmethod
+    def enter_decoder(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
-        """The final hidden states; with ``stop``, the residual stream entering that block."""
+        """The residual stream entering the decoder's block 0."""
+
+    def encoder_reach(self, inputs: AudioInputs) -> int:
+        """How many of the encoder's positions can matter to anything: all of them, here."""
+        return self.cfg.encoder.n_ctx
+
+    def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
+        """Where each connector position enters the decoder's residual stream (audio LLMs)."""
+        raise NotImplementedError(f"{self.cfg.family} reads its audio by cross-attention")
 
     @abstractmethod
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
@@ -174,6 +190,41 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         return hasattr(self.decoder.blocks[0], "cross_attn")
 
     # ---------------------------------------------------------------- forward
+
+    def encode(
+        self,
+        inputs: AudioInputs,
+        resid: Float[Tensor, "clips frames d"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """What the decoder receives of the audio; with ``stop``, the residual entering that block.
+
+        ``resid`` is the residual stream entering block ``start``; None starts from the features.
+        """
+        self.check_features(inputs.features)
+        resid = self.encoder.embed(inputs.features) if resid is None else resid
+        until = self.cfg.encoder.n_layers if stop is None else stop
+        resid = self.encoder.run_blocks(resid, self.encoder_context(inputs), start, until)
+        return self.send(resid) if stop is None else resid
+
+    def decode(
+        self,
+        inputs: AudioInputs,
+        encoded: Tensor | None,
+        resid: Float[Tensor, "b t d"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        past: KVCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The final hidden states; with ``stop``, the residual stream entering that block."""
+        resid = self.enter_decoder(inputs, encoded, past) if resid is None else resid
+        context = self.decoder_context(inputs, encoded, past)
+        until = self.cfg.decoder.n_layers if stop is None else stop
+        resid = self.decoder.run_blocks(resid, context, start, until)
+        if past is not None:
+            past.length += resid.shape[1]
+        return resid if stop is not None else self.decoder.finish(resid)
 
     def forward(
         self,

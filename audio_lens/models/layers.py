@@ -50,11 +50,21 @@ class PartConfig:
 
 
 class KVCache:
-    """Keys and values of earlier positions, by attention layer, for decoding step by step."""
+    """Keys (rotated) and values of earlier positions, by attention layer.
 
-    def __init__(self) -> None:
-        self.length = 0
-        self._entries: dict[str, tuple[Tensor, Tensor]] = {}
+    For decoding step by step, and for runs that differ from another only from some position on.
+    """
+
+    def __init__(
+        self, entries: dict[str, tuple[Tensor, Tensor]] | None = None, length: int = 0
+    ) -> None:
+        self.length = length
+        self._entries = dict(entries or {})
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that is held."""
+        return sum(x.nbytes for entry in self._entries.values() for x in entry)
 
     def get(self, layer: str) -> tuple[Tensor, Tensor] | None:
         return self._entries.get(layer)
@@ -83,6 +93,10 @@ class Context:
     rotary: tuple[Float[Tensor, "#b t e"], Float[Tensor, "#b t e"]] | None = None
     memory: Float[Tensor, "b s d"] | None = None
     past: KVCache | None = None
+
+    def read(self, attn: Attention, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
+        """What cross-attention finds in the memory."""
+        return attn.mix(q, *attn.memory_keys_values(self), None)
 
 
 # -------------------------------------------------------------------------------- norms
@@ -209,39 +223,54 @@ class Attention(nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "b q d"], context: Context) -> Float[Tensor, "b q d"]:
-        q = self.hook_q(self._split(self.q_proj(x)))
         if self.is_cross:
-            allowed = None  # every position may read the whole encoder
-            k, v = self._cross_keys_values(context)
+            z = context.read(self, self.queries(x))
         else:
-            allowed = context.allowed
-            q, k, v = self._self_keys_values(q, x, context)
-        attend = self._explicit if self._is_explicit() else self._fused
-        z = attend(q, k, v, allowed)
-        return self._output(self.hook_z(z))
+            q, k, v = self.project(x, context.rotary)
+            if context.past is not None:
+                k, v = context.past.append(self.name, k, v)
+            z = self.mix(q, k, v, context.allowed)
+        return self.output(self.hook_z(z))
 
     def _split(self, x: Float[Tensor, "b t he"]) -> Float[Tensor, "b t h e"]:
         return rearrange(x, "b t (h e) -> b t h e", e=self.d_head)
 
-    def _self_keys_values(
-        self, q: Float[Tensor, "b q h e"], x: Float[Tensor, "b q d"], context: Context
+    def queries(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q h e"]:
+        """Queries before any rotation."""
+        return self.hook_q(self._split(self.q_proj(x)))
+
+    def keys_values(self, x: Float[Tensor, "b k d"]) -> tuple[Tensor, Tensor]:
+        """Keys (before any rotation) and values, ``b k kv e`` each."""
+        return self.hook_k(self._split(self.k_proj(x))), self.hook_v(self._split(self.v_proj(x)))
+
+    def project(
+        self, x: Float[Tensor, "b t d"], rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        k = self.hook_k(self._split(self.k_proj(x)))
-        v = self.hook_v(self._split(self.v_proj(x)))
-        if context.rotary is not None:
-            q = self.hook_rot_q(rotate(q, context.rotary))
-            k = self.hook_rot_k(rotate(k, context.rotary))
-        if context.past is not None:
-            k, v = context.past.append(self.name, k, v)
+        """Queries, keys and values of self-attention as they meet: rotated."""
+        q, (k, v) = self.queries(x), self.keys_values(x)
+        if rotary is not None:
+            q = self.hook_rot_q(rotate(q, rotary))
+            k = self.hook_rot_k(rotate(k, rotary))
         return q, k, v
 
-    def _cross_keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
+    def memory_keys_values(self, context: Context) -> tuple[Tensor, Tensor]:
+        """Keys and values of what cross-attention reads, from the cache if it holds them."""
         earlier = context.past.get(self.name) if context.past is not None else None
         if earlier is not None:
             return earlier
-        k = self.hook_k(self._split(self.k_proj(context.memory)))
-        v = self.hook_v(self._split(self.v_proj(context.memory)))
+        k, v = self.keys_values(context.memory)
         return context.past.append(self.name, k, v) if context.past is not None else (k, v)
+
+    def mix(
+        self,
+        q: Float[Tensor, "b q h e"],
+        k: Float[Tensor, "#b k kv e"],
+        v: Float[Tensor, "#b k kv e"],
+        allowed: Bool[Tensor, "#b 1 #q k"] | None,
+    ) -> Float[Tensor, "b q h e"]:
+        """Values mixed by softmax of the scores; ``allowed`` None leaves it to causality."""
+        attend = self._explicit if self._is_explicit() else self._fused
+        return attend(q, k, v, allowed)
 
     def _is_explicit(self) -> bool:
         if self.attn_mode == "auto":
@@ -261,10 +290,19 @@ class Attention(nn.Module):
             allowed = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
-        scores = self.hook_attn_scores(scores)
-        dtype = torch.float32 if self.softmax_float32 else scores.dtype
-        pattern = self.hook_pattern(scores.softmax(-1, dtype=dtype).to(scores.dtype))
+        pattern = self.hook_pattern(self.pattern_of(self.hook_attn_scores(scores)))
         return rearrange(pattern @ v, "b h q e -> b q h e")
+
+    def pattern_of(self, scores: Float[Tensor, "*b q k"]) -> Float[Tensor, "*b q k"]:
+        """Softmax over keys, in the precision the family uses."""
+        dtype = torch.float32 if self.softmax_float32 else scores.dtype
+        return scores.softmax(-1, dtype=dtype).to(scores.dtype)
+
+    def weigh(
+        self, pattern: Float[Tensor, "b h q k"], v: Float[Tensor, "b k kv e"]
+    ) -> Float[Tensor, "b q h e"]:
+        """Values mixed by a given pattern."""
+        return rearrange(pattern @ self._per_query_head(v), "b h q e -> b q h e")
 
     def _fused(
         self,
@@ -284,15 +322,23 @@ class Attention(nn.Module):
 
     def _heads_first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """To ``b h t e``, each key-value head repeated for the query heads it serves."""
-        group = self.n_heads // self.n_key_value_heads
-        k, v = (repeat(x, "b t kv e -> b (kv g) t e", g=group) for x in (k, v))
+        k, v = self._per_query_head(k), self._per_query_head(v)
         return rearrange(q, "b t h e -> b h t e"), k, v
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.n_heads // self.n_key_value_heads
+
+    def _per_query_head(self, x: Float[Tensor, "b t kv e"]) -> Float[Tensor, "b h t e"]:
+        return repeat(x, "b t kv e -> b (kv g) t e", g=self.group)
 
     def _masks_later(self, q: Float[Tensor, "b h q e"]) -> bool:
         """Whether a causal mask hides anything: a single new query may see all earlier keys."""
         return self.causal and q.shape[-2] > 1
 
-    def _output(self, z: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q d"]:
+    def output(self, z: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q d"]:
+        """What the heads write together to the residual stream."""
         if not self.hook_result.has_hooks():
             return self.o_proj(rearrange(z, "b q h e -> b q (h e)"))
         result = self.hook_result(torch.einsum("bqhe,hed->bqhd", z, self.W_O))
@@ -332,13 +378,15 @@ def padding_mask(
 ) -> Bool[Tensor, "b 1 q k"]:
     """Keys that hold something (and are not later, if causal).
 
-    A query that could see nothing (left padding) is let see everything: its output is never read,
-    and this keeps NaN out of the batch.
+    A query that could see nothing (left padding) is let see padding, its own and earlier: its
+    output is never read, and this keeps NaN out of the batch.
     """
     allowed = valid[:, None, None, :].expand(-1, 1, n_queries, -1)
-    if causal:
-        allowed = allowed & causal_mask(n_queries, valid.shape[1], valid.device)
-    return allowed | ~allowed.any(-1, keepdim=True)
+    if not causal:
+        return allowed | ~allowed.any(-1, keepdim=True)
+    not_later = causal_mask(n_queries, valid.shape[1], valid.device)
+    allowed = allowed & not_later
+    return allowed | (~allowed.any(-1, keepdim=True) & not_later)
 
 
 # -------------------------------------------------------------------------------- MLPs
@@ -410,15 +458,18 @@ class PreNormBlock(nn.Module):
     def forward(self, resid_pre: Float[Tensor, "b t d"], context: Context) -> Tensor:
         resid_pre = self.hook_resid_pre(resid_pre)
         attn_out = self.hook_attn_out(self.attn(self.ln1(resid_pre), context))
-        resid_mid = self.hook_resid_mid(resid_pre + attn_out)
-        return self._feed_forward(self._between(resid_mid, context))
+        return self.after_attention(resid_pre + attn_out, context)
 
-    def _between(self, resid_mid: Float[Tensor, "b t d"], context: Context) -> Tensor:
-        """What happens between self-attention and MLP: nothing here."""
-        return resid_mid
+    def after_attention(self, resid_mid: Float[Tensor, "b t d"], context: Context) -> Tensor:
+        """The rest of the block, from the residual stream with self-attention added."""
+        return self.feed_forward(self.hook_resid_mid(resid_mid))
 
-    def _feed_forward(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(resid)))
+    def feed_forward(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The rest of the block, from the residual stream that the MLP reads."""
+        return self.after_mlp(resid, self.hook_mlp_out(self.mlp(self.ln2(resid))))
+
+    def after_mlp(self, resid: Float[Tensor, "b t d"], mlp_out: Float[Tensor, "b t d"]) -> Tensor:
+        """The residual stream as it leaves the block."""
         return self.hook_resid_post(self._limited(resid + mlp_out))
 
     def _limited(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
@@ -445,10 +496,16 @@ class CrossAttentionBlock(PreNormBlock):
         self.cross_attn = Attention(cfg, causal=False, d_memory=cfg.d_model)
         self.hook_cross_attn_out, self.hook_resid_mid_cross = HookPoint(), HookPoint()
 
-    def _between(self, resid_mid: Float[Tensor, "b t d"], context: Context) -> Tensor:
-        cross_attn_out = self.cross_attn(self.ln_cross(resid_mid), context)
-        cross_attn_out = self.hook_cross_attn_out(cross_attn_out)
-        return self.hook_resid_mid_cross(resid_mid + cross_attn_out)
+    def after_attention(self, resid_mid: Float[Tensor, "b t d"], context: Context) -> Tensor:
+        resid_mid = self.hook_resid_mid(resid_mid)
+        cross_attn_out = self.hook_cross_attn_out(
+            self.cross_attn(self.ln_cross(resid_mid), context)
+        )
+        return self.after_cross_attention(resid_mid + cross_attn_out)
+
+    def after_cross_attention(self, resid_mid_cross: Float[Tensor, "b t d"]) -> Tensor:
+        """The rest of the block, from the residual stream with cross-attention added."""
+        return self.feed_forward(self.hook_resid_mid_cross(resid_mid_cross))
 
 
 class Stack(nn.Module):
@@ -469,3 +526,7 @@ class Stack(nn.Module):
         for block in self.blocks[start:stop]:
             resid = block(resid, context)
         return resid
+
+    def finish(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """From the residual stream after the last block to the part's output."""
+        return self.hook_out(self.ln_final(resid))

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from audio_lens.audio import AudioError
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer, LoadingError
+from audio_lens.models.base import (
+    AudioConfig,
+    AudioPlaces,
+    HookedAudioTransformer,
+    LoadingError,
+)
 from audio_lens.models.layers import (
     Context,
     KVCache,
@@ -173,20 +178,20 @@ class HookedQwen2Audio(HookedAudioTransformer):
 
     # ---------------------------------------------------------------- forward
 
-    def encode(
-        self,
-        inputs: AudioInputs,
-        resid: Float[Tensor, "clips frames d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> Float[Tensor, "clips t d_out"]:
-        """The connector's output, or with ``stop`` the residual stream entering that block."""
-        self.check_features(inputs.features)
-        resid = self.encoder.embed(inputs.features) if resid is None else resid
-        context = Context(allowed=self._frames_allowed(inputs))
-        until = self.cfg.encoder.n_layers if stop is None else stop
-        resid = self.encoder.run_blocks(resid, context, start, until)
-        return self.connector(self.encoder.finish(resid)) if stop is None else resid
+    def encoder_context(self, inputs: AudioInputs) -> Context:
+        """Padding is masked."""
+        return Context(allowed=self._frames_allowed(inputs))
+
+    def encoder_reach(self, inputs: AudioInputs) -> int:
+        """The frames of the longest clip, in whole pairs: what lies behind is masked and cut."""
+        if inputs.feature_mask is None:
+            return self.cfg.encoder.n_ctx
+        longest = max(inputs.mel_frames(clip) for clip in range(len(inputs.features)))
+        return min(self.cfg.encoder.n_ctx, 2 * ((longest - 1) // 4 + 1))
+
+    def send(self, resid: Float[Tensor, "clips frames d"]) -> Float[Tensor, "clips t d_out"]:
+        """The connector's output."""
+        return self.connector(self.encoder.finish(resid))
 
     def _frames_allowed(self, inputs: AudioInputs) -> Bool[Tensor, "clips 1 1 frames"] | None:
         if inputs.feature_mask is None or inputs.feature_mask.all():
@@ -195,32 +200,27 @@ class HookedQwen2Audio(HookedAudioTransformer):
         frames = torch.arange(self.cfg.encoder.n_ctx, device=n_frames.device)
         return padding_mask(frames < n_frames[:, None], n_queries=1, causal=False)
 
-    def decode(
-        self,
-        inputs: AudioInputs,
-        encoded: Float[Tensor, "clips s d"] | None,
-        resid: Float[Tensor, "b t d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        past: KVCache | None = None,
-    ) -> Float[Tensor, "b t d"]:
-        """The final hidden states, or with ``stop`` the residual stream entering that block."""
+    def decoder_context(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Context:
+        """Masks and rotary positions."""
         earlier = past.length if past is not None else 0
-        if resid is None:
-            resid = self._merged(inputs, encoded if earlier == 0 else None)
         positions = inputs.position_ids
         if positions is None:
-            positions = torch.arange(earlier, earlier + resid.shape[1], device=resid.device)[None]
-        context = Context(
+            n_new = inputs.tokens.shape[1]
+            positions = torch.arange(earlier, earlier + n_new, device=inputs.device)[None]
+        return Context(
             allowed=self.decoder_mask(inputs, past),
-            rotary=self.decoder.rotary(positions, resid.dtype),
+            rotary=self.decoder.rotary(positions, self.dtype),
             past=past,
         )
-        until = self.cfg.decoder.n_layers if stop is None else stop
-        resid = self.decoder.run_blocks(resid, context, start, until)
-        if past is not None:
-            past.length += resid.shape[1]
-        return resid if stop is not None else self.decoder.hook_out(self.decoder.ln_final(resid))
+
+    def enter_decoder(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Embedded tokens with the audio in its places."""
+        is_later = past is not None and past.length > 0
+        return self._merged(inputs, None if is_later else encoded)
 
     def _merged(
         self, inputs: AudioInputs, encoded: Float[Tensor, "clips s d"] | None
@@ -239,6 +239,14 @@ class HookedQwen2Audio(HookedAudioTransformer):
         """The connector's output at positions that hold audio, clip after clip."""
         counts = torch.tensor(self._token_counts(inputs), device=encoded.device)
         return encoded[torch.arange(encoded.shape[1], device=encoded.device) < counts[:, None]]
+
+    def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
+        """Where each connector position of each clip enters the language model."""
+        row, position = (inputs.tokens == self.audio_token_id).nonzero(as_tuple=True)
+        counts = torch.tensor(self._token_counts(inputs), device=inputs.device)
+        clip = torch.arange(len(counts), device=inputs.device).repeat_interleave(counts)
+        index = torch.cat([torch.arange(int(n), device=inputs.device) for n in counts])
+        return AudioPlaces(row, position, clip, index)
 
     def _token_counts(self, inputs: AudioInputs) -> list[int]:
         return [audio_token_count(inputs.mel_frames(c)) for c in range(len(inputs.features))]

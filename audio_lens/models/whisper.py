@@ -53,10 +53,6 @@ class WhisperEncoder(Stack):
         positions = self.pos_embed.weight.repeat(len(x), 1, 1)
         return x + self.hook_pos_embed(positions)
 
-    def finish(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """From the residual stream after the last block to the encoder's output."""
-        return self.hook_out(self.ln_final(resid))
-
 
 class WhisperDecoder(Stack):
     """Text decoder with learned positions; its unembedding is tied to its embedding."""
@@ -144,42 +140,25 @@ class HookedWhisper(HookedAudioTransformer):
 
     # ---------------------------------------------------------------- forward
 
-    def encode(
-        self,
-        inputs: AudioInputs,
-        resid: Float[Tensor, "b t d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> Float[Tensor, "b t d"]:
-        """The encoder's output, or with ``stop`` the residual stream entering that block.
+    def encoder_context(self, inputs: AudioInputs) -> Context:
+        """Nothing is masked: Whisper's encoder always hears the full length, padding too."""
+        return Context()
 
-        Whisper's encoder attends to padding too: it always hears the full length.
-        """
-        self.check_features(inputs.features)
-        resid = self.encoder.embed(inputs.features) if resid is None else resid
-        until = self.cfg.encoder.n_layers if stop is None else stop
-        resid = self.encoder.run_blocks(resid, Context(), start, until)
-        return self.encoder.finish(resid) if stop is None else resid
+    def send(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The encoder's output."""
+        return self.encoder.finish(resid)
 
-    def decode(
-        self,
-        inputs: AudioInputs,
-        encoded: Float[Tensor, "b s d"] | None,
-        resid: Float[Tensor, "b t d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        past: KVCache | None = None,
+    def decoder_context(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Context:
+        """Masks, and the encoder's output as memory."""
+        return Context(allowed=self.decoder_mask(inputs, past), memory=encoded, past=past)
+
+    def enter_decoder(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
-        """The final hidden states, or with ``stop`` the residual stream entering that block."""
-        if resid is None:
-            resid = self.decoder.embed_tokens(inputs.tokens, self._positions(inputs, past))
-        allowed = self.decoder_mask(inputs, past)
-        context = Context(allowed=allowed, memory=encoded, past=past)
-        until = self.cfg.decoder.n_layers if stop is None else stop
-        resid = self.decoder.run_blocks(resid, context, start, until)
-        if past is not None:
-            past.length += resid.shape[1]
-        return resid if stop is not None else self.decoder.hook_out(self.decoder.ln_final(resid))
+        """Embedded tokens; the audio is read later, by cross-attention."""
+        return self.decoder.embed_tokens(inputs.tokens, self._positions(inputs, past))
 
     def _positions(self, inputs: AudioInputs, past: KVCache | None) -> Int[Tensor, "b t"]:
         earlier = past.length if past is not None else 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from einops import repeat
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
@@ -41,11 +41,12 @@ class Intervention:
 class CellTable:
     """Every cell of a sweep, in the order of its axes.
 
-    `positions` holds the distinct sets of positions, for each entry of the site's batch axis
-    (prompts, or clips in encoder and connector); `covered` says which prompts have any of them.
+    `sites` are patched together as one. `positions` holds the distinct sets of positions, for each
+    entry of the sites' batch axis (prompts, or clips in encoder and connector); `covered` says
+    which prompts have any of them.
     """
 
-    site: Site
+    sites: tuple[Site, ...]
     axes: tuple[str, ...]
     coords: dict[str, list]
     positions: Bool[Tensor, "sets batch t"]
@@ -56,16 +57,23 @@ class CellTable:
     def lay_out(
         model: HookedAudioTransformer,
         inputs: AudioInputs,
-        site: Site,
+        site: Site | Sequence[Site],
         axes: Sequence[str],
         windows: Windows | None,
         layers: int | Sequence[int] | None,
+        layer_window: int = 1,
     ) -> CellTable:
-        """The table of a sweep; everything that can be wrong with it raises here."""
+        """The table of a sweep; everything that can be wrong with it raises here.
+
+        Args:
+            layer_window: how many adjacent blocks a cell patches, from its layer on.
+        """
+        sites = (site,) if isinstance(site, Site) else tuple(site)
+        site = _common(model, sites, axes)
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
         _check_axes(site, axes, windows)
         coords: dict[str, list] = {}
-        chosen = _chosen_layers(site, layers)
+        chosen = _chosen_layers(site, layers, axes, layer_window)
         if "layer" in axes:
             coords["layer"] = list(chosen)
         if site.unit in axes:
@@ -79,13 +87,60 @@ class CellTable:
         else:
             positions = where.everywhere()
         return CellTable(
-            site=site,
+            sites=sites,
             axes=axes,
             coords={axis: coords[axis] for axis in axes},
             positions=positions,
             covered=where.covered(positions),
-            cells=list(_cells(site, axes, coords, chosen)),
+            cells=list(_cells(site, axes, coords, chosen, layer_window)),
         )
+
+    @property
+    def site(self) -> Site:
+        """The site, or the first of several."""
+        return self.sites[0]
+
+    @property
+    def part(self) -> str:
+        return self.site.part
+
+    def hook_names(self, cells: Sequence[int]) -> list[str]:
+        """The hook points that some cells patch."""
+        layers = sorted({layer for c in cells for layer in self.cells[c].layers}, key=str)
+        return [site.hook_name(layer) for site in self.sites for layer in layers]
+
+    def where(self, cells: Sequence[int]) -> Bool[Tensor, "n batch t"]:
+        """The patched positions of some cells."""
+        return self.positions[[self.cells[cell].positions for cell in cells]]
+
+    def units(self, cells: Sequence[int]) -> Int[Tensor, " n"] | None:
+        """The patched heads or neurons of some cells; None where all are."""
+        if self.site.unit not in self.axes:
+            return None
+        units = [self.cells[cell].unit for cell in cells]
+        return torch.tensor(units, device=self.positions.device)
+
+
+def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequence[str]) -> Site:
+    """The site that stands for all of a union: they must lie on the same positions and units.
+
+    Raises:
+        SiteError: if they do not.
+    """
+    if not sites:
+        raise SiteError("no site: name at least one")
+    first, *others = sites
+    for other in others:
+        if other == first or sites.count(other) > 1:
+            raise SiteError(f"{other} is named twice")
+        if (other.part, other.positions_of) != (first.part, first.positions_of):
+            raise SiteError(f"{first} and {other} do not lie on the same positions of one part")
+        if first.n_layers is None:
+            raise SiteError(f"{first} and {other} follow each other: patch one of them")
+        units = [(site.unit, site.unit and _unit_count(model, site)) for site in (first, other)]
+        if first.unit in axes and units[0] != units[1]:
+            raise SiteError(f"{first} and {other} do not have the same {first.unit}s")
+    return first
 
 
 def _check_axes(site: Site, axes: tuple[str, ...], windows: Windows | None) -> None:
@@ -101,19 +156,24 @@ def _check_axes(site: Site, axes: tuple[str, ...], windows: Windows | None) -> N
         raise SiteError("windows belong to axis 'time', which is not among the axes")
 
 
-def _chosen_layers(site: Site, layers: int | Sequence[int] | None) -> tuple[int | None, ...]:
+def _chosen_layers(
+    site: Site, layers: int | Sequence[int] | None, axes: tuple[str, ...], layer_window: int
+) -> tuple[int | None, ...]:
     if site.n_layers is None:
-        if layers is not None:
+        if layers is not None or layer_window != 1:
             raise SiteError(f"{site} lies outside the blocks: it has no layers to choose")
         return (None,)
+    if layer_window != 1 and "layer" not in axes:
+        raise SiteError("layer_window goes with axis 'layer': without it all layers are patched")
+    if not 1 <= layer_window <= site.n_layers:
+        raise ValueError(f"layer_window must lie in 1 to {site.n_layers}, got {layer_window}")
+    last = site.n_layers - layer_window
     if layers is None:
-        return tuple(range(site.n_layers))
+        return tuple(range(last + 1))
     chosen = (layers,) if isinstance(layers, int) else tuple(layers)
-    is_known = all(isinstance(layer, int) and 0 <= layer < site.n_layers for layer in chosen)
+    is_known = all(isinstance(layer, int) and 0 <= layer <= last for layer in chosen)
     if not chosen or not is_known or len(set(chosen)) < len(chosen):
-        raise ValueError(
-            f"layers must lie in 0 to {site.n_layers - 1}, each once; got {list(chosen)}"
-        )
+        raise ValueError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
     return chosen
 
 
@@ -121,17 +181,22 @@ def _unit_count(model: HookedAudioTransformer, site: Site) -> int:
     cfg = model.cfg.parts[site.part]
     if site.unit == "neuron":
         return cfg.d_mlp
-    is_key_value = site.activation.rpartition(".")[2] in ("k", "v", "rot_k")
+    is_key_value = site.last in ("k", "v", "rot_k")
     return cfg.n_key_value_heads if is_key_value else cfg.n_heads
 
 
 def _cells(
-    site: Site, axes: tuple[str, ...], coords: dict[str, list], layers: tuple[int | None, ...]
+    site: Site,
+    axes: tuple[str, ...],
+    coords: dict[str, list],
+    layers: tuple[int | None, ...],
+    layer_window: int,
 ) -> Iterator[Intervention]:
     for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
         at = dict(zip(axes, place, strict=True))
+        first = coords["layer"][at["layer"]] if "layer" in at else None
         yield Intervention(
-            layers=(coords["layer"][at["layer"]],) if "layer" in at else layers,
+            layers=layers if first is None else tuple(range(first, first + layer_window)),
             unit=at.get(site.unit),
             positions=at.get("time", at.get("position", 0)),
         )

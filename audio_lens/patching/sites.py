@@ -59,11 +59,25 @@ class Site:
     def __str__(self) -> str:
         return f"{self.part}.{self.activation}"
 
+    @property
+    def sublayer(self) -> str:
+        """ "attn", "cross_attn" or "mlp"; empty for the residual stream and sublayers' outputs."""
+        return self.activation.rpartition(".")[0]
+
+    @property
+    def last(self) -> str:
+        """The last piece of its name: ``z`` of ``attn.z``."""
+        return self.activation.rpartition(".")[2]
+
+    @property
+    def local_hook(self) -> str:
+        """Name of the hook point inside its block or part."""
+        return f"{self.sublayer}.hook_{self.last}" if self.sublayer else f"hook_{self.last}"
+
     def hook_name(self, layer: int | None) -> str:
         """Name of the hook point, in a block or outside the blocks."""
-        path, _, last = self.activation.rpartition(".")
         pieces = [self.part, *([] if layer is None else ["blocks", str(layer)])]
-        return ".".join([*pieces, *([path] if path else []), f"hook_{last}"])
+        return ".".join([*pieces, self.local_hook])
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -74,7 +88,7 @@ class Site:
     @property
     def reads_attention(self) -> bool:
         """Whether it exists only when attention is written out."""
-        return self.activation.rpartition(".")[2] in _PER_PAIR
+        return self.last in _PER_PAIR
 
     @staticmethod
     def parse(text: str, model: HookedAudioTransformer) -> Site:

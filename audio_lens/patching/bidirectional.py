@@ -1,0 +1,253 @@
+"""Running many changed copies of a bidirectional stack.
+
+Every position sees every other, so a changed window changes all rows of the block it enters; but
+there the other rows' queries, keys and values are still the base run's. What each query finds
+outside a window is computed once for all windows (`Complement`), and a copy adds what it finds in
+its own window.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from audio_lens.models.layers import Attention, Context
+from audio_lens.patching.changes import Entry, Projected
+from audio_lens.patching.trace import Trace
+
+Window = tuple[int, int]
+_WIDEST = 0.4  # of all positions: a wider window is not worth the complement
+_FEWEST = 4  # windows for which the complement is worth its price
+
+
+class Complement:
+    """What attention finds outside of windows, unnormalised, for every query of one clip.
+
+    Softmax numerators and denominators are summed segment by segment against each query's largest
+    score, and a window's complement is the sum before it plus the sum behind it: nothing is ever
+    subtracted.
+    """
+
+    def __init__(
+        self,
+        attn: Attention,
+        q: Float[Tensor, "t h e"],
+        k: Float[Tensor, "t h e"],
+        v: Float[Tensor, "t h e"],
+        allowed: Bool[Tensor, " t"] | None,
+        windows: Sequence[Window],
+    ):
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.q = q.transpose(0, 1).to(self.dtype) * attn.d_head**-0.5
+        self.allowed = allowed
+        self.index = {window: i for i, window in enumerate(windows)}
+        n_heads, n_queries, e = self.q.shape
+        self.peak = self.q.new_empty(n_heads, n_queries, 1)
+        self.sums = self.q.new_empty(len(windows), n_heads, n_queries, e + 1)
+        for head in range(n_heads):
+            self._sum_up(head, k[:, head].to(self.dtype), _with_ones(v[:, head].to(self.dtype)))
+
+    def _sum_up(self, head: int, k: Float[Tensor, "t e"], v: Float[Tensor, "t e1"]) -> None:
+        scores = self.q[head] @ k.T
+        if self.allowed is not None:
+            scores.masked_fill_(~self.allowed, -torch.inf)
+        torch.amax(scores, -1, keepdim=True, out=self.peak[head])
+        weights = scores.sub_(self.peak[head]).exp_()
+        edges = sorted({0, len(k), *(edge for window in self.index for edge in window)})
+        bounds = list(itertools.pairwise(edges))
+        parts = [weights[:, start:end] @ v[start:end] for start, end in bounds]
+        before, after = {0: torch.zeros_like(parts[0])}, {edges[-1]: torch.zeros_like(parts[0])}
+        for (start, end), part in zip(bounds, parts, strict=True):
+            before[end] = before[start] + part
+        for (start, end), part in zip(reversed(bounds), reversed(parts), strict=True):
+            after[start] = after[end] + part
+        for (start, end), i in self.index.items():
+            torch.add(before[start], after[end], out=self.sums[i, head])
+
+    def attend(
+        self, window: Window, k: Float[Tensor, "w h e"], v: Float[Tensor, "w h e"]
+    ) -> tuple[Float[Tensor, "t h e"], Bool[Tensor, " t"]]:
+        """``z`` of every query with other keys and values in a window.
+
+        Also which queries found too little to be exact, where all that is left has underflowed.
+        """
+        k, v = k.transpose(0, 1).to(self.dtype), _with_ones(v.transpose(0, 1).to(self.dtype))
+        scores = self.q @ k.transpose(-1, -2)
+        if self.allowed is not None:
+            scores.masked_fill_(~self.allowed[window[0] : window[1]], -torch.inf)
+        peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
+        total = self.sums[self.index[window]] * (self.peak - peak).exp()
+        total.baddbmm_(scores.sub_(peak).exp_(), v)
+        weight = total[..., -1:]
+        lost = (weight < torch.finfo(self.dtype).tiny * 1e8)[..., 0].any(0)
+        return (total[..., :-1] / weight).transpose(0, 1), lost
+
+
+def _with_ones(v: Float[Tensor, "*b e"]) -> Float[Tensor, "*b e1"]:
+    """Values with a column of ones, whose weighted sum is the denominator."""
+    return torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
+
+
+class BidirectionalWalk:
+    """Runs lanes through a bidirectional stack from where they differ from a base run.
+
+    Args:
+        base: the base run.
+        windows: the windows that lanes change, clip by clip: their complements are shared.
+        n_held: how many windows' complements are held at once; 0 never builds one.
+    """
+
+    def __init__(self, base: Trace, windows: Sequence[Sequence[Window]], n_held: int):
+        self.base = base
+        n_positions = base.residuals[0].shape[1]
+        self.batches = [_batches(of_clip, n_positions, n_held) for of_clip in windows]
+        self._held: tuple[int, Projected] | None = None
+        self._complement: tuple[tuple[int, int, int], Complement] | None = None
+
+    def run(
+        self, entries: Sequence[Entry], clips: Int[Tensor, " n"]
+    ) -> tuple[Int[Tensor, " a"], Float[Tensor, "a t d"]]:
+        """The lanes that change anything, and the residual stream leaving the last block."""
+        lanes, resid = clips.new_empty(0), self.base.residuals[0][:0]
+        first = min((e.layer for e in entries), default=self.base.n_layers)
+        for layer in range(first, self.base.n_layers + 1):
+            if len(lanes) and layer < self.base.n_layers:
+                resid = self.base.block(layer)(resid, self._context(clips[lanes]))
+            for entry in entries:
+                if entry.layer == layer and len(entry.lane):
+                    joined, stream = self._enter(entry, clips)
+                    lanes = torch.cat([lanes, joined])
+                    resid = torch.cat([resid, stream]) if len(resid) else stream
+        return lanes, resid
+
+    def _context(self, clips: Int[Tensor, " n"]) -> Context:
+        allowed = self.base.context.allowed
+        own = allowed if allowed is None or len(allowed) == 1 else allowed[clips]
+        return replace(self.base.context, past=None, allowed=own)
+
+    # ---------------------------------------------------------------- the block that lanes enter
+
+    def _enter(self, entry: Entry, clips: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """The entry's lanes, and the residual stream behind the block they enter."""
+        lanes, place = entry.lane.unique(return_inverse=True)
+        clips = clips[lanes]
+        resid = self.base.residuals[entry.layer][clips]
+        resid[place, entry.position] = entry.values.to(resid.dtype)
+        if entry.layer == self.base.n_layers:
+            return lanes, resid
+        block = self.base.block(entry.layer)
+        z = self._mixed(block.attn, entry, place, clips)
+        return lanes, block.after_attention(resid + block.attn.output(z), self._context(clips))
+
+    def _mixed(
+        self, attn: Attention, entry: Entry, place: Int[Tensor, " m"], clips: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n t h e"]:
+        """``z`` of all rows: by complements where these are worth their price, else in full."""
+        base = self._base_projected(entry.layer)
+        new = entry.projected or self.base.projected_rows(
+            entry.layer, entry.values, clips[place], entry.position
+        )
+        z = torch.empty_like(base[0][clips])
+        in_full = []
+        for lane, clip in enumerate(clips.tolist()):
+            own = place == lane
+            changed = entry.position[own]
+            found = self._shared(attn, entry.layer, clip, changed)
+            if found is None:
+                in_full.append(lane)
+            else:
+                z[lane] = self._beside(
+                    attn, clip, *found, changed, [x[clip] for x in base], [x[own] for x in new]
+                )
+        if in_full:
+            chosen = torch.tensor(in_full, device=place.device)
+            z[chosen] = self._in_full(attn, chosen, entry, place, clips, base, new)
+        return z
+
+    def _in_full(
+        self,
+        attn: Attention,
+        chosen: Int[Tensor, " c"],
+        entry: Entry,
+        place: Int[Tensor, " m"],
+        clips: Int[Tensor, " n"],
+        base: Projected,
+        new: Projected,
+    ) -> Float[Tensor, "c t h e"]:
+        """Attention of all rows to all rows."""
+        rank = torch.full_like(clips, -1)
+        rank[chosen] = torch.arange(len(chosen), device=chosen.device)
+        here = rank[place] >= 0
+        qkv = [held[clips[chosen]] for held in base]
+        for held, rows in zip(qkv, new, strict=True):
+            held[rank[place[here]], entry.position[here]] = rows[here].to(held.dtype)
+        return attn.mix(*qkv, self._context(clips[chosen]).allowed)
+
+    def _beside(
+        self,
+        attn: Attention,
+        clip: int,
+        complement: Complement,
+        window: Window,
+        changed: Int[Tensor, " w"],
+        base: Sequence[Float[Tensor, "t h e"]],
+        new: Sequence[Float[Tensor, "w h e"]],
+    ) -> Float[Tensor, "t h e"]:
+        """``z`` of all rows from the complement of the lane's window.
+
+        Changed rows have new queries, which ask everywhere, and so do those that found nothing.
+        """
+        start, end = window
+        q, k, v = base[0], base[1].clone(), base[2].clone()
+        k[changed], v[changed] = new[1].to(k.dtype), new[2].to(v.dtype)
+        z, lost = complement.attend(window, k[start:end], v[start:end])
+        lost[changed] = False
+        again = lost.nonzero()[:, 0]
+        asking = torch.cat([new[0].to(q.dtype), q[again]])[None]
+        allowed = self._context(torch.tensor([clip], device=q.device)).allowed
+        z = z.to(q.dtype)
+        z[torch.cat([changed, again])] = attn.mix(asking, k[None], v[None], allowed)[0]
+        return z
+
+    # ---------------------------------------------------------------- what lanes share
+
+    def _base_projected(self, layer: int) -> Projected:
+        if self._held is None or self._held[0] != layer:
+            self._held = layer, self.base.projected(layer, self.base.residuals[layer])
+        return self._held[1]
+
+    def _shared(
+        self, attn: Attention, layer: int, clip: int, changed: Int[Tensor, " w"]
+    ) -> tuple[Complement, Window] | None:
+        """The complement that serves these changed rows, and the window of it."""
+        bounds = int(changed.min()), int(changed.max()) + 1
+        for number, batch in enumerate(self.batches[clip]):
+            holding = [w for w in batch if w[0] <= bounds[0] and bounds[1] <= w[1]]
+            if holding:
+                window = min(holding, key=lambda w: w[1] - w[0])
+                return self._complement_of(attn, (layer, clip, number)), window
+        return None
+
+    def _complement_of(self, attn: Attention, key: tuple[int, int, int]) -> Complement:
+        if self._complement is None or self._complement[0] != key:
+            self._complement = None  # never two at once
+            layer, clip, number = key
+            q, k, v = (x[clip] for x in self._base_projected(layer))
+            allowed = self.base.context.allowed
+            own = None if allowed is None else allowed[clip % len(allowed), 0, 0]
+            made = Complement(attn, q, k, v, own, self.batches[clip][number])
+            self._complement = key, made
+        return self._complement[1]
+
+
+def _batches(windows: Sequence[Window], n_positions: int, n_held: int) -> list[list[Window]]:
+    """The windows worth a complement, so many at a time."""
+    worth = sorted({w for w in windows if w[1] - w[0] <= _WIDEST * n_positions})
+    if n_held < _FEWEST or len(worth) < _FEWEST:
+        return []
+    return [worth[start : start + n_held] for start in range(0, len(worth), n_held)]

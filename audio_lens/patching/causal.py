@@ -1,0 +1,243 @@
+"""Running many changed copies of a causal stack at once, and no row that did not change.
+
+In a causal stack nothing before the first changed position differs at any block. The copies (lanes)
+therefore run from that position on, with the base run's earlier keys and values; all their rows are
+packed into one matrix for norms, projections and MLP, and lanes join at the block where their patch
+enters. Behind the last block only the rows that a metric reads are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from audio_lens.models.layers import Attention, causal_mask
+from audio_lens.patching.changes import Entry, Projected
+from audio_lens.patching.readout import Readout
+from audio_lens.patching.trace import PackedRows, Trace
+
+_SPREAD = 1.5  # lanes attend together while the longest is at most so much longer than the shortest
+
+
+@dataclass
+class Rows:
+    """Rows of several lanes, packed: lane and position of each."""
+
+    lane: Int[Tensor, " m"]
+    position: Int[Tensor, " m"]
+    x: Float[Tensor, "m d"]
+
+    def __getitem__(self, index: Tensor) -> Rows:
+        return Rows(self.lane[index], self.position[index], self.x[index])
+
+    @staticmethod
+    def together(parts: Sequence[Rows]) -> Rows:
+        lane, position, x = zip(*((p.lane, p.position, p.x) for p in parts), strict=True)
+        return Rows(torch.cat(lane), torch.cat(position), torch.cat(x))
+
+
+class CausalWalk:
+    """Runs lanes through a causal stack from where they differ from a base run.
+
+    Args:
+        base: the base run.
+        readout: what is read behind the last block.
+    """
+
+    def __init__(self, base: Trace, readout: Readout):
+        self.base, self.readout = base, readout
+        self.demanded = readout.demanded
+        width = torch.arange(readout.width, device=self.demanded.device)
+        self.ends = (self.demanded * (width + 1)).amax(
+            1
+        )  # rows behind the last one read matter not
+        self._queries: tuple[int, Tensor] | None = None
+
+    def run(self, entries: Sequence[Entry], prompts: Int[Tensor, " n"]) -> Rows:
+        """The final hidden states of the rows that are read and may differ from the base run's."""
+        entries = [e[e.position < self.ends[prompts[e.lane]]] for e in entries]
+        lanes = _Lanes.of(entries, prompts, self.ends)
+        rows: Rows | None = None
+        for layer in range(min((e.layer for e in entries), default=0), self.base.n_layers):
+            joining = [e for e in entries if e.layer == layer and len(e.lane)]
+            if joining or rows is not None:
+                rows = self._block(layer, rows, joining, lanes)
+        leaving = [
+            Rows(e.lane, e.position, e.values) for e in entries if e.layer == self.base.n_layers
+        ]
+        none = prompts[:0]
+        done = Rows.together([rows or Rows(none, none, self.base.residuals[0][0, :0]), *leaving])
+        read = self.demanded[prompts[done.lane], done.position]
+        done = done if read.all() else done[read]
+        return Rows(done.lane, done.position, self.base.stack.finish(done.x[None])[0])
+
+    def _block(
+        self, layer: int, rows: Rows | None, joining: Sequence[Entry], lanes: _Lanes
+    ) -> Rows:
+        """One block for the lanes under way and those that join here."""
+        block, parts, projected = self.base.block(layer), [], []
+        if rows is not None:
+            parts.append(rows)
+            prompts = lanes.prompts[rows.lane]
+            projected.append(self.base.projected_rows(layer, rows.x, prompts, rows.position))
+        for entry in joining:
+            joined, its_projected = self._join(layer, entry, lanes)
+            parts.append(joined)
+            projected.append(its_projected)
+        rows = Rows.together(parts) if len(parts) > 1 else parts[0]
+        q, k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*projected, strict=True))
+        is_last = layer == self.base.n_layers - 1
+        asking = self._asking(rows, lanes) if is_last else None
+        wanted = rows if asking is None else rows[asking]
+        q = q if asking is None else q[asking]
+        z = self._attend(block.attn, wanted, q, rows, (k, v), lanes, only_read=is_last)
+        resid_mid = wanted.x + block.attn.output(z[None])[0]
+        context = PackedRows.of(self.base, lanes.prompts[wanted.lane])
+        return Rows(
+            wanted.lane, wanted.position, block.after_attention(resid_mid[None], context)[0]
+        )
+
+    def _asking(self, rows: Rows, lanes: _Lanes) -> Tensor | None:
+        """The rows that are read; None for all."""
+        read = self.demanded[lanes.prompts[rows.lane], rows.position]
+        return None if read.all() else read.nonzero()[:, 0]
+
+    # ---------------------------------------------------------------- joining
+
+    def _join(self, layer: int, entry: Entry, lanes: _Lanes) -> tuple[Rows, list[Tensor]]:
+        """All rows of the lanes that enter here: the base run's, with the changed ones written in.
+
+        Where a row is the base run's, so are its queries, keys and values in this block.
+        """
+        lane, position, where = lanes.rows_of(entry)
+        at = lanes.prompts[lane], position
+        x = self.base.residuals[layer][at]
+        k, v = self.base.keys_values(self.base.block(layer).attn)
+        held = [self._base_queries(layer)[at], k[at], v[at]]
+        for tensor, new in zip(
+            [x, *held], [entry.values, *self._projected(entry, lanes)], strict=True
+        ):
+            tensor[where] = new.to(tensor.dtype)
+        return Rows(lane, position, x), held
+
+    def _projected(self, entry: Entry, lanes: _Lanes) -> Projected:
+        row = lanes.prompts[entry.lane]
+        return entry.projected or self.base.projected_rows(
+            entry.layer, entry.values, row, entry.position
+        )
+
+    def _base_queries(self, layer: int) -> Float[Tensor, "b t h e"]:
+        if self._queries is None or self._queries[0] != layer:
+            self._queries = layer, self.base.projected(layer, self.base.residuals[layer])[0]
+        return self._queries[1]
+
+    # ---------------------------------------------------------------- attention
+
+    def _attend(
+        self,
+        attn: Attention,
+        asking: Rows,
+        q: Float[Tensor, "m h e"],
+        rows: Rows,
+        keys_values: tuple[Tensor, Tensor],
+        lanes: _Lanes,
+        only_read: bool,
+    ) -> Float[Tensor, "m h e"]:
+        """Attention of packed rows, each over the keys of its own lane.
+
+        The rows of every lane are written over the base run's keys and values; lanes of about the
+        same length attend in one call.
+        """
+        base = self.base.keys_values(attn)
+        z = torch.empty_like(q)
+        for group in lanes.groups(rows):
+            place = torch.full_like(lanes.starts, -1)
+            place[group] = torch.arange(len(group), device=group.device)
+            prompts = lanes.prompts[group]
+            end = int(self.ends[prompts].max())
+            own, mine = place[rows.lane] >= 0, place[asking.lane] >= 0
+            slot = place[rows.lane[own]] * end + rows.position[own]
+            k, v = (
+                _written_over(held[prompts, :end], slot, new[own])
+                for held, new in zip(base, keys_values, strict=True)
+            )
+            where, lane = asking.position[mine], place[asking.lane[mine]]
+            if only_read and not self.readout.reads_all:
+                column = self.readout.slots[prompts[lane], where]
+                wanted = self.readout.positions[prompts]
+                first, allowed = 0, self._allowed_at(wanted, prompts, end)
+                n_columns = wanted.shape[1]
+            else:
+                first = int(lanes.starts[group].min())
+                column, n_columns = where - first, end - first
+                allowed = self._allowed_from(first, prompts, end)
+            slot = lane * n_columns + column
+            padded = q.new_zeros(len(group), n_columns, *q.shape[1:])
+            mixed = attn.mix(_written_over(padded, slot, q[mine]), k, v, allowed)
+            z[mine] = mixed.flatten(0, 1)[slot]
+        return z
+
+    def _allowed_from(self, first: int, prompts: Tensor, end: int) -> Bool[Tensor, "#n 1 q k"]:
+        allowed = self.base.context.allowed
+        if allowed is None:
+            return causal_mask(end - first, end, prompts.device)
+        return allowed[prompts, :, first:end, :end]
+
+    def _allowed_at(
+        self, positions: Int[Tensor, "n r"], prompts: Tensor, end: int
+    ) -> Bool[Tensor, "n 1 r k"]:
+        allowed = self.base.context.allowed
+        if allowed is None:
+            keys = torch.arange(end, device=prompts.device)
+            return (keys <= positions[..., None])[:, None]
+        return allowed[prompts[:, None], 0, positions][:, None, :, :end]
+
+
+def _written_over(
+    held: Float[Tensor, "n t h e"], slot: Int[Tensor, " m"], new: Float[Tensor, "m h e"]
+) -> Float[Tensor, "n t h e"]:
+    """``held`` (a copy) with rows written at flat places."""
+    return held.flatten(0, 1).index_copy_(0, slot, new).view(held.shape)
+
+
+@dataclass
+class _Lanes:
+    """The lanes of a run: the prompt of each, and from which position on it differs."""
+
+    prompts: Int[Tensor, " n"]
+    starts: Int[Tensor, " n"]
+    ends: Int[Tensor, " b"]
+
+    @staticmethod
+    def of(entries: Sequence[Entry], prompts: Int[Tensor, " n"], ends: Tensor) -> _Lanes:
+        starts = ends[prompts]
+        for entry in entries:
+            starts = starts.scatter_reduce(0, entry.lane, entry.position, "amin")
+        return _Lanes(prompts, starts, ends)
+
+    def rows_of(self, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
+        """Lane and position of every row of an entry's lanes, and which of them it changes."""
+        lanes = entry.lane.unique()
+        starts = self.starts[lanes]
+        lengths = self.ends[self.prompts[lanes]] - starts
+        offsets = lengths.cumsum(0) - lengths
+        index = torch.arange(len(lanes), device=lanes.device).repeat_interleave(lengths)
+        position = torch.arange(len(index), device=lanes.device) - (offsets - starts)[index]
+        rank = torch.zeros_like(self.starts)
+        rank[lanes] = offsets - starts
+        return lanes[index], position, rank[entry.lane] + entry.position
+
+    def groups(self, rows: Rows) -> Iterator[Int[Tensor, " g"]]:
+        """Lanes of about the same length."""
+        lanes = rows.lane.unique()
+        lengths = (self.ends[self.prompts[lanes]] - self.starts[lanes]).tolist()
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while order:
+            longest = lengths[order[0]]
+            group = [i for i in order if lengths[i] * _SPREAD >= longest]
+            order = order[len(group) :]
+            yield lanes[group]

@@ -1,0 +1,125 @@
+"""What a sweep's metrics read of a run, so that nothing else is computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from audio_lens.metrics import Reading, at_positions
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+
+class Readout:
+    """Several metrics of one run, reading the same rows of logits.
+
+    Attributes:
+        positions: the positions read in every prompt; every one, if a metric is a bare function.
+        tokens: the columns of the vocabulary that are read; None for all.
+    """
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        measures: dict[str, Callable],
+        shape: tuple[int, int],
+    ):
+        self.model, self.names = model, list(measures)
+        self.batch, self.width = shape
+        readings = list(measures.values())
+        self.reads_all = not all(isinstance(one, Reading) for one in readings)
+        if self.reads_all:
+            everywhere = torch.arange(self.width, device=model.device)
+            self.positions, self.tokens = everywhere.expand(self.batch, -1), None
+            self._measures = readings
+        else:
+            self._combine(readings)
+
+    def _combine(self, readings: list[Reading]) -> None:
+        """Read every metric's positions once, and only the columns they read."""
+        distinct = [row.unique() for row in torch.cat([one.positions for one in readings], dim=1)]
+        most = max(map(len, distinct))
+        self.positions = torch.stack(  # rows that read fewer name their last position again
+            [torch.cat([row, row[-1:].expand(most - len(row))]) for row in distinct]
+        )
+        columns = [one.tokens for one in readings]
+        self.tokens = None if any(c is None for c in columns) else torch.cat(columns, dim=-1)
+        starts = [0]
+        for one in readings:
+            starts.append(starts[-1] + (0 if self.tokens is None else one.tokens.shape[1]))
+        self._measures = [
+            self._part(one, slice(starts[i], starts[i + 1])) for i, one in enumerate(readings)
+        ]
+
+    def _part(self, reading: Reading, columns: slice) -> Callable[[Tensor], Tensor]:
+        """The metric as a function of the rows and columns that are read."""
+        slots = self.slots.gather(1, reading.positions)
+
+        def measure(rows: Float[Tensor, "b r c"]) -> Float[Tensor, " b"]:
+            own = at_positions(rows, slots)
+            wanted = reading.of_rows(own) if self.tokens is None else own[..., columns]
+            return reading.value(wanted)
+
+        return measure
+
+    @functools.cached_property
+    def slots(self) -> Int[Tensor, "b t"]:
+        """Which of the rows read is that of a position; -1 for none."""
+        slots = torch.full((self.batch, self.width), -1, device=self.positions.device)
+        order = torch.arange(self.positions.shape[1], device=self.positions.device)
+        return slots.scatter_(1, self.positions, order.expand_as(self.positions))
+
+    @property
+    def demanded(self) -> Bool[Tensor, "b t"]:
+        """Which positions are read."""
+        return self.slots >= 0
+
+    def logits(
+        self, hidden: Float[Tensor, "m d"], prompt: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m c"]:
+        """The logits read of final hidden states of rows of given prompts."""
+        unembed = self.model.decoder.unembed
+        if self.tokens is None:
+            return unembed(hidden)
+        columns = unembed.weight[self.tokens]
+        chosen = torch.einsum("md,mcd->mc", hidden, columns[prompt])
+        return chosen if unembed.bias is None else chosen + unembed.bias[self.tokens][prompt]
+
+    def of_run(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b r c"]:
+        """What is read of the final hidden states of a whole batch."""
+        rows = at_positions(hidden, self.positions)
+        prompts = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+        return self.logits(rows.flatten(0, 1), prompts).unflatten(0, rows.shape[:2])
+
+    def of_logits(self, logits: Float[Tensor, "b t v"]) -> Float[Tensor, "b r c"]:
+        """What is read of the logits of a whole batch."""
+        rows = at_positions(logits, self.positions)
+        if self.tokens is None:
+            return rows
+        return rows.gather(-1, self.tokens[:, None].expand(-1, rows.shape[1], -1))
+
+    def measure(self, rows: Float[Tensor, "b r c"]) -> Float[Tensor, "metrics *batch"]:
+        """Every metric of one run: a scalar or one value per row each, alike for all metrics.
+
+        Raises:
+            ValueError: for a metric of another shape.
+        """
+        precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        values = [torch.as_tensor(one(precise)).detach().cpu() for one in self._measures]
+        for name, value in zip(self.names, values, strict=True):
+            if value.shape not in ((), (self.batch,)):
+                raise ValueError(
+                    f"metric {name!r} must give a scalar or one value per row ([{self.batch}]), "
+                    f"got shape {tuple(value.shape)}"
+                )
+        if len({value.shape for value in values}) > 1:
+            raise ValueError(
+                "metrics of one sweep must all give a scalar, or all one value per row"
+            )
+        return torch.stack(values)

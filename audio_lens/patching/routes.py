@@ -1,0 +1,511 @@
+"""The ways in which cells are computed: what each re-runs, and nothing else.
+
+A route turns cells into what the metrics read of their runs. Which one serves a sweep is decided
+in engine.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from audio_lens.hooks import HookPoint, local_name
+from audio_lens.inputs import AudioInputs
+from audio_lens.models.layers import KVCache
+from audio_lens.patching.bidirectional import BidirectionalWalk, Window
+from audio_lens.patching.causal import CausalWalk, Rows
+from audio_lens.patching.changes import Entry, Lanes, changes_of
+from audio_lens.patching.plan import CellTable
+from audio_lens.patching.readout import Readout
+from audio_lens.patching.sites import Site
+from audio_lens.patching.trace import AbsorbedMemory, HeldSource, Source, Trace
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+
+@dataclass
+class Run:
+    """One run of the model, as far as a sweep needs it.
+
+    Attributes:
+        encoded: what the decoder received.
+        encoder: the encoder's run, for sites in there.
+        connector: what went into the connector and came out, for sites there.
+        decoder: the decoder's run.
+    """
+
+    inputs: AudioInputs
+    encoded: Tensor
+    encoder: Trace | None
+    connector: Mapping[str, Tensor]
+    decoder: Trace
+
+    @staticmethod
+    def of(
+        model: HookedAudioTransformer, inputs: AudioInputs, part: str, heard: Run | None = None
+    ) -> Run:
+        """Run the model, keeping what a sweep of this part needs.
+
+        Args:
+            heard: a run whose audio may be the same, so that the encoder need not run again.
+        """
+        connector: dict[str, Tensor] = {}
+        encoder = None
+        with _connector_kept(model, connector if part == "connector" else None):
+            if part == "encoder":
+                encoder = Trace.of_encoder(model, inputs)
+                encoded = model.send(encoder.residuals[-1])
+            elif part == "decoder" and heard is not None and _same_audio(inputs, heard.inputs):
+                encoded = heard.encoded
+            else:
+                encoded = model.encode(inputs)
+        decoder = Trace.of_decoder(model, inputs, encoded)
+        return Run(inputs, encoded, encoder, connector, decoder)
+
+    def trace(self, part: str) -> Trace:
+        return self.encoder if part == "encoder" else self.decoder
+
+    @property
+    def hidden(self) -> Float[Tensor, "b t d"]:
+        """The final hidden states."""
+        return self.decoder.stack.finish(self.decoder.residuals[-1])
+
+    def keep(self, part: str) -> Run:
+        """Drop what a source of this part's activations does not need."""
+        if part == "decoder":
+            self.decoder.forget_keys_values()
+        else:
+            self.decoder.forget()
+        return self
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that is held."""
+        traces = [t.n_bytes for t in (self.encoder, self.decoder) if t is not None]
+        return sum(traces) + sum(x.nbytes for x in (self.encoded, *self.connector.values()))
+
+
+def _same_audio(one: AudioInputs, other: AudioInputs) -> bool:
+    masks = (one.feature_mask, other.feature_mask)
+    same_mask = masks[0] is masks[1] is None or (None not in masks and torch.equal(*masks))
+    return same_mask and torch.equal(one.features, other.features)
+
+
+@contextmanager
+def _connector_kept(
+    model: HookedAudioTransformer, kept: dict[str, Tensor] | None
+) -> Iterator[None]:
+    """Keep what passes the connector's ends."""
+    if kept is None:
+        yield
+        return
+
+    def keep(tensor: Tensor, hook: HookPoint) -> None:
+        kept[local_name(hook.name)] = tensor
+
+    keep.only_reads = True
+    with model.hooks([("connector.hook_in", keep), ("connector.hook_out", keep)]):
+        yield
+
+
+class Route(ABC):
+    """One way of computing cells.
+
+    Attributes:
+        what: what it re-runs, for people; the rest is left out.
+        base_rows: what the metrics read of the base run.
+    """
+
+    what: str
+    base_rows: Float[Tensor, "b r c"]
+
+    @abstractmethod
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        """What is read of every cell's run."""
+
+
+class _FromBase(Route):
+    """A route that starts from a base run and writes over what it read."""
+
+    def __init__(
+        self, model: HookedAudioTransformer, base: Run, table: CellTable, readout: Readout
+    ):
+        self.model, self.base, self.table, self.readout = model, base, table, readout
+        self.base_rows = readout.of_run(base.hidden)
+
+    @property
+    def batch(self) -> int:
+        """Prompts in the batch."""
+        return len(self.base.inputs)
+
+    def _as_base(self, n_cells: int) -> Float[Tensor, "nb r c"]:
+        """What is read of the base run, for every prompt of so many cells."""
+        return self.base_rows.repeat(n_cells, 1, 1)
+
+    def _lane_prompts(self, n_cells: int) -> Int[Tensor, " nb"]:
+        """The prompt of each of ``cell * batch + prompt`` lanes."""
+        return torch.arange(self.batch, device=self.base_rows.device).repeat(n_cells)
+
+    def _filled(self, rows: Rows, n_cells: int) -> Float[Tensor, "n b r c"]:
+        """The base run's rows, with those that were computed written over."""
+        prompts = self._lane_prompts(n_cells)[rows.lane]
+        filled = self._as_base(n_cells)
+        slots = self.readout.slots[prompts, rows.position]
+        filled[rows.lane, slots] = self.readout.logits(rows.x, prompts).to(filled.dtype)
+        return filled.unflatten(0, (n_cells, self.batch))
+
+
+class DecoderRoute(_FromBase):
+    """Sites in the blocks of the decoder: neither the encoder nor earlier positions run."""
+
+    what = "decoder blocks from the patched one on, positions from the first changed one on"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: Run,
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+    ):
+        super().__init__(model, base, table, readout)
+        self.walk = CausalWalk(base.decoder, readout)
+        by_unit = table.site.unit in table.axes
+        self.changes = changes_of(table.site, base.decoder, source, by_unit, readout.demanded)
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        where, units = self.table.where(cells), self.table.units(cells)
+        prompts = self._lane_prompts(len(cells))
+        lanes = Lanes(
+            prompts,
+            where.flatten(0, 1),
+            None if units is None else units.repeat_interleave(self.batch),
+        )
+        entries = []
+        for layer, own in _by_layer(self.table, cells, prompts.device):
+            index = (own[:, None] * self.batch + prompts[: self.batch]).flatten()
+            entries.append(self.changes.entry(layer, lanes[index]).of_lanes(index))
+        return self._filled(self.walk.run(entries, prompts), len(cells))
+
+
+class _AudioRoute(_FromBase):
+    """Sites before the decoder: what it receives changes, and it runs as far as that matters."""
+
+    def __init__(
+        self, model: HookedAudioTransformer, base: Run, table: CellTable, readout: Readout
+    ):
+        super().__init__(model, base, table, readout)
+        self.by_cross_attention = model.decoder_needs_encoder
+        if not self.by_cross_attention:
+            self.walk = CausalWalk(base.decoder, readout)
+            self.places = model.audio_places(base.inputs)
+
+    def _heard(
+        self,
+        n_cells: int,
+        cell: Int[Tensor, " a"],
+        clip: Int[Tensor, " a"],
+        changed: Bool[Tensor, "a s"] | None,
+        encoded: Float[Tensor, "a s d"],
+    ) -> Float[Tensor, "n b r c"]:
+        """What is read when the decoder receives other audio in some cells and clips."""
+        if self.by_cross_attention:
+            return self._filled(self._read_by_attention(cell, clip, encoded), n_cells)
+        merged = self._merged(cell, clip, changed, encoded)
+        return self._filled(self.walk.run([merged], self._lane_prompts(n_cells)), n_cells)
+
+    def _merged(self, cell: Tensor, clip: Tensor, changed: Tensor | None, encoded: Tensor) -> Entry:
+        """The audio positions of an LLM's prompt that differ."""
+        places = self.places
+        place = (places.clip == clip[:, None]).nonzero()
+        index = places.index[place[:, 1]]
+        if changed is not None:
+            kept = changed[place[:, 0], index]
+            place, index = place[kept], index[kept]
+        lane = cell[place[:, 0]] * self.batch + places.row[place[:, 1]]
+        values = encoded[place[:, 0], index]
+        return Entry(0, lane, places.position[place[:, 1]], values)
+
+    def _read_by_attention(self, cell: Tensor, prompt: Tensor, encoded: Tensor) -> Rows:
+        """The rows read when every lane's cross-attention reads its own encoder output."""
+        base = self.base.decoder
+        allowed = base.context.allowed
+        own = None if allowed is None else allowed[prompt]
+        context = AbsorbedMemory(allowed=own, memory=encoded)
+        resid = base.stack.run_blocks(base.residuals[0][prompt], context, 0, base.n_layers)
+        read = self.readout.demanded[prompt]
+        index, position = read.nonzero(as_tuple=True)
+        hidden = base.stack.finish(resid[index, position][None])[0]
+        return Rows(cell[index] * self.batch + prompt[index], position, hidden)
+
+
+class ConnectorRoute(_AudioRoute):
+    """Sites at the ends of the connector: the encoder does not run."""
+
+    what = "the connector's changed positions, then the decoder from the first of them on"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: Run,
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+    ):
+        super().__init__(model, base, table, readout)
+        name = table.site.local_hook
+        given = source.at(None, name)
+        self.new = given if name == "hook_out" else model.connector(given)
+        self.differs = (given != base.connector[name]).any(-1)
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        where = self.table.where(cells)[..., : self.differs.shape[1]] & self.differs
+        cell, clip = where.any(-1).nonzero(as_tuple=True)
+        if len(cell) == 0:
+            return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
+        return self._heard(len(cells), cell, clip, where[cell, clip], self.new[clip])
+
+
+class EncoderRoute(_AudioRoute):
+    """Sites in the blocks of the encoder."""
+
+    what = "encoder blocks from the patched one on, then the decoder"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: Run,
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+        n_held: int,
+    ):
+        super().__init__(model, base, table, readout)
+        by_unit = table.site.unit in table.axes
+        self.reach = base.encoder.residuals[0].shape[1]
+        self.changes = changes_of(table.site, base.encoder, source, by_unit)
+        self.encoder_walk = BidirectionalWalk(base.encoder, self._windows(), n_held)
+
+    def _windows(self) -> list[list[Window]]:
+        """The stretches of positions that cells patch, clip by clip."""
+        stretches = self.table.positions[..., : self.reach]
+        return [
+            [_bounds(where) for where in of_clip if where.any()]
+            for of_clip in stretches.transpose(0, 1)
+        ]
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        where = self.table.where(cells)[..., : self.reach]
+        units = self.table.units(cells)
+        n_clips = where.shape[1]
+        clips = torch.arange(n_clips, device=where.device).repeat(len(cells))
+        lanes = Lanes(
+            clips,
+            where.flatten(0, 1),
+            None if units is None else units.repeat_interleave(n_clips),
+        )
+        entries = []
+        for layer, own in _by_layer(self.table, cells, where.device):
+            index = (own[:, None] * n_clips + clips[:n_clips]).flatten()
+            entries.append(self.changes.entry(layer, lanes[index]).of_lanes(index))
+        active, resid = self.encoder_walk.run(entries, clips)
+        if len(active) == 0:
+            return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
+        cell, clip = active // n_clips, active % n_clips
+        return self._heard(len(cells), cell, clip, None, self.model.send(resid))
+
+
+def _bounds(where: Bool[Tensor, " t"]) -> Window:
+    index = where.nonzero()[:, 0]
+    return int(index[0]), int(index[-1]) + 1
+
+
+def _by_layer(
+    table: CellTable, cells: Sequence[int], device: torch.device
+) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
+    """The cells of every layer among some, as indices into them."""
+    layers = [table.cells[cell].layers[0] for cell in cells]
+    for layer in sorted(set(layers)):
+        own = [i for i, other in enumerate(layers) if other == layer]
+        yield layer, torch.tensor(own, device=device)
+
+
+# -------------------------------------------------------------------------------- by hooks
+
+
+class Overwrites:
+    """Hooks that write a source's activations into copies of a batch, cell after cell.
+
+    Args:
+        offset: how many of the sites' positions, from the first, are not there in this run.
+    """
+
+    def __init__(self, table: CellTable, source: Source, cells: Sequence[int], offset: int = 0):
+        self.table, self.source, self.offset = table, source, offset
+        self.cells = [table.cells[cell] for cell in cells]
+        self.where, self.units = table.where(cells), table.units(cells)
+
+    def hooks(self) -> list:
+        """In TransformerLens form: ``[(name, fn), ...]``."""
+        layers = sorted({layer for cell in self.cells for layer in cell.layers}, key=str)
+        return [
+            (site.hook_name(layer), lambda x, hook, s=site, l=layer: self._write(x, s, l))
+            for site in self.table.sites
+            for layer in layers
+        ]
+
+    def _write(self, activation: Tensor, site: Site, layer: int | None) -> Tensor:
+        source = self.source.at(layer, site.local_hook)
+        start = self.offset if site.positions_of == site.part else 0
+        length = activation.shape[site.position_dim]
+        source = source.narrow(site.position_dim, start, length)
+        here = torch.tensor([layer in cell.layers for cell in self.cells], device=activation.device)
+        where = (self.where[..., start : start + length] & here[:, None, None]).flatten(0, 1)
+        mask = _along(where, activation.ndim, site.position_dim)
+        if self.units is not None:
+            units = torch.arange(activation.shape[site.unit_dim], device=activation.device)
+            own = (units == self.units[:, None]).repeat_interleave(self.where.shape[1], dim=0)
+            mask = mask & _along(own, activation.ndim, site.unit_dim)
+        return torch.where(
+            mask, repeat(source, "c ... -> (n c) ...", n=len(self.cells)), activation
+        )
+
+
+def _along(mask: Bool[Tensor, "batch n"], ndim: int, dim: int) -> Bool[Tensor, "..."]:
+    """The mask with its second axis on axis ``dim`` of a tensor of ``ndim`` axes."""
+    shape = [1] * ndim
+    shape[0], shape[dim] = mask.shape
+    return mask.reshape(shape)
+
+
+class SuffixRoute(_FromBase):
+    """Several blocks or sites patched as one: hooks write into a run of what comes behind."""
+
+    what = "all blocks from the first patched one on, with hooks that write into them"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: Run,
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+    ):
+        super().__init__(model, base, table, readout)
+        layers = {layer for cell in table.cells for layer in cell.layers}
+        hooks = [site.local_hook for site in table.sites]
+        self.source = HeldSource.of(source, itertools.product(layers, hooks))
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        first = min(self.table.cells[cell].layers[0] for cell in cells)
+        is_encoder = self.table.part == "encoder"
+        hidden, start = (self._encoder if is_encoder else self._decoder)(cells, first)
+        rows = self._as_base(len(cells))
+        prompts = self._lane_prompts(len(cells))
+        index, position = self.readout.demanded[prompts].nonzero(as_tuple=True)
+        seen = position >= start
+        index, position = index[seen], position[seen]
+        found = self.readout.logits(hidden[index, position - start], prompts[index])
+        rows[index, self.readout.slots[prompts[index], position]] = found.to(rows.dtype)
+        return rows.unflatten(0, (len(cells), self.batch))
+
+    def _encoder(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
+        trace, n = self.base.encoder, len(cells)
+        context, allowed = trace.context, trace.context.allowed
+        if allowed is not None:
+            context = replace(context, allowed=allowed.repeat(n, 1, 1, 1))
+        context = replace(context, past=None)
+        resid = repeat(trace.residuals[first], "c ... -> (n c) ...", n=n)
+        with self.model.hooks(Overwrites(self.table, self.source, cells).hooks()):
+            resid = trace.stack.run_blocks(resid, context, first, trace.n_layers)
+        return self.model.decode(self.base.inputs.repeat(n), self.model.send(resid)), 0
+
+    def _decoder(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
+        trace, n = self.base.decoder, len(cells)
+        start = self._start(cells)
+        past = self._earlier(first, start, n)
+        inputs = _from_position(self.base.inputs, start).repeat(n)
+        resid = repeat(trace.residuals[first][:, start:], "b ... -> (n b) ...", n=n)
+        encoded = repeat(self.base.encoded, "c ... -> (n c) ...", n=n)
+        with self.model.hooks(Overwrites(self.table, self.source, cells, start).hooks()):
+            return self.model.decode(inputs, encoded, resid, first, past=past), start
+
+    def _start(self, cells: Sequence[int]) -> int:
+        """The first position that any of the cells changes."""
+        if self.table.site.positions_of != "decoder":
+            return 0
+        return int(self.table.where(cells).any(0).any(0).nonzero()[0])
+
+    def _earlier(self, first: int, start: int, n: int) -> KVCache:
+        """Keys and values that stay the base run's: of earlier positions, and of the memory."""
+        trace, entries = self.base.decoder, {}
+        for block in trace.stack.blocks[first:]:
+            attentions = [(block.attn, slice(0, start))]
+            if hasattr(block, "cross_attn") and not self._patches_memory:
+                attentions.append((block.cross_attn, slice(None)))
+            for attn, kept in attentions:
+                held = trace.keys_values(attn)
+                entries[attn.name] = tuple(
+                    repeat(x[:, kept], "b ... -> (n b) ...", n=n) for x in held
+                )
+        return KVCache(entries, length=start)
+
+    @property
+    def _patches_memory(self) -> bool:
+        return any(site.positions_of != site.part for site in self.table.sites)
+
+
+def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
+    """The inputs of the positions from ``start`` on, as one gives them beside a filled cache."""
+    positions = inputs.position_ids
+    return replace(
+        inputs,
+        tokens=inputs.tokens[:, start:],
+        position_ids=None if positions is None else positions[:, start:],
+    )
+
+
+class HookedRoute(Route):
+    """Whole forwards with hooks, in which the user's own hooks stay in force.
+
+    Args:
+        encoder_out: what the decoder receives in every cell; None runs the encoder each time.
+    """
+
+    what = "whole forwards"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: AudioInputs,
+        base_logits: Float[Tensor, "b t v"],
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+        encoder_out: Tensor | None,
+    ):
+        self.model, self.inputs, self.table, self.readout = model, base, table, readout
+        self.source, self.encoder_out = source, encoder_out
+        self.base_rows = readout.of_logits(base_logits)
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        n, encoder_out = len(cells), self.encoder_out
+        if encoder_out is not None:
+            encoder_out = repeat(encoder_out, "c ... -> (n c) ...", n=n)
+        logits = self.model.run_with_hooks(
+            self.inputs.repeat(n),
+            fwd_hooks=Overwrites(self.table, self.source, cells).hooks(),
+            encoder_out=encoder_out,
+        )
+        of_cells = logits.unflatten(0, (n, len(self.inputs)))
+        return torch.stack([self.readout.of_logits(of_cell) for of_cell in of_cells])

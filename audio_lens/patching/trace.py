@@ -1,0 +1,272 @@
+"""A run kept so that others may differ from it, and where patched activations come from.
+
+A trace holds the residual stream entering every block and the keys and values; any other
+activation of a block is computed again when somebody asks, one block at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.hooks import local_name
+from audio_lens.inputs import AudioInputs
+from audio_lens.models.layers import Attention, Context, KVCache
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+    from audio_lens.models.layers import PreNormBlock, Stack
+
+
+@dataclass
+class Trace:
+    """A run through the blocks of one part.
+
+    Attributes:
+        part: which.
+        context: masks, rotary positions, memory; its cache holds all keys and values.
+        residuals: the residual stream entering every block, and the one leaving the last.
+    """
+
+    model: HookedAudioTransformer
+    part: str
+    context: Context
+    residuals: list[Float[Tensor, "b t d"]]
+
+    @staticmethod
+    def of(
+        model: HookedAudioTransformer, part: str, resid: Float[Tensor, "b t d"], context: Context
+    ) -> Trace:
+        """Run every block from the residual stream entering the first."""
+        context = replace(context, past=KVCache())
+        residuals = [resid]
+        for block in getattr(model, part).blocks:
+            residuals.append(block(residuals[-1], context))
+        return Trace(model, part, context, residuals)
+
+    @staticmethod
+    def of_encoder(model: HookedAudioTransformer, inputs: AudioInputs) -> Trace:
+        """The encoder's run, cut to the positions that can matter."""
+        reach = model.encoder_reach(inputs)
+        resid = model.encoder.embed(inputs.features)[:, :reach]
+        context = model.encoder_context(inputs)
+        if context.allowed is not None:
+            context = replace(context, allowed=context.allowed[..., :reach])
+        return Trace.of(model, "encoder", resid, context)
+
+    @staticmethod
+    def of_decoder(
+        model: HookedAudioTransformer, inputs: AudioInputs, encoded: Tensor | None
+    ) -> Trace:
+        """The decoder's run."""
+        resid = model.enter_decoder(inputs, encoded)
+        return Trace.of(model, "decoder", resid, model.decoder_context(inputs, encoded))
+
+    @property
+    def stack(self) -> Stack:
+        return getattr(self.model, self.part)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.stack.blocks)
+
+    def block(self, layer: int) -> PreNormBlock:
+        return self.stack.blocks[layer]
+
+    def keys_values(self, attn: Attention) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values that this attention saw, ``b k kv e`` each."""
+        return self.context.past.get(attn.name)
+
+    def projected(self, layer: int, resid: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a residual stream entering a block."""
+        block = self.block(layer)
+        return block.attn.project(block.ln1(resid), self.context.rotary)
+
+    def projected_rows(
+        self,
+        layer: int,
+        resid: Float[Tensor, "m d"],
+        row: Int[Tensor, " m"],
+        position: Int[Tensor, " m"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for packed rows, ``m h e`` each."""
+        block = self.block(layer)
+        rotary = self.rotary_of(row, position)
+        return tuple(x[0] for x in block.attn.project(block.ln1(resid[None]), rotary))
+
+    def rotary_of(
+        self, row: Int[Tensor, " m"], position: Int[Tensor, " m"]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rotary positions of packed rows."""
+        if self.context.rotary is None:
+            return None
+        shared = len(self.context.rotary[0]) == 1
+        at = torch.zeros_like(row) if shared else row
+        return tuple(angle[at, position][None] for angle in self.context.rotary)
+
+    def at(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations of a block under its local names, ``attn.hook_z`` ..."""
+        held = {
+            "hook_resid_pre": self.residuals[layer],
+            "hook_resid_post": self.residuals[layer + 1],
+        }
+        cross = getattr(self.block(layer), "cross_attn", None)
+        if cross is not None:
+            k, v = self.keys_values(cross)
+            held |= {"cross_attn.hook_k": k, "cross_attn.hook_v": v}
+        missing = [name for name in names if name not in held]
+        held |= self._run_again(layer, missing) if missing else {}
+        return {name: held[name] for name in names}
+
+    def _run_again(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
+        prefix = f"{self.part}.blocks.{layer}."
+        found: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, hook: torch.nn.Module) -> None:
+            found[hook.name.removeprefix(prefix)] = tensor
+
+        keep.only_reads = True
+        with self.model.hooks([(prefix + name, keep) for name in names]):
+            self.block(layer)(self.residuals[layer], self._context_again(layer))
+        return found
+
+    def _context_again(self, layer: int) -> Context:
+        """A context for running a block once more, which remembers what the memory gave."""
+        cross = getattr(self.block(layer), "cross_attn", None)
+        held = {} if cross is None else {cross.name: self.keys_values(cross)}
+        return replace(self.context, past=KVCache(held))
+
+    @property
+    def n_positions(self) -> int:
+        return self.residuals[0].shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that is held."""
+        return sum(x.nbytes for x in self.residuals) + self.context.past.n_bytes
+
+    def forget(self) -> None:
+        """Drop everything that is held."""
+        self.residuals.clear()
+        self.context = replace(self.context, past=KVCache(), memory=None)
+
+    def forget_keys_values(self) -> None:
+        """Drop the keys and values of self-attention, which only a base run needs."""
+        crosses = [getattr(block, "cross_attn", None) for block in self.stack.blocks]
+        kept = {c.name: self.keys_values(c) for c in crosses if c is not None}
+        self.context = replace(self.context, past=KVCache(kept))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where patched activations come from."""
+
+    def at(self, layer: int | None, name: str) -> Tensor:
+        """The activation of a hook point, by its block and its name in there."""
+
+
+@dataclass
+class RunSource:
+    """Activations of a run of the model."""
+
+    trace: Trace
+
+    def at(self, layer: int | None, name: str) -> Tensor:
+        return self.trace.at(layer, [name])[name]
+
+
+@dataclass
+class ConnectorSource:
+    """What goes into the connector and what comes out."""
+
+    activations: Mapping[str, Tensor]
+
+    def at(self, layer: int | None, name: str) -> Tensor:
+        return self.activations[name]
+
+
+@dataclass
+class GivenSource:
+    """Activations somebody holds, by full hook name.
+
+    Attributes:
+        like: a tensor of the model, for device and dtype.
+        reach: how many of the part's positions the engine computes; None for all.
+    """
+
+    part: str
+    activations: Mapping[str, Tensor]
+    like: Tensor
+    reach: int | None
+
+    def at(self, layer: int | None, name: str) -> Tensor:
+        path = [self.part, *([] if layer is None else ["blocks", str(layer)]), name]
+        activation = self.activations[".".join(path)].to(self.like)
+        if local_name(name) in ("hook_pattern", "hook_attn_scores"):
+            keys = activation.shape[-1] if ".cross_attn" in f".{name}" else self.reach
+            return activation[:, :, : self.reach, :keys]
+        is_memory = name in ("cross_attn.hook_k", "cross_attn.hook_v")
+        return activation if is_memory else activation[:, : self.reach]
+
+
+@dataclass
+class HeldSource:
+    """Activations of another source, each fetched once."""
+
+    activations: Mapping[tuple[int | None, str], Tensor]
+
+    @staticmethod
+    def of(source: Source, places: Iterable[tuple[int | None, str]]) -> HeldSource:
+        return HeldSource({place: source.at(*place) for place in places})
+
+    def at(self, layer: int | None, name: str) -> Tensor:
+        return self.activations[layer, name]
+
+
+@dataclass
+class PackedRows(Context):
+    """A context for rows picked from several prompts and packed into one."""
+
+    prompts: Tensor | None = None
+
+    @staticmethod
+    def of(trace: Trace, prompts: Tensor) -> PackedRows:
+        past, memory = trace.context.past, trace.context.memory
+        return PackedRows(memory=memory, past=past, prompts=prompts)
+
+    def read(self, attn: Attention, q: Float[Tensor, "1 m h e"]) -> Float[Tensor, "1 m h e"]:
+        k, v = attn.memory_keys_values(self)
+        if len(k) == 1:
+            return attn.mix(q, k, v, None)
+        z = torch.empty_like(q)
+        for prompt in self.prompts.unique().tolist():
+            here = self.prompts == prompt
+            own = slice(prompt, prompt + 1)
+            z[:, here] = attn.mix(q[:, here], k[own], v[own], None)
+        return z
+
+
+@dataclass
+class AbsorbedMemory(Context):
+    """A context whose memory differs in every row, read without forming keys and values.
+
+    With few queries, ``(q W_K) X`` and ``(a X) W_V`` cost less than ``X W_K`` and ``X W_V``. A
+    bias of the keys shifts all scores of a query alike, so softmax does not see it.
+    """
+
+    def read(self, attn: Attention, q: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
+        if q.shape[1] >= attn.d_head or attn.group > 1:
+            return super().read(attn, q)
+        b, t, h, _ = q.shape
+        asked = torch.einsum("bthe,hde->bthd", q * attn.d_head**-0.5, attn.W_K)
+        scores = asked.reshape(b, t * h, -1) @ self.memory.transpose(-1, -2)
+        found = (attn.pattern_of(scores) @ self.memory).view(b, t, h, -1)
+        z = torch.einsum("bthd,hde->bthe", found, attn.W_V)
+        bias = attn.v_proj.bias
+        return z if bias is None else z + rearrange(bias, "(h e) -> h e", h=h)

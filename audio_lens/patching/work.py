@@ -1,0 +1,142 @@
+"""What cells cost, in floating-point operations and bytes: for schedules, budgets and plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from audio_lens.models.layers import PartConfig
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+GIGA = 1e9
+
+
+def row_flops(cfg: PartConfig, has_memory: bool = False) -> float | int:
+    """Operations of one position in one block, but for attention to other positions."""
+    d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+    attention = 2 * cfg.d_model * (2 * d_q + 2 * d_kv)
+    mlp = 2 * cfg.d_model * cfg.d_mlp * (3 if cfg.gated_mlp else 2)
+    return attention + mlp + (4 * cfg.d_model * d_q if has_memory else 0)
+
+
+def pair_flops(cfg: PartConfig) -> float | int:
+    """Operations of one query meeting one key, in all heads."""
+    return 4 * cfg.n_heads * cfg.d_head
+
+
+def stack_flops(
+    cfg: PartConfig, rows: int, keys: float | int, layers: int, memory: int = 0
+) -> float | int:
+    """Operations of some blocks on so many positions, each meeting so many keys."""
+    pairs = rows * (keys + memory) * pair_flops(cfg)
+    return layers * (rows * row_flops(cfg, has_memory=memory > 0) + pairs)
+
+
+def row_bytes(cfg: PartConfig, itemsize: int) -> int:
+    """Memory that one position of a running block takes at its fullest."""
+    d_qkv = (cfg.n_heads + 2 * cfg.n_key_value_heads) * cfg.d_head
+    widest = max(3 * cfg.d_mlp, 3 * d_qkv + 2 * cfg.n_heads * cfg.d_head)
+    return itemsize * (8 * cfg.d_model + widest)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a sweep's runs.
+
+    Attributes:
+        prompts, clips: in the batch.
+        frames: the encoder's positions that are computed.
+        tokens: the decoder's positions up to the last one read.
+        audio_start: where the first clip enters an audio LLM's decoder; 0 with cross-attention.
+        memory: encoder positions that cross-attention reads; 0 without.
+        logits: numbers read behind the last block, of every cell.
+    """
+
+    prompts: int
+    clips: int
+    frames: int
+    tokens: int
+    audio_start: int
+    memory: int
+    logits: int
+
+
+class Costs:
+    """What each cell of a sweep costs by the route that serves it."""
+
+    def __init__(
+        self, model: HookedAudioTransformer, part: str, shape: Shape, itemsize: int, whole: bool
+    ):
+        self.cfg, self.part, self.shape = model.cfg, part, shape
+        self.itemsize, self.whole = itemsize, whole
+
+    @property
+    def encoder(self) -> float | int:
+        """Operations of the encoder's whole run."""
+        frames = self.shape.frames
+        cfg = self.cfg.encoder
+        return self.shape.clips * stack_flops(cfg, frames, frames, cfg.n_layers)
+
+    @property
+    def decoder(self) -> float | int:
+        """Operations of the decoder's whole run."""
+        cfg, memory = self.cfg.decoder, self.shape.memory
+        formed = 4 * memory * cfg.d_model * cfg.n_heads * cfg.d_head * cfg.n_layers
+        return self.shape.prompts * (self._decoder_from(0, 0) + formed)
+
+    @property
+    def loop(self) -> float | int:
+        """Operations of one whole forward."""
+        return self.encoder + self.decoder
+
+    def _decoder_from(self, layer: int, start: int) -> float | int:
+        cfg, shape = self.cfg.decoder, self.shape
+        rows, layers = shape.tokens - start, cfg.n_layers - layer
+        return stack_flops(cfg, rows, (shape.tokens + start) / 2, layers, shape.memory)
+
+    def flops(self, layer: int | None, start: int) -> float | int:
+        """Operations of a cell patched at a block, from a position on."""
+        if self.whole:
+            return self.loop
+        if self.part == "decoder":
+            return self.shape.prompts * self._decoder_from(layer, start)
+        heard = self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
+        if self.part == "connector":
+            return heard
+        cfg, frames = self.cfg.encoder, self.shape.frames
+        layers = cfg.n_layers - layer
+        return heard + self.shape.clips * stack_flops(cfg, frames, frames, layers)
+
+    def rows(self, start: int) -> int:
+        """Positions that run for a cell."""
+        shape = self.shape
+        if self.whole:
+            return shape.clips * shape.frames + shape.prompts * shape.tokens
+        if self.part == "encoder":
+            return shape.clips * shape.frames
+        first = start if self.part == "decoder" else shape.audio_start
+        return shape.prompts * max(1, shape.tokens - first)
+
+    def bytes(self, start: int, explicit: bool) -> int:
+        """Memory that a cell takes while it runs."""
+        shape, cfg = self.shape, self.cfg
+        decoder_rows = shape.prompts * max(1, shape.tokens - (0 if self.whole else start))
+        d_q = cfg.decoder.n_heads * cfg.decoder.d_head
+        lane = shape.prompts * shape.tokens * (5 * d_q * self.itemsize + 5 * shape.tokens)
+        pairs = shape.prompts * cfg.decoder.n_heads * shape.tokens**2 if explicit else 0
+        total = decoder_rows * row_bytes(cfg.decoder, self.itemsize) + lane
+        total += 2 * pairs * self.itemsize + 3 * shape.logits * self.itemsize
+        if self.whole or self.part == "encoder":
+            total += shape.clips * shape.frames * row_bytes(cfg.encoder, self.itemsize)
+            total += shape.prompts * shape.memory * cfg.decoder.d_model * 2 * self.itemsize
+            heads = 2 * cfg.encoder.n_heads if explicit else 0
+            total += shape.clips * heads * shape.frames**2 * self.itemsize
+        return total
+
+
+def spread(costs: Sequence[float]) -> str:
+    """A sum of operations for people."""
+    return f"{sum(costs) / GIGA:,.1f} GFLOP"
