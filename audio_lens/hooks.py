@@ -195,6 +195,8 @@ class HookedRoot(HookedRootModule):
     def attn_mode(self, mode: str) -> None:
         if mode not in ("auto", "explicit", "sdpa"):
             raise ValueError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
+        if mode == self._attn_mode:
+            return
         attached = [name for name, point in self.hook_dict.items() if point.has_hooks()]
         hooked = [name for name in attached if local_name(name) in _PER_PAIR]
         if mode == "sdpa" and hooked:

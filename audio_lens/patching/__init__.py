@@ -1,21 +1,68 @@
 """Activation patching with time in seconds."""
 
+from audio_lens.patching.attribution import Attribution, attribute
 from audio_lens.patching.checkpoint import CheckpointError
-from audio_lens.patching.engine import Plan, VerificationError, plan, sweep
+from audio_lens.patching.confirm import Confirmation
+from audio_lens.patching.engine import Plan, VerificationError
+from audio_lens.patching.patch import Patch, patch
 from audio_lens.patching.result import Cell, SweepResult, load
 from audio_lens.patching.sites import Site, SiteError, sites_of
+from audio_lens.patching.sweep import plan, sweep
+from audio_lens.patching.transformer_lens import (
+    get_act_patch_attn_head_all_pos_every,
+    get_act_patch_attn_head_by_pos_every,
+    get_act_patch_attn_head_k_all_pos,
+    get_act_patch_attn_head_k_by_pos,
+    get_act_patch_attn_head_out_all_pos,
+    get_act_patch_attn_head_out_by_pos,
+    get_act_patch_attn_head_pattern_all_pos,
+    get_act_patch_attn_head_pattern_by_pos,
+    get_act_patch_attn_head_pattern_dest_src_pos,
+    get_act_patch_attn_head_q_all_pos,
+    get_act_patch_attn_head_q_by_pos,
+    get_act_patch_attn_head_v_all_pos,
+    get_act_patch_attn_head_v_by_pos,
+    get_act_patch_attn_out,
+    get_act_patch_block_every,
+    get_act_patch_mlp_out,
+    get_act_patch_resid_mid,
+    get_act_patch_resid_pre,
+)
 from audio_lens.timeline import Span
 
 __all__ = [
+    "Attribution",
     "Cell",
     "CheckpointError",
+    "Confirmation",
+    "Patch",
     "Plan",
     "Site",
     "SiteError",
     "Span",
     "SweepResult",
     "VerificationError",
+    "attribute",
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
+    "get_act_patch_attn_head_k_all_pos",
+    "get_act_patch_attn_head_k_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+    "get_act_patch_attn_head_pattern_by_pos",
+    "get_act_patch_attn_head_pattern_dest_src_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_q_by_pos",
+    "get_act_patch_attn_head_v_all_pos",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_out",
+    "get_act_patch_block_every",
+    "get_act_patch_mlp_out",
+    "get_act_patch_resid_mid",
+    "get_act_patch_resid_pre",
     "load",
+    "patch",
     "plan",
     "sites_of",
     "sweep",

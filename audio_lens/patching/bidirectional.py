@@ -49,8 +49,13 @@ class Complement:
         n_heads, n_queries, e = self.q.shape
         self.peak = self.q.new_empty(n_heads, n_queries, 1)
         self.sums = self.q.new_empty(len(windows), n_heads, n_queries, e + 1)
-        for head in range(n_heads):
-            self._sum_up(head, k[:, head].to(self.dtype), _with_ones(v[:, head].to(self.dtype)))
+        with self._precisely():
+            for head in range(n_heads):
+                self._sum_up(head, k[:, head].to(self.dtype), _with_ones(v[:, head].to(self.dtype)))
+
+    def _precisely(self) -> torch.autocast:
+        """Sums of exponentials stay in full precision."""
+        return torch.autocast(self.q.device.type, enabled=False)
 
     def _sum_up(self, head: int, k: Float[Tensor, "t e"], v: Float[Tensor, "t e1"]) -> None:
         scores = self.q[head] @ k.T
@@ -77,6 +82,13 @@ class Complement:
         Also which queries found too little to be exact, where all that is left has underflowed.
         """
         k, v = k.transpose(0, 1).to(self.dtype), _with_ones(v.transpose(0, 1).to(self.dtype))
+        with self._precisely():
+            return self._merged(window, k, v)
+
+    def _merged(
+        self, window: Window, k: Float[Tensor, "h w e"], v: Float[Tensor, "h w e1"]
+    ) -> tuple[Float[Tensor, "t h e"], Bool[Tensor, " t"]]:
+        """The complement's sums and the window's own."""
         scores = self.q @ k.transpose(-1, -2)
         if self.allowed is not None:
             scores.masked_fill_(~self.allowed[window[0] : window[1]], -torch.inf)
@@ -161,12 +173,12 @@ class BidirectionalWalk:
             if found is None:
                 in_full.append(lane)
             else:
-                z[lane] = self._beside(
-                    attn, clip, *found, changed, [x[clip] for x in base], [x[own] for x in new]
-                )
+                own_base, own_new = ([x[at] for x in xs] for xs, at in ((base, clip), (new, own)))
+                z[lane] = self._beside(attn, clip, *found, changed, own_base, own_new)
         if in_full:
             chosen = torch.tensor(in_full, device=place.device)
-            z[chosen] = self._in_full(attn, chosen, entry, place, clips, base, new)
+            in_full = self._in_full(attn, chosen, entry, place, clips, base, new)
+            z[chosen] = in_full.to(z.dtype)
         return z
 
     def _in_full(
@@ -211,7 +223,8 @@ class BidirectionalWalk:
         asking = torch.cat([new[0].to(q.dtype), q[again]])[None]
         allowed = self._context(torch.tensor([clip], device=q.device)).allowed
         z = z.to(q.dtype)
-        z[torch.cat([changed, again])] = attn.mix(asking, k[None], v[None], allowed)[0]
+        asked = attn.mix(asking, k[None], v[None], allowed)[0]
+        z[torch.cat([changed, again])] = asked.to(z.dtype)
         return z
 
     # ---------------------------------------------------------------- what lanes share

@@ -178,7 +178,7 @@ class CausalWalk:
             slot = lane * n_columns + column
             padded = q.new_zeros(len(group), n_columns, *q.shape[1:])
             mixed = attn.mix(_written_over(padded, slot, q[mine]), k, v, allowed)
-            z[mine] = mixed.flatten(0, 1)[slot]
+            z[mine] = mixed.flatten(0, 1)[slot].to(z.dtype)
         return z
 
     def _allowed_from(self, first: int, prompts: Tensor, end: int) -> Bool[Tensor, "#n 1 q k"]:

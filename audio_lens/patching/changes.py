@@ -309,7 +309,8 @@ class KeyChanges(Changes):
 
     def _make_tables(self, layer: int) -> _Attended:
         attn = self.attention(layer)
-        q_name = "hook_rot_q" if hasattr(attn, "hook_rot_q") else "hook_q"
+        is_rotated = self.base.context.rotary is not None and not attn.is_cross
+        q_name = "hook_rot_q" if is_rotated else "hook_q"
         names = [
             f"{self.site.sublayer}.{q_name}",
             f"{self.site.sublayer}.hook_z",

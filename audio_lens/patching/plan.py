@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
@@ -101,8 +101,16 @@ class CellTable:
         return self.sites[0]
 
     @property
+    def site_name(self) -> str:
+        return " + ".join(map(str, self.sites))
+
+    @property
     def part(self) -> str:
         return self.site.part
+
+    def to(self, device: torch.device) -> CellTable:
+        """The same table with its positions on a device."""
+        return replace(self, positions=self.positions.to(device))
 
     def hook_names(self, cells: Sequence[int]) -> list[str]:
         """The hook points that some cells patch."""

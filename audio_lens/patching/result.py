@@ -115,6 +115,8 @@ class SweepResult:
         direction: "denoise" (clean activations into the corrupted run) or "noise" (the other way).
         report: notes, for instance about skipped work or a metric that tells nothing.
         meta: model, versions, input hash, seed: what it takes to make the map again.
+        widths: of a refined sweep, shaped as ``values`` without metric and stimulus: how wide a
+            window, in seconds, each value was measured with (and is exact for).
 
     Raises:
         ValueError: if dims, coords and the shapes do not fit together.
@@ -129,6 +131,7 @@ class SweepResult:
     direction: str
     report: list[str] = field(default_factory=list)
     meta: dict[str, str] = field(default_factory=dict)
+    widths: Float[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -164,6 +167,10 @@ class SweepResult:
             shape = getattr(self, name).shape
             if shape != batch_shape:
                 raise ValueError(f"{name} has shape {list(shape)}, expected {list(batch_shape)}")
+        axes_shape = self.values.shape[self._n_batch_dims :]
+        if self.widths is not None and self.widths.shape != axes_shape:
+            shape = list(self.widths.shape)
+            raise ValueError(f"widths has shape {shape}, expected {list(axes_shape)}")
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -237,14 +244,16 @@ class SweepResult:
         many = isinstance(wanted, list)
         places = [self._place(dim, one) for one in (wanted if many else [wanted])]
         chosen = [self.coords[dim][place] for place in places]
-        before = (slice(None),) * self.dims.index(dim)
 
-        def pick(tensor: Tensor) -> Tensor:
+        def pick(tensor: Tensor, dims: tuple[str, ...] = self.dims) -> Tensor:
+            before = (slice(None),) * dims.index(dim)
             return tensor[(*before, places if many else places[0])]
 
+        has_widths = self.widths is not None and dim in self.axes
         return replace(
             self,
             values=pick(self.values),
+            widths=pick(self.widths, self.axes) if has_widths else self.widths,
             dims=self.dims if many else tuple(name for name in self.dims if name != dim),
             coords=self.coords | {dim: chosen} if many else _without(self.coords, dim),
             clean=pick(self.clean) if dim in BATCH_DIMS else self.clean,
@@ -311,7 +320,7 @@ class SweepResult:
         return sorted(known, key=lambda cell: -abs(cell.effect))[:n]
 
     def to_xarray(self) -> xr.Dataset:
-        """A labelled Dataset: variables value, recovery, clean, corrupted.
+        """A labelled Dataset: variables value, recovery, clean, corrupted (width_s, if refined).
 
         Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
         ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a
@@ -324,6 +333,8 @@ class SweepResult:
             "clean": (batch_dims, _array(self.clean)),
             "corrupted": (batch_dims, _array(self.corrupted)),
         }
+        if self.widths is not None:
+            variables["width_s"] = (self.axes, _array(self.widths))
         coords = {dim: self.coords[dim] for dim in self.dims if dim != "time"}
         if "time" in self.dims:
             coords |= _time_coords(self.coords["time"])
@@ -389,6 +400,7 @@ def _from_xarray(data: xr.Dataset) -> SweepResult:
         direction=data.attrs["direction"],
         report=json.loads(data.attrs["report"]),
         meta=json.loads(data.attrs["meta"]),
+        widths=torch.tensor(data["width_s"].values) if "width_s" in data else None,
     )
 
 

@@ -122,11 +122,12 @@ class Route(ABC):
     """One way of computing cells.
 
     Attributes:
-        what: what it re-runs, for people; the rest is left out.
+        what, left_out: what it re-runs and what not, for people.
         base_rows: what the metrics read of the base run.
     """
 
     what: str
+    left_out: str
     base_rows: Float[Tensor, "b r c"]
 
     @abstractmethod
@@ -169,6 +170,7 @@ class DecoderRoute(_FromBase):
     """Sites in the blocks of the decoder: neither the encoder nor earlier positions run."""
 
     what = "decoder blocks from the patched one on, positions from the first changed one on"
+    left_out = "the encoder, earlier blocks, earlier positions: they do not change"
 
     def __init__(
         self,
@@ -253,6 +255,7 @@ class ConnectorRoute(_AudioRoute):
     """Sites at the ends of the connector: the encoder does not run."""
 
     what = "the connector's changed positions, then the decoder from the first of them on"
+    left_out = "the encoder, and positions before the changed ones"
 
     def __init__(
         self,
@@ -280,6 +283,7 @@ class EncoderRoute(_AudioRoute):
     """Sites in the blocks of the encoder."""
 
     what = "encoder blocks from the patched one on, then the decoder"
+    left_out = "earlier encoder blocks, padding that nothing reads, the text before the audio"
 
     def __init__(
         self,
@@ -392,6 +396,7 @@ class SuffixRoute(_FromBase):
     """Several blocks or sites patched as one: hooks write into a run of what comes behind."""
 
     what = "all blocks from the first patched one on, with hooks that write into them"
+    left_out = "earlier blocks, and what lies before the part"
 
     def __init__(
         self,
@@ -482,7 +487,8 @@ class HookedRoute(Route):
         encoder_out: what the decoder receives in every cell; None runs the encoder each time.
     """
 
-    what = "whole forwards"
+    what = "a whole forward with hooks"
+    left_out = "nothing"
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,13 +64,15 @@ class Shape:
 
 
 class Costs:
-    """What each cell of a sweep costs by the route that serves it."""
+    """What cells of a sweep cost.
 
-    def __init__(
-        self, model: HookedAudioTransformer, part: str, shape: Shape, itemsize: int, whole: bool
-    ):
-        self.cfg, self.part, self.shape = model.cfg, part, shape
-        self.itemsize, self.whole = itemsize, whole
+    Args:
+        whole: whether every cell is a whole forward.
+    """
+
+    def __init__(self, model: HookedAudioTransformer, part: str, shape: Shape, whole: bool):
+        self.cfg, self.part, self.shape, self.whole = model.cfg, part, shape, whole
+        self.itemsize = model.dtype.itemsize
 
     @property
     def encoder(self) -> float | int:
@@ -135,8 +136,3 @@ class Costs:
             heads = 2 * cfg.encoder.n_heads if explicit else 0
             total += shape.clips * heads * shape.frames**2 * self.itemsize
         return total
-
-
-def spread(costs: Sequence[float]) -> str:
-    """A sum of operations for people."""
-    return f"{sum(costs) / GIGA:,.1f} GFLOP"

@@ -1,0 +1,192 @@
+"""Coarse to fine: wide windows first, and narrower ones only where those have an effect."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from audio_lens.patching.engine import Plan
+from audio_lens.patching.plan import Windows
+from audio_lens.patching.result import BATCH_DIMS, SweepResult
+from audio_lens.patching.sites import Site
+from audio_lens.timeline import Span, Timeline
+
+
+def refined(
+    plan: Callable[[Windows | None], Plan],
+    windows: Windows | None,
+    threshold: float | int,
+    options: Mapping[str, Any],
+) -> SweepResult:
+    """A sweep whose windows are split in two wherever |effect| reaches the threshold.
+
+    Down to single positions. Every value is exact for the window it was measured with, whose width
+    is in ``result.widths``; a place that was not split has the value of its wide window throughout.
+
+    Args:
+        plan: lays out the sweep for given windows.
+        options: of `Plan.run`; every round has a checkpoint of its own beside the one named.
+
+    Raises:
+        ValueError: for a threshold that is not positive, axes without "time", or windows that
+            overlap.
+    """
+    planned = plan(windows)
+    axes = planned.table.axes
+    if threshold <= 0:
+        raise ValueError(f"refine is a share of the baseline gap above 0, got {threshold}")
+    if "time" not in axes:
+        raise ValueError("refine splits windows: it needs axis 'time'")
+    spans = planned.table.coords["time"]
+    _check_apart(spans)
+    rounds = [planned.run(**_numbered(options, 0))]
+    split = _Splitter(planned.request.model.timeline(planned.request.clean), planned.table.site)
+    wanted = _strong(rounds[0], threshold)
+    while True:
+        halves = {i: split.halves(span) for i, span in enumerate(spans) if wanted[..., i].any()}
+        halves = {i: pair for i, pair in halves.items() if pair}
+        if not halves:
+            break
+        spans, cells = _next_cells(wanted, halves)
+        planned = plan(spans)
+        only = _along_axes(cells, axes).flatten().nonzero()[:, 0].tolist()
+        rounds.append(planned.run(only=only, **_numbered(options, len(rounds))))
+        wanted = cells & _strong(rounds[-1], threshold)
+    return _merged(rounds)
+
+
+def _numbered(options: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Options with the checkpoint of one round."""
+    path = options.get("checkpoint")
+    if path is None or number == 0:
+        return dict(options)
+    path = Path(path)
+    return {**options, "checkpoint": path.with_name(f"{path.name}.{number}")}
+
+
+def _check_apart(spans: Sequence[Span]) -> None:
+    ordered = sorted(spans, key=lambda span: (span.clip, span.start_s))
+    for one, other in itertools.pairwise(ordered):
+        if one.clip == other.clip and other.start_s < one.end_s - 1e-9:
+            raise ValueError(
+                "refine needs windows that do not overlap: give a width without a stride below it"
+            )
+
+
+class _Splitter:
+    """Cuts windows in two between positions."""
+
+    def __init__(self, timeline: Timeline, site: Site):
+        self.part = site.positions_of
+        self.rows = [timeline[row] for row in range(len(timeline))]
+
+    def halves(self, span: Span) -> list[Span]:
+        """Both halves of a window; none of a window that holds a single position."""
+        having = [row for row in self.rows if span.clip < row.n_clips]
+        centres = max((self._centres(row, span) for row in having), key=len)
+        if len(centres) < 2:
+            return []
+        middle = len(centres) // 2
+        cut = float(centres[middle - 1] + centres[middle]) / 2
+        first = replace(span, end_s=cut)
+        return [first, replace(span, start_s=cut)]
+
+    def _centres(self, row: Timeline, span: Span) -> Float[Tensor, " n"]:
+        return row.seconds(self.part, span.clip)[row.inside(self.part, span)]
+
+
+def _strong(result: SweepResult, threshold: float | int) -> Bool[Tensor, "*others time"]:
+    """Where any stimulus and metric shows an effect, "time" last."""
+    effect = result.effect.abs().nan_to_num()
+    batch = [i for i, dim in enumerate(result.dims) if dim in BATCH_DIMS]
+    strong = (effect >= threshold).any(batch) if batch else effect >= threshold
+    return strong.movedim(result.axes.index("time"), -1)
+
+
+def _next_cells(
+    wanted: Bool[Tensor, "*others time"], halves: Mapping[int, Sequence[Span]]
+) -> tuple[list[Span], Bool[Tensor, "*others time2"]]:
+    """The windows of the next round, and in which places each is computed."""
+    spans = [span for pair in halves.values() for span in pair]
+    parents = torch.tensor([i for i, pair in halves.items() for _ in pair])
+    return spans, wanted[..., parents]
+
+
+def _along_axes(cells: Bool[Tensor, "*others time"], axes: Sequence[str]) -> Bool[Tensor, "..."]:
+    return cells.movedim(-1, list(axes).index("time"))
+
+
+def _merged(rounds: Sequence[SweepResult]) -> SweepResult:
+    """One map on the narrowest windows; each place shows the narrowest window computed there."""
+    leaves = _leaves([span for result in rounds for span in result.coords["time"]])
+    first = rounds[0]
+    at, n_batch = first.dims.index("time"), len(first.dims) - len(first.axes)
+    values, widths = _spread(first, leaves, at)
+    for result in rounds[1:]:
+        own, own_widths = _spread(result, leaves, at)
+        known = own.isfinite()
+        computed = known.any(tuple(range(n_batch))) if n_batch else known
+        values = torch.where(computed, own, values)
+        widths = torch.where(computed, own_widths, widths)
+    notes = [note for result in rounds for note in result.report]
+    notes.append(
+        f"refined in {len(rounds)} rounds: widths says how wide a window each value was measured "
+        "with"
+    )
+    return replace(
+        first,
+        values=values,
+        coords=first.coords | {"time": leaves},
+        report=list(dict.fromkeys(notes)),
+        widths=widths,
+    )
+
+
+def _leaves(spans: Sequence[Span]) -> list[Span]:
+    """The windows that hold no other."""
+    by_clip: dict[int, list[Span]] = {}
+    for span in spans:
+        by_clip.setdefault(span.clip, []).append(span)
+    return [
+        span
+        for clip in sorted(by_clip)
+        for span in sorted(by_clip[clip], key=lambda s: s.start_s)
+        if not any(_inside(other, span) for other in by_clip[clip] if other is not span)
+    ]
+
+
+def _inside(inner: Span, outer: Span) -> bool:
+    return (
+        inner.clip == outer.clip
+        and outer.start_s <= inner.start_s
+        and inner.end_s <= outer.end_s
+        and inner != outer
+    )
+
+
+def _spread(
+    result: SweepResult, leaves: Sequence[Span], at: int
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Values of a round on the narrowest windows, and the widths they were measured with."""
+    spans = result.coords["time"]
+    index, widths = [], []
+    for leaf in leaves:
+        holding = [i for i, s in enumerate(spans) if s == leaf or _inside(leaf, s)]
+        index.append(holding[0] if holding else -1)
+        widths.append(spans[holding[0]].end_s - spans[holding[0]].start_s if holding else 0.0)
+    chosen: Int[Tensor, " leaves"] = torch.tensor(index)
+    values = result.values.index_select(at, chosen.clamp(min=0))
+    absent = torch.nan * torch.ones_like(values)
+    shape = [1] * values.ndim
+    shape[at] = len(leaves)
+    values = torch.where((chosen >= 0).view(shape), values, absent)
+    n_batch = len(result.dims) - len(result.axes)
+    wide = torch.tensor(widths, dtype=torch.float64).view(shape[n_batch:])
+    return values, wide.expand(values.shape[n_batch:])

@@ -1,0 +1,150 @@
+"""What a sweep was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from audio_lens import metrics
+from audio_lens.hooks import AttnMode
+from audio_lens.inputs import AudioInputs
+from audio_lens.patching.plan import CellTable
+from audio_lens.patching.routes import (
+    ConnectorRoute,
+    DecoderRoute,
+    EncoderRoute,
+    HookedRoute,
+    Route,
+    SuffixRoute,
+)
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+Direction = Literal["denoise", "noise"]
+Precision = Literal["exact", "tf32", "bf16"]
+_OF_PART = {"decoder": DecoderRoute, "connector": ConnectorRoute, "encoder": EncoderRoute}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Model, inputs, cells and metric of a sweep.
+
+    Attributes:
+        source: what to patch from in place of the other run: inputs, or activations by name.
+        layer_window: how many adjacent blocks a cell patches.
+    """
+
+    model: HookedAudioTransformer
+    clean: AudioInputs
+    corrupted: AudioInputs
+    table: CellTable
+    metric: Any
+    direction: Direction
+    source: AudioInputs | Mapping[str, Tensor] | None
+    precision: Precision
+    layer_window: int
+
+    @property
+    def base(self) -> AudioInputs:
+        """The inputs of the run that is patched."""
+        return self.corrupted if self.direction == "denoise" else self.clean
+
+    @property
+    def other(self) -> AudioInputs:
+        """The inputs of the run that activations come from, unless a source is named."""
+        return self.clean if self.direction == "denoise" else self.corrupted
+
+    @cached_property
+    def hooked(self) -> list[str]:
+        """The points where the user had hooks attached when the sweep was planned."""
+        return list(self.model.list_hooks(dir="fwd"))
+
+    @property
+    def route(self) -> type[Route]:
+        """The way in which all cells are computed."""
+        if self.hooked:
+            return HookedRoute
+        is_single = len(self.table.sites) == 1 and all(len(c.layers) == 1 for c in self.table.cells)
+        return _OF_PART[self.table.part] if is_single else SuffixRoute
+
+    @property
+    def attn_mode(self) -> AttnMode:
+        """How attention is computed, in unpatched and patched runs alike."""
+        is_written_out = any(site.reads_attention for site in self.table.sites)
+        return "explicit" if is_written_out else self.model.attn_mode
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether a metric is a bare function of all logits."""
+        return not all(isinstance(m, metrics.Metric) for m in metrics.named(self.metric).values())
+
+    def measures(self, clean_logits: Callable[[], Float[Tensor, "b t v"]]) -> dict[str, Callable]:
+        """Every metric, bound; logits of the clean run are made only where one needs them."""
+        return {
+            name: metrics.bound(
+                one,
+                self.model,
+                self.base,
+                clean_logits() if getattr(one, "needs_reference", False) else None,
+            )
+            for name, one in metrics.named(self.metric).items()
+        }
+
+    def kept(
+        self, inputs: AudioInputs, cells: Sequence[int]
+    ) -> tuple[Float[Tensor, "b t v"], dict[str, Tensor]]:
+        """Logits of a whole run, and the activations that some cells patch in."""
+        names = self.table.hook_names(cells)
+        return self.model.run_with_cache(inputs, names_filter=names, return_cache_object=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the result must know."""
+        notes = []
+        if self.layer_window > 1:
+            last = self.layer_window - 1
+            notes.append(f"layer l stands for layers l to l+{last}, patched as one")
+        if self.precision != "exact":
+            notes.append(f"computed in {self.precision}: not exact")
+        if self.source is not None:
+            notes.append("patched from a source of your own, not from the other run")
+        return notes
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What makes this sweep differ from any other, for checkpoints."""
+        table, source = self.table, self.source
+        cells = repr((table.coords, table.cells)).encode()
+        return {
+            "model": self.model.cfg.model_name,
+            "dtype": str(self.model.dtype),
+            "precision": self.precision,
+            "site": table.site_name,
+            "axes": " ".join(table.axes),
+            "direction": self.direction,
+            "cells": hashlib.sha256(cells).hexdigest()[:16],
+            "metric": ", ".join(metrics.named(self.metric)),
+            "hooks": ", ".join(self.hooked),
+            "clean": self.clean.digest(),
+            "corrupted": self.corrupted.digest(),
+            "source": _digest(source) if isinstance(source, Mapping) else _digest_of(source),
+        }
+
+
+def _digest_of(inputs: AudioInputs | None) -> str:
+    return "" if inputs is None else inputs.digest()
+
+
+def _digest(activations: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(activations):
+        digest.update(name.encode())
+        digest.update(activations[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

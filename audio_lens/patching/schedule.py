@@ -1,0 +1,148 @@
+"""Which cells run together, in what order, and what that is expected to cost."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from audio_lens.inputs import AudioInputs
+from audio_lens.patching.plan import CellTable
+from audio_lens.patching.work import Costs, Shape
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+_ROWS_TOGETHER = {"cpu": 1_024, "cuda": 16_384}  # more gain nothing: matrix products are full
+
+
+class Schedule:
+    """The order of a table's cells, and how many of them a budget lets run together.
+
+    Args:
+        inputs: of the run that is patched.
+        whole: whether every cell is a whole forward.
+        reads_all: whether a metric reads all logits.
+        explicit: whether attention is written out.
+        most: at most so many cells together; None leaves it to the budget.
+        memory_gb: working memory; None takes half of what is free.
+    """
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        table: CellTable,
+        inputs: AudioInputs,
+        whole: bool,
+        reads_all: bool,
+        explicit: bool,
+        most: int | None,
+        memory_gb: float | int | None,
+    ):
+        self.model, self.table, self.explicit = model, table, explicit
+        self.most, self.memory_gb = most, memory_gb
+        self.shrunk = 1.0
+        self.costs = Costs(model, table.part, _shape(model, inputs, reads_all), whole)
+        places = table.positions.any(1)
+        first = torch.where(places.any(-1), places.int().argmax(-1), places.shape[-1])
+        self._first = first.tolist()
+
+    # ---------------------------------------------------------------- order
+
+    def queue(self, cells: Iterable[int]) -> collections.deque[int]:
+        """The cells in an order in which those that share work stand side by side."""
+        return collections.deque(sorted(cells, key=self._order))
+
+    def _order(self, cell: int) -> tuple[int, int, int]:
+        intervention = self.table.cells[cell]
+        layer = -1 if intervention.layers[0] is None else intervention.layers[0]
+        return layer, self._first[intervention.positions], intervention.unit or 0
+
+    def next(self, queue: collections.deque[int], free: float | int) -> list[int]:
+        """The next cells of a queue that run together in so many bytes; at least one."""
+        most = len(queue) if self.most is None else self.most
+        rows_left = _ROWS_TOGETHER.get(self.model.device.type, 1_024) * self.shrunk
+        bytes_left = free * self.shrunk
+        cells: list[int] = []
+        while queue and len(cells) < most:
+            start = self._start(queue[0])
+            rows_left -= self.costs.rows(start)
+            bytes_left -= self.costs.bytes(start, self.explicit)
+            if cells and min(rows_left, bytes_left) < 0:
+                break
+            cells.append(queue.popleft())
+        return cells
+
+    def shrink(self, n_cells: int) -> None:
+        """Let at most half as many cells run together as just failed."""
+        self.most = max(1, n_cells // 2)
+        self.shrunk /= 2
+
+    def _start(self, cell: int) -> int:
+        """The first position of the decoder that a cell changes."""
+        is_own = self.table.site.positions_of == "decoder"
+        return self._first[self.table.cells[cell].positions] if is_own else 0
+
+    # ---------------------------------------------------------------- cost
+
+    def flops(self, cells: Iterable[int]) -> float | int:
+        """Expected floating-point operations of some cells."""
+        return sum(
+            self.costs.flops(self.table.cells[cell].layers[0], self._start(cell)) for cell in cells
+        )
+
+    @property
+    def loop(self) -> float | int:
+        """Operations of a loop of whole forwards over all cells."""
+        return self.costs.loop * len(self.table.cells)
+
+    @property
+    def largest_cell(self) -> int:
+        """Memory that the largest cell takes while it runs."""
+        start = min(self._start(cell) for cell in range(len(self.table.cells)))
+        return self.costs.bytes(start, self.explicit)
+
+    @property
+    def budget(self) -> float | int:
+        """Bytes of working memory."""
+        if self.memory_gb is not None:
+            return self.memory_gb * 1e9
+        if self.model.device.type == "cuda":
+            return 0.5 * torch.cuda.mem_get_info(self.model.device)[0]
+        try:
+            return 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):  # not known here
+            return 4e9
+
+    def free_beside(self, held: int) -> float | int:
+        """What the unpatched runs leave of the budget.
+
+        Raises:
+            ValueError: if that is too little for one cell.
+        """
+        free = self.budget - held
+        if free < self.largest_cell:
+            raise ValueError(
+                f"the unpatched runs take {held / 1e9:.3f} GB and one cell up to "
+                f"{self.largest_cell / 1e9:.3f} GB, more than the budget of "
+                f"{self.budget / 1e9:.3f} GB: raise memory_gb, or use fewer stimuli"
+            )
+        return free
+
+
+def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) -> Shape:
+    by_attention = model.decoder_needs_encoder
+    frames = model.encoder_reach(inputs)
+    all_logits = inputs.tokens.numel() * model.cfg.decoder.d_vocab
+    return Shape(
+        prompts=len(inputs),
+        clips=len(inputs.features),
+        frames=frames,
+        tokens=inputs.tokens.shape[1],
+        audio_start=0 if by_attention else int(model.audio_places(inputs).position.min()),
+        memory=frames if by_attention else 0,
+        logits=all_logits if reads_all else 8 * len(inputs),
+    )
