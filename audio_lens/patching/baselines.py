@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.changes import kept_for
 from audio_lens.patching.readout import Readout
 from audio_lens.patching.record import check_finite
 from audio_lens.patching.request import Request
-from audio_lens.patching.routes import EncoderRoute, HookedRoute, Route, Run
+from audio_lens.patching.routes import DecoderRoute, EncoderRoute, HookedRoute, Route, Run
 from audio_lens.patching.schedule import Schedule
 from audio_lens.patching.trace import ConnectorSource, GivenSource, RunSource, Source
 
@@ -54,8 +55,10 @@ def prepared(request: Request, schedule: Schedule) -> State:
 
 def _without_hooks(request: Request, schedule: Schedule) -> State:
     model, part = request.model, request.table.part
-    base = Run.of(model, request.base, part)
-    other = Run.of(model, request.other, part, heard=base)
+    of_base, of_source = _kept(request)
+    is_source = request.source is None
+    base = Run.of(model, request.base, part, of_base)
+    other = Run.of(model, request.other, part, of_source if is_source else (), heard=base)
     clean_run = other if request.direction == "denoise" else base
     measures = request.measures(lambda: model.decoder.unembed(clean_run.hidden))
     readout = Readout(model, measures, tuple(request.base.tokens.shape))
@@ -66,11 +69,19 @@ def _without_hooks(request: Request, schedule: Schedule) -> State:
     else:
         run = other
         if request.source is not None:
-            run = Run.of(model, request.source, part, heard=base)
+            run = Run.of(model, request.source, part, of_source, heard=base)
         source, held = _of_run(run.keep(part), part), held + run.n_bytes
     free = schedule.free_beside(held)
     route = _route(request, base, readout, source, free)
     return _state(request, route, readout, values, free)
+
+
+def _kept(request: Request) -> tuple[list[str], list[str]]:
+    """What base and source hold of every block."""
+    if request.route not in (DecoderRoute, EncoderRoute):
+        return [], []
+    blocks = getattr(request.model, request.table.part).blocks
+    return kept_for(request.table.site, blocks[0])
 
 
 def _of_run(run: Run, part: str) -> Source:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.models.layers import Attention, GatedMLP, causal_mask, rotate
+from audio_lens.models.layers import Attention, GatedMLP, PreNormBlock, causal_mask, rotate
 from audio_lens.patching.sites import Site
 from audio_lens.patching.trace import PackedRows, Source, Trace
 
@@ -308,15 +308,13 @@ class KeyChanges(Changes):
     """Keys and values: what a window holds changes what every later query finds."""
 
     def _make_tables(self, layer: int) -> _Attended:
-        attn = self.attention(layer)
-        is_rotated = self.base.context.rotary is not None and not attn.is_cross
-        q_name = "hook_rot_q" if is_rotated else "hook_q"
-        names = [
-            f"{self.site.sublayer}.{q_name}",
-            f"{self.site.sublayer}.hook_z",
-            f"hook_{self.stage}",
-        ]
-        q, z, stream = (self.base.at(layer, names)[name] for name in names)
+        attn, prefix = self.attention(layer), self.site.sublayer
+        names = [f"{prefix}.hook_z", f"hook_{self.stage}"]
+        z, stream = (self.base.at(layer, names)[name] for name in names)
+        if attn.is_cross:
+            q = self.base.at(layer, ["cross_attn.hook_q"])["cross_attn.hook_q"]
+        else:
+            q = self.base.projected(layer, self.base.residuals[layer])[0]
         k, v = self.base.keys_values(attn)
         new = self.source.at(layer, self.site.local_hook)
         if self.site.last == "k" and not attn.is_cross:
@@ -407,6 +405,30 @@ def _of_unit(x: Bool[Tensor, "n s u"], unit: Int[Tensor, " n"]) -> Bool[Tensor, 
 def _of_head(x: Float[Tensor, "b s kv e"], lanes: Lanes) -> Float[Tensor, "n s kv2 e"]:
     """The lanes' own key-value heads; all of them where no unit is named."""
     return x[lanes.row] if lanes.unit is None else x[lanes.row, :, lanes.unit][:, :, None]
+
+
+def kept_for(site: Site, base: PreNormBlock) -> tuple[list[str], list[str]]:
+    """What to hold of every block, of the base run and of the source, so that no block runs twice.
+
+    Patterns, scores, results and neurons are too large for that: those are made block by block.
+    """
+    if site.reads_attention or site.sublayer == "mlp" or site.last == "result":
+        return [], []
+    has_cross = hasattr(base, "cross_attn")
+    of_stream = {
+        "attn_out": [],
+        "cross_attn_out": ["hook_resid_mid"],
+        "mlp_out": ["hook_resid_mid_cross" if has_cross else "hook_resid_mid"],
+    }
+    if not site.sublayer:
+        is_held = site.last in ("resid_pre", "resid_post")
+        own = [] if is_held else [site.local_hook]
+        return own + of_stream.get(site.last, []), own
+    prefix = site.sublayer
+    stage = "hook_resid_mid_cross" if prefix == "cross_attn" else "hook_resid_mid"
+    is_memory = prefix == "cross_attn" and site.last in KEYS
+    asked = ["cross_attn.hook_q"] if is_memory else []
+    return [f"{prefix}.hook_z", stage, *asked], [] if is_memory else [site.local_hook]
 
 
 def changes_of(

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from audio_lens.patching.baselines import State, literally, prepared
 from audio_lens.patching.checkpoint import Checkpoint
+from audio_lens.patching.heap import freed_memory_kept
 from audio_lens.patching.plan import CellTable
 from audio_lens.patching.record import batch_dims, provenance
 from audio_lens.patching.request import Request
@@ -152,6 +153,8 @@ class Plan:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(model.attention(self.request.attn_mode))
+            if model.device.type == "cpu":
+                stack.enter_context(freed_memory_kept())
             if precision == "bf16":
                 stack.enter_context(torch.autocast(model.device.type, torch.bfloat16))
             if precision == "tf32":

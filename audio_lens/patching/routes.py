@@ -52,24 +52,30 @@ class Run:
 
     @staticmethod
     def of(
-        model: HookedAudioTransformer, inputs: AudioInputs, part: str, heard: Run | None = None
+        model: HookedAudioTransformer,
+        inputs: AudioInputs,
+        part: str,
+        keep: Sequence[str] = (),
+        heard: Run | None = None,
     ) -> Run:
         """Run the model, keeping what a sweep of this part needs.
 
         Args:
+            keep: local names of activations to hold for every block of the part.
             heard: a run whose audio may be the same, so that the encoder need not run again.
         """
         connector: dict[str, Tensor] = {}
         encoder = None
         with _connector_kept(model, connector if part == "connector" else None):
             if part == "encoder":
-                encoder = Trace.of_encoder(model, inputs)
+                encoder = Trace.of_encoder(model, inputs, keep)
                 encoded = model.send(encoder.residuals[-1])
             elif part == "decoder" and heard is not None and _same_audio(inputs, heard.inputs):
                 encoded = heard.encoded
             else:
                 encoded = model.encode(inputs)
-        decoder = Trace.of_decoder(model, inputs, encoded)
+        own = keep if part == "decoder" else ()
+        decoder = Trace.of_decoder(model, inputs, encoded, own)
         return Run(inputs, encoded, encoder, connector, decoder)
 
     def trace(self, part: str) -> Trace:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from audio_lens.hooks import local_name
+from audio_lens.hooks import HookFn, HookPoint, local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import Attention, Context, KVCache
 
@@ -32,41 +32,59 @@ class Trace:
         part: which.
         context: masks, rotary positions, memory; its cache holds all keys and values.
         residuals: the residual stream entering every block, and the one leaving the last.
+        kept: activations of every block that were asked for beforehand, by full name.
     """
 
     model: HookedAudioTransformer
     part: str
     context: Context
     residuals: list[Float[Tensor, "b t d"]]
+    kept: dict[str, Tensor]
 
     @staticmethod
     def of(
-        model: HookedAudioTransformer, part: str, resid: Float[Tensor, "b t d"], context: Context
+        model: HookedAudioTransformer,
+        part: str,
+        resid: Float[Tensor, "b t d"],
+        context: Context,
+        keep: Sequence[str] = (),
     ) -> Trace:
-        """Run every block from the residual stream entering the first."""
+        """Run every block from the residual stream entering the first.
+
+        Args:
+            keep: local names of activations to hold for every block.
+        """
         context = replace(context, past=KVCache())
-        residuals = [resid]
-        for block in getattr(model, part).blocks:
-            residuals.append(block(residuals[-1], context))
-        return Trace(model, part, context, residuals)
+        residuals, kept = [resid], {}
+        blocks = getattr(model, part).blocks
+        names = [f"{part}.blocks.{layer}.{name}" for layer in range(len(blocks)) for name in keep]
+        with model.hooks([(name, _keeping(kept)) for name in names]):
+            for block in blocks:
+                residuals.append(block(residuals[-1], context))
+        return Trace(model, part, context, residuals, kept)
 
     @staticmethod
-    def of_encoder(model: HookedAudioTransformer, inputs: AudioInputs) -> Trace:
+    def of_encoder(
+        model: HookedAudioTransformer, inputs: AudioInputs, keep: Sequence[str] = ()
+    ) -> Trace:
         """The encoder's run, cut to the positions that can matter."""
         reach = model.encoder_reach(inputs)
         resid = model.encoder.embed(inputs.features)[:, :reach]
         context = model.encoder_context(inputs)
         if context.allowed is not None:
             context = replace(context, allowed=context.allowed[..., :reach])
-        return Trace.of(model, "encoder", resid, context)
+        return Trace.of(model, "encoder", resid, context, keep)
 
     @staticmethod
     def of_decoder(
-        model: HookedAudioTransformer, inputs: AudioInputs, encoded: Tensor | None
+        model: HookedAudioTransformer,
+        inputs: AudioInputs,
+        encoded: Tensor | None,
+        keep: Sequence[str] = (),
     ) -> Trace:
         """The decoder's run."""
         resid = model.enter_decoder(inputs, encoded)
-        return Trace.of(model, "decoder", resid, model.decoder_context(inputs, encoded))
+        return Trace.of(model, "decoder", resid, model.decoder_context(inputs, encoded), keep)
 
     @property
     def stack(self) -> Stack:
@@ -120,21 +138,22 @@ class Trace:
         if cross is not None:
             k, v = self.keys_values(cross)
             held |= {"cross_attn.hook_k": k, "cross_attn.hook_v": v}
+        for name in names:
+            if self._full(layer, name) in self.kept:
+                held[name] = self.kept[self._full(layer, name)]
         missing = [name for name in names if name not in held]
         held |= self._run_again(layer, missing) if missing else {}
         return {name: held[name] for name in names}
 
+    def _full(self, layer: int, name: str) -> str:
+        return f"{self.part}.blocks.{layer}.{name}"
+
     def _run_again(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
-        prefix = f"{self.part}.blocks.{layer}."
         found: dict[str, Tensor] = {}
-
-        def keep(tensor: Tensor, hook: torch.nn.Module) -> None:
-            found[hook.name.removeprefix(prefix)] = tensor
-
-        keep.only_reads = True
-        with self.model.hooks([(prefix + name, keep) for name in names]):
+        hooks = [(self._full(layer, name), _keeping(found)) for name in names]
+        with self.model.hooks(hooks):
             self.block(layer)(self.residuals[layer], self._context_again(layer))
-        return found
+        return {name: found[self._full(layer, name)] for name in names}
 
     def _context_again(self, layer: int) -> Context:
         """A context for running a block once more, which remembers what the memory gave."""
@@ -149,11 +168,13 @@ class Trace:
     @property
     def n_bytes(self) -> int:
         """Memory that is held."""
-        return sum(x.nbytes for x in self.residuals) + self.context.past.n_bytes
+        held = [*self.residuals, *self.kept.values()]
+        return sum(x.nbytes for x in held) + self.context.past.n_bytes
 
     def forget(self) -> None:
         """Drop everything that is held."""
         self.residuals.clear()
+        self.kept.clear()
         self.context = replace(self.context, past=KVCache(), memory=None)
 
     def forget_keys_values(self) -> None:
@@ -161,6 +182,16 @@ class Trace:
         crosses = [getattr(block, "cross_attn", None) for block in self.stack.blocks]
         kept = {c.name: self.keys_values(c) for c in crosses if c is not None}
         self.context = replace(self.context, past=KVCache(kept))
+
+
+def _keeping(kept: dict[str, Tensor]) -> HookFn:
+    """A hook that puts what it sees into a dict."""
+
+    def keep(tensor: Tensor, hook: HookPoint) -> None:
+        kept[hook.name] = tensor
+
+    keep.only_reads = True
+    return keep
 
 
 @runtime_checkable

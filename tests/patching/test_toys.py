@@ -1,8 +1,10 @@
-"""Sweeps find planted circuits (METHODS section 15, toys A and E)."""
+"""Sweeps find planted circuits (METHODS section 15, toys A, B and E)."""
+
+import itertools
 
 import pytest
 import torch
-from toys import AUDIO_TOKENS, Cue, copy_toy, prompt, two_stream_toy
+from toys import AUDIO_TOKENS, Cue, copy_toy, gate_toy, prompt, two_stream_toy
 
 from audio_lens import Span, metrics, patching
 
@@ -92,3 +94,35 @@ def test_two_streams_share_the_effect_by_their_weights(w_audio, w_text):
     assert rr[0].abs().max() == rr[2].abs().max() == 0
     _, audio_rr = recovery(toy, *pair, site="connector.out", axes="time", windows=0.4)
     assert audio_rr.item() == pytest.approx(share)
+
+
+@pytest.mark.parametrize("gate", ["and", "or"])
+def test_gates_compute_their_truth_table(gate):
+    for heard, read in itertools.product((0, 1), repeat=2):
+        joined = heard and read if gate == "and" else heard or read
+        assert gate_toy(gate)(prompt(Cue(heard, read)))[0, -1, 0] == pytest.approx(joined)
+
+
+@pytest.mark.parametrize(
+    ("gate", "direction", "expected"),
+    [
+        ("and", "denoise", 0.0),  # one input alone does not open it ...
+        ("and", "noise", 1.0),  # ... and each is needed
+        ("or", "denoise", 1.0),  # one input is enough ...
+        ("or", "noise", 0.0),  # ... and either can be missed
+    ],
+)
+def test_directions_tell_gates_apart(gate, direction, expected):
+    """Of each input on its own; behind the gate both directions see everything."""
+    options = {
+        "clean": prompt(Cue(1, read=1)),
+        "corrupted": prompt(Cue(0, read=0)),
+        "metric": lambda logits: logits[:, -1, 0],
+        "direction": direction,
+        "progress": False,
+    }
+    toy = gate_toy(gate, layer=1)
+    inputs = patching.sweep(toy, site="attn.z", axes=("layer", "head"), **options).effect
+    assert inputs[1].tolist() == pytest.approx([expected] * 2)
+    merged = patching.sweep(toy, site="mlp_out", axes=("layer", "position"), **options).effect
+    assert merged[1, LAST].item() == pytest.approx(1.0)

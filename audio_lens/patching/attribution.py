@@ -1,0 +1,251 @@
+"""Attribution patching: every cell of a sweep estimated from two forwards and one backward.
+
+The source run keeps what it had at the sites. The base run is differentiated from the earliest
+site on; in the backward pass each gradient meets its difference, is summed to cells and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args
+
+from audio_lens import metrics
+from audio_lens.inputs import AudioInputs
+from audio_lens.patching.attribution_runs import (
+    FIXES_QUERIES_AND_KEYS,
+    UNSIGNED,
+    Estimate,
+    Method,
+    differentiable,
+    layers_from,
+    layers_of,
+)
+from audio_lens.patching.attribution_taps import QueryKeyTap
+from audio_lens.patching.confirm import Confirmation, confirm
+from audio_lens.patching.plan import CellTable, Windows
+from audio_lens.patching.record import check_pair, provenance
+from audio_lens.patching.request import Direction
+from audio_lens.patching.result import SweepResult
+from audio_lens.patching.sites import Site
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+DEFAULT_STEPS = 5
+
+
+@dataclass(repr=False)
+class Attribution(SweepResult):
+    """Estimates of what a sweep would measure; `confirm` measures the strongest.
+
+    All that `SweepResult` has works here too. ``values`` are the base run's metric plus the
+    estimated effect. A saved attribution loads as a `SweepResult` whose report says what it is.
+
+    Attributes:
+        request: the arguments it was asked with, as `plan` takes them; None for a part or a mean
+            of an attribution.
+    """
+
+    request: dict[str, Any] | None = field(init=False, default=None, repr=False, compare=False)
+
+    @property
+    def method(self) -> str:
+        """The method of the estimate: "atp", "ig", "qk_fix", "grad_drop" or "atp*"."""
+        return self.meta["method"]
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether estimates have a direction, or are magnitudes only."""
+        return self.method not in UNSIGNED
+
+    def confirm(
+        self,
+        model: HookedAudioTransformer,
+        top_k: int = 20,
+        controls: Sequence[str] | None = None,
+        other: AudioInputs | Mapping[str, Any] | None = None,
+        metric: str | None = None,
+        exact: Literal["top", "all"] = "top",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Confirmation:
+        """Exact values of the strongest cells beside their estimates, with controls.
+
+        Args:
+            model: the model the estimates are of.
+            top_k: how many cells, by |estimated effect|.
+            controls: of "identity" (the base run patched into itself: no effect), "other_item"
+                (patched from another item, ``other``), "norm_matched_noise" (Gaussian of the mean
+                and norm of the source at each position) and "random_sites" (as many other cells
+                of the same layers). None takes all that can be had.
+            other: inputs of the other item, shaped as clean and corrupted.
+            metric: which one, where there are several.
+            exact: "top" measures those cells (and the random ones), "all" every cell, which costs
+                a whole sweep and makes rank correlation and overlap those of the whole map.
+            seed: of noise and random cells.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a control that does not exist or cannot be had, fewer than one cell, a
+                part of an attribution, or a metric that is alike on both runs.
+        """
+        return confirm(self, model, top_k, controls, other, metric, exact, seed, progress)
+
+
+def attribute(
+    model: HookedAudioTransformer,
+    *,
+    clean: AudioInputs | Mapping[str, Any],
+    corrupted: AudioInputs | Mapping[str, Any],
+    site: str | Sequence[str] = "decoder.resid_pre",
+    axes: str | Sequence[str] = ("layer", "time"),
+    metric: Any,
+    windows: Windows | None = None,
+    direction: Direction = "denoise",
+    layers: int | Sequence[int] | None = None,
+    layer_window: int = 1,
+    method: Method = "atp",
+    steps: int | None = None,
+) -> Attribution | dict[str, Attribution]:
+    """Estimate every cell of a sweep at once, by gradients.
+
+    An estimate orders cells and says where to look; `Attribution.confirm` measures. It is good
+    where the model is near linear between the two runs, and poor for residual streams and early
+    layers between unlike inputs. Hooks of yours stay in force in both runs.
+
+    Args:
+        model: the model. Its parameters are frozen meanwhile.
+        clean, corrupted, axes, windows, direction, layers, layer_window: as in `sweep`.
+        site: as in `sweep`; several are estimated side by side, in the same runs.
+        metric: as in `sweep`, and differentiable. One value per row must depend on the logits of
+            that row alone. Each metric costs a backward.
+        method:
+            "atp" (attribution patching; Nanda 2023, 2403.00745): gradient at the base run times
+            (source - base), two forwards and one backward.
+            "ig" (integrated gradients on inputs; 2403.17806): the mean of ``steps`` gradients,
+            between the two runs, where audio (after the convolutions, or as the connector gives
+            it) and text enter. The report says how much of the metric's change it explains.
+            "qk_fix" (2403.00745): for queries and keys only, the softmax is computed exactly,
+            which saturated attention needs. Attention is written out.
+            "grad_drop" (2403.00745): the mean of |estimate| over backwards that each ignore what
+            one layer writes, the cell's own layer left out, for direct and indirect effects that
+            cancel. One backward per layer from the site's part on. Unsigned: ``effect`` is a
+            magnitude, 0 or more.
+            "atp*" (2403.00745): both of these; queries and keys get the QK-fix, other sites not.
+        steps: of "ig", at the middles of as many equal pieces of the way; None is 5.
+
+    Returns:
+        `Attribution`; of several sites, a mapping from site to result.
+
+    Raises:
+        SiteError, InputError: as in `sweep`.
+        ValueError: as in `sweep`; a metric without gradient, or one that mixes rows; a method that
+            does not fit the site or axes, ``steps`` without "ig".
+        DeadHookError: a site that does not run.
+    """
+    clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
+    check_pair(model, clean, corrupted)
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction is 'denoise' or 'noise', got {direction!r}")
+    sites = [Site.parse(name, model) for name in ([site] if isinstance(site, str) else site)]
+    if not sites or len(set(sites)) < len(sites):
+        raise ValueError(f"name one site or several, each once; got {site!r}")
+    tables = [
+        CellTable.lay_out(model, clean, one, axes, windows, layers, layer_window) for one in sites
+    ]
+    _check_method(model, tables, method, steps)
+    if direction == "noise" and method != "ig":
+        _check_not_at_its_minimum(metric)
+    shared = {"clean": clean, "corrupted": corrupted, "axes": tables[0].axes, "metric": metric}
+    shared |= {"windows": windows, "direction": direction, "layers": layers}
+    shared |= {"layer_window": layer_window}
+    with model.attention(_attention_mode(model, sites, method)), differentiable(model):
+        estimate = Estimate(model, tables, method, steps or DEFAULT_STEPS, shared)
+        results = {str(table.site): _result(model, estimate, table, shared) for table in tables}
+    return results[str(sites[0])] if isinstance(site, str) else results
+
+
+def _result(
+    model: HookedAudioTransformer, estimate: Estimate, table: CellTable, request: dict[str, Any]
+) -> Attribution:
+    pair = (request["clean"], request["corrupted"])
+    attribution = Attribution(
+        values=estimate.values(table),
+        dims=(*estimate.dims, *table.axes),
+        coords={**estimate.dims, **table.coords},
+        clean=estimate.shaped(estimate.clean),
+        corrupted=estimate.shaped(estimate.corrupted),
+        site=str(table.site),
+        direction=request["direction"],
+        report=estimate.report,
+        meta=provenance(model, *pair, estimate.names) | estimate.meta,
+    )
+    attribution.request = request | {"site": str(table.site)}
+    return attribution
+
+
+def _check_method(
+    model: HookedAudioTransformer, tables: list[CellTable], method: str, steps: int | None
+) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"method is one of {', '.join(get_args(Method))}, got {method!r}")
+    if steps is not None and method != "ig":
+        raise ValueError(f"steps belong to method 'ig', not to {method!r}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    fixed = [str(table.site) for table in tables if QueryKeyTap.fits(table)]
+    if method == "qk_fix" and len(fixed) < len(tables):
+        others = [str(table.site) for table in tables if str(table.site) not in fixed]
+        raise ValueError(
+            f"method 'qk_fix' is for queries and keys, not {', '.join(others)}: use 'atp' there, "
+            "or 'atp*' for all"
+        )
+    if method in UNSIGNED:
+        for table in tables:
+            _check_droppable(model, table)
+    if method in FIXES_QUERIES_AND_KEYS and fixed:
+        _check_softmax_is_free(model, tables)
+
+
+def _check_not_at_its_minimum(metric: Any) -> None:
+    for name, one in metrics.named(metric).items():
+        if getattr(one, "needs_reference", False):
+            raise ValueError(
+                f"metric {name!r} compares with the clean run, which is the base run of direction "
+                "'noise': it is flat there, and gradients say nothing. Use another metric or "
+                "direction, or method 'ig'"
+            )
+
+
+def _check_droppable(model: HookedAudioTransformer, table: CellTable) -> None:
+    if any(len(cell.layers) > 1 for cell in table.cells):
+        raise ValueError(
+            "dropping gradients leaves out a cell's own layer, so a cell can have but one: put "
+            "'layer' among the axes, without layer_window"
+        )
+    if len(layers_from(model, table.site)) < 2:
+        raise ValueError("dropping gradients needs a model of at least two layers")
+
+
+def _check_softmax_is_free(model: HookedAudioTransformer, tables: list[CellTable]) -> None:
+    hooked = [
+        name
+        for table in tables
+        if QueryKeyTap.fits(table)
+        for layer in layers_of(table)
+        for name in QueryKeyTap.softmax_points(table.site.hook_name(layer))
+        if model.hook_dict[name].fwd_hooks
+    ]
+    if hooked:
+        raise ValueError(
+            f"the QK-fix computes the softmax itself, without your hooks on {', '.join(hooked)}: "
+            "remove them or use method 'atp'"
+        )
+
+
+def _attention_mode(model: HookedAudioTransformer, sites: list[Site], method: str) -> str:
+    if any(site.reads_attention for site in sites):
+        return "explicit"
+    needs_pattern = method in FIXES_QUERIES_AND_KEYS
+    return "auto" if needs_pattern and model.attn_mode == "sdpa" else model.attn_mode

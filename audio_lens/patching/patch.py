@@ -1,0 +1,320 @@
+"""One intervention: several activations overwritten at once, in one forward.
+
+The single case that `sweep` runs thousands of times (METHODS section 3.1), open to any combination
+of places and sources.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from audio_lens import metrics
+from audio_lens.hooks import suggest
+from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.patching.plan import _chosen_layers, _Positions, _unit_count
+from audio_lens.patching.sites import Site, SiteError
+from audio_lens.timeline import Span
+
+if TYPE_CHECKING:
+    from audio_lens.hooks import HookPoint
+    from audio_lens.models.base import HookedAudioTransformer
+
+Indices = int | Sequence[int]
+Source = ActivationCache | AudioInputs | Mapping[str, Any] | Float[Tensor, "..."] | float | int
+Values = dict[str, Tensor | float | int]  # by hook name
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What to overwrite, and with what.
+
+    Attributes:
+        site: ``part.activation``, as in `sweep`.
+        layer: the block or blocks; None for all (and for sites outside the blocks).
+        head, neuron: which of them, where the site has heads or neurons; None for all.
+        time: a Span, ``(start_s, end_s)`` or a list of these. A prompt without the window is left
+            as it is.
+        position: index, slice or several indices, as in Python; neither time nor position means
+            everywhere.
+        source: where the values come from: a cache (or mapping) of hook names to activations,
+            inputs to run, an activation of the site's shape, or one number (0 ablates).
+    """
+
+    site: str
+    layer: Indices | None = None
+    head: Indices | None = None
+    neuron: Indices | None = None
+    time: Span | tuple | list | None = None
+    position: Indices | slice | Int[Tensor, " n"] | None = None
+    _: KW_ONLY
+    source: Source
+
+
+@torch.no_grad()
+def patch(
+    model: HookedAudioTransformer,
+    inputs: AudioInputs | Mapping[str, Any],
+    patches: Sequence[Patch],
+    *,
+    metric: Any = None,
+) -> Float[Tensor, "..."] | dict[str, Float[Tensor, "..."]]:
+    """Run the inputs with every patch in place at once.
+
+    Hooks of yours stay in force, before the patches, here and in runs of inputs given as sources.
+
+    Args:
+        model: the model.
+        inputs: the run that is patched.
+        patches: what to overwrite; no two of them the same element.
+        metric: as in `sweep`; None gives the logits. Metrics that compare with a clean run need
+            it: ``metrics.kl().bind(model, inputs, clean_logits)``.
+
+    Returns:
+        The metric, a scalar or one value per prompt (NaN for prompts that have none of the patched
+        positions); a dict of these for a mapping of metrics; or logits, ``b t d_vocab``.
+
+    Raises:
+        SiteError: a site, head or neuron the model does not have, or a source without the site.
+        InputError: inputs as source that do not correspond to ``inputs``.
+        ValueError: no patches, two that overlap, a place that holds nothing, a source of another
+            shape, or a metric of another shape.
+    """
+    inputs = model.as_inputs(inputs)
+    edits = [_Edit.lay_out(model, inputs, one) for one in patches]
+    _check_distinct(edits)
+    measures = {
+        name: metrics.bound(one, model, inputs)
+        for name, one in ({} if metric is None else metrics.named(metric)).items()
+    }
+    reads_attention = any(edit.site.reads_attention for edit in edits)
+    with model.attention("explicit" if reads_attention else model.attn_mode):
+        runs = _run_sources(model, inputs, edits)
+        hooks = [hook for edit in edits for hook in edit.hooks(runs)]
+        logits = model.run_with_hooks(inputs, fwd_hooks=hooks)
+    if metric is None:
+        return logits
+    reached = torch.stack([edit.reached for edit in edits]).any(0)
+    values = {name: _measured(name, measure, logits, reached) for name, measure in measures.items()}
+    return values if isinstance(metric, Mapping) else next(iter(values.values()))
+
+
+def _measured(
+    name: str,
+    measure: metrics.MetricFn,
+    logits: Float[Tensor, "b t v"],
+    reached: Bool[Tensor, " b"],
+) -> Float[Tensor, "*b"]:
+    """The metric of the patched run; NaN for prompts that no patch reaches."""
+    value = torch.as_tensor(measure(logits.to(torch.promote_types(logits.dtype, torch.float32))))
+    if value.shape not in ((), reached.shape):
+        raise ValueError(
+            f"metric {name!r} must give a scalar or one value per row ([{len(reached)}]), got "
+            f"shape {tuple(value.shape)}"
+        )
+    return value.where(reached.to(value.device), torch.nan) if value.ndim else value
+
+
+@dataclass(frozen=True, eq=False)
+class _Edit:
+    """A patch laid out on the model.
+
+    `mask` says which elements of the activation it overwrites, with axes of size 1 where it takes
+    all; `reached` which prompts hold something there; `given` are the values by hook name, None
+    while they are to come from a run of the source.
+    """
+
+    patch: Patch
+    site: Site
+    names: tuple[str, ...]
+    mask: Bool[Tensor, "batch ..."]
+    reached: Bool[Tensor, " rows"]
+    given: Values | None
+
+    @staticmethod
+    def lay_out(model: HookedAudioTransformer, inputs: AudioInputs, patch: Patch) -> _Edit:
+        site = Site.parse(patch.site, model)
+        layers = _chosen_layers(site, patch.layer, axes=(), layer_window=1)
+        names = tuple(site.hook_name(layer) for layer in layers)
+        where = _Positions(model.timeline(inputs), site)
+        positions = _positions(where, patch)
+        reached = where.covered(positions[None])[0]
+        if not reached.any():
+            raise ValueError(f"{patch.position} of {site} holds nothing in any prompt: all padding")
+        mask = _spread(positions, site, 0, site.position_dim)
+        units = _units(model, site, patch)
+        if site.unit is not None:
+            mask = mask & _spread(units, site, site.unit_dim)
+        given = _given(patch.source, names)
+        for name, value in (given or {}).items():
+            _check_shape(name, value, site, positions.shape, len(units))
+        return _Edit(patch, site, names, mask.to(inputs.device), reached, given)
+
+    def hooks(self, runs: dict[int, ActivationCache]) -> list[tuple[str, Any]]:
+        """What puts the values in place."""
+        values = runs[id(self.patch.source)] if self.given is None else self.given
+
+        def overwrite(activation: Tensor, hook: HookPoint) -> Tensor:
+            source = torch.as_tensor(values[hook.name])
+            if source.shape not in ((), activation.shape):
+                raise ValueError(_misfit(hook.name, source, tuple(activation.shape)))
+            return torch.where(self.mask, source.to(activation), activation)
+
+        return [(name, overwrite) for name in self.names]
+
+
+# -------------------------------------------------------------------------------- where
+
+
+def _positions(where: _Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
+    if patch.time is not None and patch.position is not None:
+        raise ValueError("a patch has either time or position, not both")
+    if patch.time is not None:
+        windows = patch.time if isinstance(patch.time, list) else [patch.time]
+        if not windows:
+            raise ValueError("the list of windows is empty")
+        return where.inside([Span.of(window) for window in windows]).any(0)
+    if patch.position is None:
+        return where.everywhere()[0]
+    chosen = torch.zeros_like(where.valid)
+    index = patch.position
+    try:
+        chosen[:, index if isinstance(index, (int, slice)) else torch.as_tensor(index)] = True
+    except IndexError as error:
+        raise ValueError(
+            f"{where.site} has {chosen.shape[1]} positions here, which {index} does not fit"
+        ) from error
+    if not chosen.any():
+        raise ValueError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
+    return chosen
+
+
+def _units(model: HookedAudioTransformer, site: Site, patch: Patch) -> Bool[Tensor, " n"]:
+    """Which heads or neurons, as a mask; empty where the site has neither."""
+    asked = {"head": patch.head, "neuron": patch.neuron}
+    for unit, index in asked.items():
+        if index is not None and unit != site.unit:
+            raise SiteError(f"{site} has no {unit}s; {unit}={index} cannot be patched")
+    if site.unit is None:
+        return torch.zeros(0, dtype=torch.bool)
+    count, index = _unit_count(model, site), asked[site.unit]
+    if index is None:
+        return torch.ones(count, dtype=torch.bool)
+    indices = [index] if isinstance(index, int) else list(index)
+    if not indices or not all(0 <= one < count for one in indices):
+        raise SiteError(f"{site.unit}s of {site} lie in 0 to {count - 1}, got {indices}")
+    return torch.zeros(count, dtype=torch.bool).index_fill(0, torch.tensor(indices), True)
+
+
+def _spread(mask: Bool[Tensor, "..."], site: Site, *dims: int) -> Bool[Tensor, "..."]:
+    """The mask with its axes on these axes of the site's activation, and axes of 1 elsewhere."""
+    shape = [1] * (4 if site.unit == "head" else 3)
+    for dim, size in zip(dims, mask.shape, strict=True):
+        shape[dim] = size
+    return mask.reshape(shape)
+
+
+def _check_distinct(edits: list[_Edit]) -> None:
+    """Raise where two patches write the same element: which one wins would be arbitrary."""
+    if not edits:
+        raise ValueError("no patches: pass at least one Patch")
+    for one, other in itertools.combinations(edits, 2):
+        places = {*map(_place, one.names)} & {*map(_place, other.names)}
+        shared = [name for name in one.names if _place(name) in places]
+        if shared and (one.mask & other.mask).any():
+            raise ValueError(
+                f"two patches write the same elements of {', '.join(shared)}: narrow one of them "
+                "to other heads or positions, or leave it out"
+            )
+
+
+def _place(name: str) -> str:
+    """The hook's tensor: what leaves a block is what enters the next."""
+    part, _, rest = name.partition(".blocks.")
+    layer, _, activation = rest.partition(".")
+    if activation != "hook_resid_post":
+        return name
+    return f"{part}.blocks.{int(layer) + 1}.hook_resid_pre"
+
+
+# -------------------------------------------------------------------------------- with what
+
+
+def _given(source: Source, names: tuple[str, ...]) -> Values | None:
+    """The source's value for every hook name; None for inputs, which have to run first."""
+    if _is_inputs(source):
+        return None
+    if not isinstance(source, (ActivationCache, Mapping)):
+        return dict.fromkeys(names, source)
+    missing = [name for name in names if name not in source]
+    if missing:
+        raise SiteError(
+            f"the source does not hold {missing[0]}; {suggest(missing[0], source.keys())}. Cache "
+            "it by name: run_with_cache(inputs, names_filter=...)"
+        )
+    return {name: source[name] for name in names}
+
+
+def _is_inputs(source: Source) -> bool:
+    is_mapping = isinstance(source, Mapping)
+    return isinstance(source, AudioInputs) or (is_mapping and "input_features" in source)
+
+
+def _check_shape(
+    name: str, value: Any, site: Site, batch_positions: torch.Size, n_units: int
+) -> None:
+    """Raise where a tensor cannot have come from this site of such inputs."""
+    if isinstance(value, (int, float)):
+        return
+    axes = {0: batch_positions[0], site.position_dim: batch_positions[1]}
+    if site.unit is not None:
+        axes[site.unit_dim] = n_units
+    expected = tuple(axes.get(dim, "any") for dim in range(4 if site.unit == "head" else 3))
+    fits = len(expected) == value.ndim and all(value.shape[dim] == n for dim, n in axes.items())
+    if not fits:
+        raise ValueError(_misfit(name, value, expected))
+
+
+def _misfit(name: str, source: Tensor, expected: tuple) -> str:
+    wanted = ", ".join(map(str, expected))
+    return (
+        f"the source of {name} has shape {tuple(source.shape)}, the activation ({wanted}): "
+        "patching needs equal shapes"
+    )
+
+
+def _run_sources(
+    model: HookedAudioTransformer, inputs: AudioInputs, edits: list[_Edit]
+) -> dict[int, ActivationCache]:
+    """One run of every distinct source of inputs, keeping just what is taken from it."""
+    wanted: dict[int, list[_Edit]] = {}
+    for edit in edits:
+        if edit.given is None:
+            wanted.setdefault(id(edit.patch.source), []).append(edit)
+    sources = {key: model.as_inputs(of[0].patch.source) for key, of in wanted.items()}
+    for source in sources.values():
+        _check_corresponds(model, inputs, source)
+    return {
+        key: model.run_with_cache(
+            source, names_filter=sorted({name for edit in wanted[key] for name in edit.names})
+        )[1]
+        for key, source in sources.items()
+    }
+
+
+def _check_corresponds(
+    model: HookedAudioTransformer, inputs: AudioInputs, source: AudioInputs
+) -> None:
+    inputs.check_pairs_with(source, "the inputs", "the source")
+    if not model.timeline(inputs).corresponds_to(model.timeline(source)):
+        raise InputError(
+            "the audio of the source lies at other positions of the prompt than that of the "
+            "inputs: use texts that put it in the same place"
+        )

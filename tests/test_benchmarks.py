@@ -1,0 +1,176 @@
+"""The benchmarks run, and what they count is right."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner, Result
+
+from benchmarks import patching as command
+from benchmarks import patching_measure as measuring
+from benchmarks import patching_report as report
+from benchmarks.peers import METHODS, limits
+from benchmarks.peers.hooks_loop import HooksLoop
+from benchmarks.peers.tasks import LLMS, ROWS, WHISPERS, Cell, Task, make_task, twin
+
+PEERS = ("transformer_lens", "nnsight", "pyvene")
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's speed does not matter here."""
+    monkeypatch.setattr(measuring, "PROBE_WIDTH", 32)
+
+
+def micro_task(name: str) -> Task:
+    shapes = WHISPERS if ROWS[name].kind == "whisper" else LLMS
+    return make_task(name, shapes["micro"], "micro", windows=3)
+
+
+def run(tmp_path: Path, *options: str) -> tuple[Result, dict]:
+    """The command on micro models: its outcome and the figures it wrote."""
+    app = typer.Typer()
+    app.command()(command.main)
+    found = tmp_path / "found.json"
+    fixed = "--whisper micro --llm micro --windows 3 --repeats 1 --sample 2 --no-memory --json"
+    result = CliRunner().invoke(app, [*fixed.split(), str(found), *options])
+    return result, json.loads(found.read_text()) if found.exists() else {}
+
+
+def test_all_that_is_installed_agrees(tmp_path: Path) -> None:
+    result, figures = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert [row["name"] for row in figures["rows"]] == list(ROWS)
+    for row in figures["rows"]:
+        task = micro_task(row["name"])
+        assert list(row["outcomes"]) == list(METHODS)
+        for name, outcome in row["outcomes"].items():
+            assert outcome["absent"] == METHODS[name].absence(task)
+            assert outcome["absent"] or outcome["error"] < 1e-4
+        assert row["outcomes"]["audio_lens"]["cells_run"] == row["n_cells"] == len(task.cells)
+        assert row["outcomes"]["expert"]["absent"] is None
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_that_are_not_installed_are_listed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS[name], "package", "no_such_package")
+    result, figures = run(tmp_path, "--rows", "lm-resid", "--methods", name)
+    assert result.exit_code == 0
+    assert "not installed" in result.output
+    assert figures["rows"][0]["outcomes"][name]["absent"] == "not installed"
+
+
+def test_wrong_answers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = HooksLoop.patch
+    monkeypatch.setattr(HooksLoop, "patch", lambda self, cells: [x + 1 for x in right(self, cells)])
+    result, _ = run(tmp_path, "--rows", "cross-heads", "--methods", "loop,expert")
+    assert result.exit_code == 1
+    assert "disagree with audio_lens: loop" in result.output
+
+
+@pytest.mark.parametrize("options", [["--rows", "x"], ["--llm", "x"], ["--plot", "x.gif"]])
+def test_unknown_options_are_refused(tmp_path: Path, options: list[str]) -> None:
+    result, figures = run(tmp_path, *options)
+    assert result.exit_code == 2
+    assert not figures
+
+
+@pytest.mark.parametrize("suffix", report.PLOT_SUFFIXES)
+def test_growth_is_drawn(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if suffix == ".png":
+        pytest.importorskip("matplotlib")
+    shapes = {2: replace(LLMS["micro"], layers=2), 3: LLMS["micro"]}
+    monkeypatch.setattr(report, "GROWTH", {"layers": shapes})
+    picture = tmp_path / f"growth{suffix}"
+    result, figures = run(
+        tmp_path, "--rows", "cross-heads", "--methods", "loop", "--plot", str(picture)
+    )
+    assert result.exit_code == 0, result.output
+    assert picture.stat().st_size > 1000
+    assert list(figures["growth"]["layers"]) == ["2", "3"]
+
+
+def test_twins_share_weights() -> None:
+    model = micro_task("lm-resid").hf_model
+    other = twin(model)
+    assert other is not model
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert mine is theirs
+
+
+def test_samples_come_from_all_over() -> None:
+    task = micro_task("lm-resid")
+    method = METHODS["loop"](task)
+    chosen = measuring.chosen_batches(method, task.cells, 3, random.Random(0))
+    assert [cell.layer for (cell,) in chosen] == [0, 1, 2]
+    everything = measuring.chosen_batches(METHODS["expert"](task), task.cells, 0, random.Random(0))
+    assert sorted(c.start for batch in everything for c in batch) == sorted(
+        c.start for c in task.cells
+    )
+
+
+# -------------------------------------------------------------------------------- counting
+
+
+def counted(run: object) -> int:
+    """Operations that torch itself counts."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_whole_blocks_count_as_torch_does() -> None:
+    task = micro_task("encoder-resid")
+    task.hf_model.set_attn_implementation("eager")
+    cfg, hf_block = task.model.cfg.encoder, task.hf_model.model.encoder.layers[0]
+    x = torch.randn(1, cfg.n_ctx, cfg.d_model)
+    mine = limits.Block(cfg).whole(cfg.n_ctx, cfg.n_ctx**2)
+    assert mine == counted(lambda: hf_block(x, None))
+
+
+def test_whole_gated_blocks_count_as_torch_does() -> None:
+    task = micro_task("lm-resid")
+    task.hf_model.set_attn_implementation("eager")
+    cfg, lm = task.model.cfg.decoder, task.hf_model.model.language_model
+    x = torch.randn(1, 9, cfg.d_model)
+    angles = lm.rotary_emb(x, torch.arange(9)[None])
+    run = lambda: lm.layers[0](x, position_embeddings=angles)  # noqa: E731
+    assert limits.Block(cfg).whole(9, 81) == counted(run)
+
+
+def test_nothing_needs_more_than_its_full_run() -> None:
+    for name in ROWS:
+        task = micro_task(name)
+        full = counted(lambda task=task: task.hf_model(**task.whole_call(task.corrupted)))
+        assert all(0 <= limits.least_work(task, cell) < full for cell in task.cells)
+
+
+def test_later_cells_need_less() -> None:
+    cfg = micro_task("lm-resid").model.cfg.decoder
+    work = [[limits.causal_resid(cfg, Cell(l, None, t, t + 1), 20) for t in (5, 9)] for l in (0, 1)]
+    assert work[0][0] > work[0][1] > work[1][1]
+    assert work[0][0] > work[1][0] > work[1][1]
+
+
+def test_pairs_of_a_causal_mask() -> None:
+    assert limits.causal_pairs(4) == 10
+    assert limits.causal_pairs(4, first=2) == 3 + 4
+
+
+def test_last_heads_reach_nothing() -> None:
+    task = micro_task("lm-heads")
+    last = [cell for cell in task.cells if cell.layer == task.layers[-1]]
+    assert all(limits.least_work(task, cell) == 0 for cell in last)
+    loop = METHODS["loop"](task)
+    loop.prepare()
+    base = task.difference(task.hf_model(**loop.call).logits)
+    assert loop.patch(last[:1]) == [base]
