@@ -1,9 +1,9 @@
 """Activation patching with time in seconds."""
 
-from audio_lens.patching.attribution import Attribution, attribute
-from audio_lens.patching.checkpoint import CheckpointError
-from audio_lens.patching.confirm import Confirmation
-from audio_lens.patching.engine import Plan, VerificationError
+from audio_lens.patching.attribution.attribute import Attribution, attribute
+from audio_lens.patching.attribution.confirm import Confirmation
+from audio_lens.patching.engine.checkpoint import CheckpointError
+from audio_lens.patching.engine.machine import Plan, VerificationError
 from audio_lens.patching.patch import Patch, patch
 from audio_lens.patching.result import Cell, SweepResult, load
 from audio_lens.patching.sites import Site, SiteError, sites_of

@@ -273,6 +273,11 @@ def _check_shape(
     """Raise where a tensor cannot have come from this site of such inputs."""
     if isinstance(value, (int, float)):
         return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"the source of {name} is a {type(value).__name__}: a patch takes a cache, inputs, a "
+            "tensor or a number"
+        )
     axes = {0: batch_positions[0], site.position_dim: batch_positions[1]}
     if site.unit is not None:
         axes[site.unit_dim] = n_units

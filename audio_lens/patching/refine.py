@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.patching.engine import Plan
+from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.plan import Windows
 from audio_lens.patching.result import BATCH_DIMS, SweepResult
 from audio_lens.patching.sites import Site

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.engine import Plan
+from audio_lens.patching.engine.machine import Plan
+from audio_lens.patching.engine.request import Direction, Precision, Request
+from audio_lens.patching.engine.routes import HookedRoute
+from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import CellTable, Windows
 from audio_lens.patching.record import check_pair
 from audio_lens.patching.refine import refined
-from audio_lens.patching.request import Direction, Precision, Request
 from audio_lens.patching.result import SweepResult
-from audio_lens.patching.routes import HookedRoute
-from audio_lens.patching.schedule import Schedule
 from audio_lens.patching.sites import Site
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from toys import (
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.hooks import DeadHookError
 from audio_lens.patching import SiteError, sites_of
-from audio_lens.patching.attribution import attribute
-from audio_lens.patching.attribution_taps import key_effects, query_effects
+from audio_lens.patching.attribution.attribute import attribute
+from audio_lens.patching.attribution.taps import key_effects, query_effects
 
 WRONG_VALUE = (ValueError, TypeCheckError)  # the tests' type checker is quicker than our message
 MODELS = {

@@ -12,8 +12,8 @@ import torch
 from toys import Cue, copy_toy, prompt
 
 from audio_lens import HookedAudioTransformer, InputError, metrics, patching
-from audio_lens.patching.attribution import attribute
-from audio_lens.patching.confirm import matched_noise, rank_correlation
+from audio_lens.patching.attribution.attribute import attribute
+from audio_lens.patching.attribution.confirm import matched_noise, rank_correlation
 
 SHARED = {"clean": prompt(Cue(1)), "corrupted": prompt(Cue(3)), "metric": metrics.logit_diff(1, 3)}
 

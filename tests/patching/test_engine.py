@@ -11,7 +11,7 @@ from tiny import hf_inputs
 from toys import Cue, copy_toy, prompt
 
 from audio_lens import HookedAudioTransformer, metrics, patching
-from audio_lens.patching import routes
+from audio_lens.patching.engine import routes
 
 DIFF = metrics.logit_diff(7, 9)
 

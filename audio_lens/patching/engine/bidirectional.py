@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.models.layers import Attention, Context
-from audio_lens.patching.changes import Entry, Projected
-from audio_lens.patching.trace import Trace
+from audio_lens.patching.engine.changes import Entry, Projected
+from audio_lens.patching.engine.trace import Trace
 
 Window = tuple[int, int]
 _WIDEST = 0.4  # of all positions: a wider window is not worth the complement

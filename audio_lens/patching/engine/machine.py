@@ -16,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from audio_lens.patching.baselines import State, literally, prepared
-from audio_lens.patching.checkpoint import Checkpoint
-from audio_lens.patching.heap import freed_memory_kept
+from audio_lens.patching.engine.baselines import State, literally, prepared
+from audio_lens.patching.engine.checkpoint import Checkpoint
+from audio_lens.patching.engine.heap import freed_memory_kept
+from audio_lens.patching.engine.request import Request
+from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import CellTable
 from audio_lens.patching.record import batch_dims, provenance
-from audio_lens.patching.request import Request
 from audio_lens.patching.result import SweepResult
-from audio_lens.patching.schedule import Schedule
 
 _GIGA = 1e9
 _SAVE_EVERY_S = 20.0
@@ -172,7 +172,7 @@ class Plan:
                     cells = self.schedule.next(queue, state.free_bytes)
                     if self._run_together(cells, queue):
                         bar.set_postfix_str(f"{len(todo) - len(queue)}/{len(todo)} cells", False)
-                        bar.update(self.schedule.flops(cells) / _GIGA)
+                        bar.update(min(self.schedule.flops(cells) / _GIGA, bar.total - bar.n))
                     if file is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
                         file.save(state.values, state.done, state.baselines)
                         saved_at = time.monotonic()

@@ -1,7 +1,7 @@
 """The ways in which cells are computed: what each re-runs, and nothing else.
 
 A route turns cells into what the metrics read of their runs. Which one serves a sweep is decided
-in engine.py.
+in machine.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 from audio_lens.hooks import HookPoint, local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
-from audio_lens.patching.bidirectional import BidirectionalWalk, Window
-from audio_lens.patching.causal import CausalWalk, Rows
-from audio_lens.patching.changes import Entry, Lanes, changes_of
+from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Window
+from audio_lens.patching.engine.causal import CausalWalk, Rows
+from audio_lens.patching.engine.changes import Entry, Lanes, changes_of
+from audio_lens.patching.engine.readout import Readout
+from audio_lens.patching.engine.trace import AbsorbedMemory, HeldSource, Source, Trace
 from audio_lens.patching.plan import CellTable
-from audio_lens.patching.readout import Readout
 from audio_lens.patching.sites import Site
-from audio_lens.patching.trace import AbsorbedMemory, HeldSource, Source, Trace
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

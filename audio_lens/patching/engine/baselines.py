@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.changes import kept_for
-from audio_lens.patching.readout import Readout
+from audio_lens.patching.engine.changes import kept_for
+from audio_lens.patching.engine.readout import Readout
+from audio_lens.patching.engine.request import Request
+from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, HookedRoute, Route, Run
+from audio_lens.patching.engine.schedule import Schedule
+from audio_lens.patching.engine.trace import ConnectorSource, GivenSource, RunSource, Source
 from audio_lens.patching.record import check_finite
-from audio_lens.patching.request import Request
-from audio_lens.patching.routes import DecoderRoute, EncoderRoute, HookedRoute, Route, Run
-from audio_lens.patching.schedule import Schedule
-from audio_lens.patching.trace import ConnectorSource, GivenSource, RunSource, Source
 
 _COMPLEMENT_SHARE = 0.4  # of the budget
 
@@ -58,13 +58,16 @@ def _without_hooks(request: Request, schedule: Schedule) -> State:
     of_base, of_source = _kept(request)
     is_source = request.source is None
     base = Run.of(model, request.base, part, of_base)
-    other = Run.of(model, request.other, part, of_source if is_source else (), heard=base)
+    is_given = isinstance(request.source, Mapping)
+    other = base
+    if not (is_given and request.other is request.base):
+        other = Run.of(model, request.other, part, of_source if is_source else (), heard=base)
     clean_run = other if request.direction == "denoise" else base
     measures = request.measures(lambda: model.decoder.unembed(clean_run.hidden))
     readout = Readout(model, measures, tuple(request.base.tokens.shape))
     values = [readout.measure(readout.of_run(run.hidden)) for run in (base, other)]
     held, source = base.n_bytes, None
-    if isinstance(request.source, Mapping):
+    if is_given:
         source = _given(request, request.source, base)
     else:
         run = other
@@ -111,10 +114,13 @@ def _with_hooks(request: Request, schedule: Schedule) -> State:
     is_heard_once = request.table.part == "decoder" and not before_decoder
     encoder_out = model.encode(request.base) if is_heard_once else None
     base_logits = model(request.base, encoder_out=encoder_out)
-    other_logits, activations = request.kept(request.other, every)
+    is_given = isinstance(request.source, Mapping)
+    other_logits, activations = base_logits, request.source
+    if not (is_given and request.other is request.base):
+        other_logits, activations = request.kept(request.other, every)
     if isinstance(request.source, AudioInputs):
         _, activations = request.kept(request.source, every)
-    elif request.source is not None:
+    elif is_given:
         activations = request.source
     clean_logits = other_logits if request.direction == "denoise" else base_logits
     readout = Readout(
@@ -152,7 +158,7 @@ def _state(
 ) -> State:
     """Nothing done yet. ``values`` are those of the base run and of the other."""
     clean, corrupted = reversed(values) if request.direction == "denoise" else values
-    check_finite({"clean": clean, "corrupted": corrupted}, readout.names)
+    check_finite({"corrupted": corrupted, "clean": clean}, readout.names)
     n_cells = len(request.table.cells)
     empty = torch.full((*clean.shape, n_cells), torch.nan, dtype=clean.dtype)
     done = torch.zeros(n_cells, dtype=torch.bool)

@@ -14,8 +14,7 @@ from torch import Tensor
 from audio_lens import metrics
 from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.plan import CellTable
-from audio_lens.patching.routes import (
+from audio_lens.patching.engine.routes import (
     ConnectorRoute,
     DecoderRoute,
     EncoderRoute,
@@ -23,6 +22,7 @@ from audio_lens.patching.routes import (
     Route,
     SuffixRoute,
 )
+from audio_lens.patching.plan import CellTable
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.models.layers import Attention, causal_mask
-from audio_lens.patching.changes import Entry, Projected
-from audio_lens.patching.readout import Readout
-from audio_lens.patching.trace import PackedRows, Trace
+from audio_lens.patching.engine.changes import Entry, Projected
+from audio_lens.patching.engine.readout import Readout
+from audio_lens.patching.engine.trace import PackedRows, Trace
 
 _SPREAD = 1.5  # lanes attend together while the longest is at most so much longer than the shortest
 

@@ -19,7 +19,7 @@ from audio_lens.patching.sweep import plan
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-    from audio_lens.patching.attribution import Attribution
+    from audio_lens.patching.attribution.attribute import Attribution
 
 CONTROLS = ("identity", "other_item", "norm_matched_noise", "random_sites")
 EXPECTED_BY_CHANCE = CONTROLS[1:]  # identity tests the engine, these test the finding

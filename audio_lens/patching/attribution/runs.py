@@ -13,9 +13,9 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from audio_lens import metrics
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.attribution_taps import Entrance, QueryKeyTap, Tap, precise
+from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, precise
+from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.plan import CellTable
-from audio_lens.patching.readout import Readout
 from audio_lens.patching.record import batch_dims, check_finite
 from audio_lens.patching.sites import Site
 

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.models.layers import Attention, GatedMLP, PreNormBlock, causal_mask, rotate
+from audio_lens.patching.engine.trace import PackedRows, Source, Trace
 from audio_lens.patching.sites import Site
-from audio_lens.patching.trace import PackedRows, Source, Trace
 
 Projected = tuple[Tensor, Tensor, Tensor]
 KEYS = ("k", "v", "rot_k")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from audio_lens import metrics
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.attribution_runs import (
+from audio_lens.patching.attribution.confirm import Confirmation, confirm
+from audio_lens.patching.attribution.runs import (
     FIXES_QUERIES_AND_KEYS,
     UNSIGNED,
     Estimate,
@@ -21,11 +22,10 @@ from audio_lens.patching.attribution_runs import (
     layers_from,
     layers_of,
 )
-from audio_lens.patching.attribution_taps import QueryKeyTap
-from audio_lens.patching.confirm import Confirmation, confirm
+from audio_lens.patching.attribution.taps import QueryKeyTap
+from audio_lens.patching.engine.request import Direction
 from audio_lens.patching.plan import CellTable, Windows
 from audio_lens.patching.record import check_pair, provenance
-from audio_lens.patching.request import Direction
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
 

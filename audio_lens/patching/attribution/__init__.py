@@ -1,0 +1,1 @@
+"""Attribution patching: every cell estimated from two forwards and one backward."""

@@ -1,0 +1,1 @@
+"""The machine behind sweeps: request, schedule, unpatched runs, routes, walks through blocks."""
