@@ -18,8 +18,9 @@ from transformer_lens import ActivationCache
 
 from audio_lens import metrics
 from audio_lens.hooks import suggest
-from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.patching.plan import _chosen_layers, _Positions, _unit_count
+from audio_lens.inputs import AudioInputs
+from audio_lens.patching.plan import Positions, chosen_layers, unit_count
+from audio_lens.patching.record import check_pair
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.timeline import Span
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 Indices = int | Sequence[int]
 Source = ActivationCache | AudioInputs | Mapping[str, Any] | Float[Tensor, "..."] | float | int
-Values = dict[str, Tensor | float | int]  # by hook name
+Values = dict[str, Any]  # tensors and numbers by hook name
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +142,9 @@ class _Edit:
     @staticmethod
     def lay_out(model: HookedAudioTransformer, inputs: AudioInputs, patch: Patch) -> _Edit:
         site = Site.parse(patch.site, model)
-        layers = _chosen_layers(site, patch.layer, axes=(), layer_window=1)
+        layers = chosen_layers(site, patch.layer, axes=(), layer_window=1)
         names = tuple(site.hook_name(layer) for layer in layers)
-        where = _Positions(model.timeline(inputs), site)
+        where = Positions(model.timeline(inputs), site)
         positions = _positions(where, patch)
         reached = where.covered(positions[None])[0]
         if not reached.any():
@@ -154,7 +155,7 @@ class _Edit:
             mask = mask & _spread(units, site, site.unit_dim)
         given = _given(patch.source, names)
         for name, value in (given or {}).items():
-            _check_shape(name, value, site, positions.shape, len(units))
+            check_shape(name, value, site, positions.shape, len(units))
         return _Edit(patch, site, names, mask.to(inputs.device), reached, given)
 
     def hooks(self, runs: dict[int, ActivationCache]) -> list[tuple[str, Any]]:
@@ -173,7 +174,7 @@ class _Edit:
 # -------------------------------------------------------------------------------- where
 
 
-def _positions(where: _Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
+def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
     if patch.time is not None and patch.position is not None:
         raise ValueError("a patch has either time or position, not both")
     if patch.time is not None:
@@ -204,7 +205,7 @@ def _units(model: HookedAudioTransformer, site: Site, patch: Patch) -> Bool[Tens
             raise SiteError(f"{site} has no {unit}s; {unit}={index} cannot be patched")
     if site.unit is None:
         return torch.zeros(0, dtype=torch.bool)
-    count, index = _unit_count(model, site), asked[site.unit]
+    count, index = unit_count(model, site), asked[site.unit]
     if index is None:
         return torch.ones(count, dtype=torch.bool)
     indices = [index] if isinstance(index, int) else list(index)
@@ -267,7 +268,7 @@ def _is_inputs(source: Source) -> bool:
     return isinstance(source, AudioInputs) or (is_mapping and "input_features" in source)
 
 
-def _check_shape(
+def check_shape(
     name: str, value: Any, site: Site, batch_positions: torch.Size, n_units: int
 ) -> None:
     """Raise where a tensor cannot have come from this site of such inputs."""
@@ -305,21 +306,10 @@ def _run_sources(
             wanted.setdefault(id(edit.patch.source), []).append(edit)
     sources = {key: model.as_inputs(of[0].patch.source) for key, of in wanted.items()}
     for source in sources.values():
-        _check_corresponds(model, inputs, source)
+        check_pair(model, inputs, source, ("the inputs", "the source"))
     return {
         key: model.run_with_cache(
             source, names_filter=sorted({name for edit in wanted[key] for name in edit.names})
         )[1]
         for key, source in sources.items()
     }
-
-
-def _check_corresponds(
-    model: HookedAudioTransformer, inputs: AudioInputs, source: AudioInputs
-) -> None:
-    inputs.check_pairs_with(source, "the inputs", "the source")
-    if not model.timeline(inputs).corresponds_to(model.timeline(source)):
-        raise InputError(
-            "the audio of the source lies at other positions of the prompt than that of the "
-            "inputs: use texts that put it in the same place"
-        )

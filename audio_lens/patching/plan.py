@@ -73,12 +73,12 @@ class CellTable:
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
         _check_axes(site, axes, windows)
         coords: dict[str, list] = {}
-        chosen = _chosen_layers(site, layers, axes, layer_window)
+        chosen = chosen_layers(site, layers, axes, layer_window)
         if "layer" in axes:
             coords["layer"] = list(chosen)
         if site.unit in axes:
-            coords[site.unit] = list(range(_unit_count(model, site)))
-        where = _Positions(model.timeline(inputs), site)
+            coords[site.unit] = list(range(unit_count(model, site)))
+        where = Positions(model.timeline(inputs), site)
         if "time" in axes:
             coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
             positions = where.inside(coords["time"])
@@ -92,7 +92,7 @@ class CellTable:
             coords={axis: coords[axis] for axis in axes},
             positions=positions,
             covered=where.covered(positions),
-            cells=list(_cells(site, axes, coords, chosen, layer_window)),
+            cells=list(cells_of(site, axes, coords, chosen, layer_window)),
         )
 
     @property
@@ -145,7 +145,7 @@ def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequen
             raise SiteError(f"{first} and {other} do not lie on the same positions of one part")
         if first.n_layers is None:
             raise SiteError(f"{first} and {other} follow each other: patch one of them")
-        units = [(site.unit, site.unit and _unit_count(model, site)) for site in (first, other)]
+        units = [(site.unit, site.unit and unit_count(model, site)) for site in (first, other)]
         if first.unit in axes and units[0] != units[1]:
             raise SiteError(f"{first} and {other} do not have the same {first.unit}s")
     return first
@@ -164,7 +164,7 @@ def _check_axes(site: Site, axes: tuple[str, ...], windows: Windows | None) -> N
         raise SiteError("windows belong to axis 'time', which is not among the axes")
 
 
-def _chosen_layers(
+def chosen_layers(
     site: Site, layers: int | Sequence[int] | None, axes: tuple[str, ...], layer_window: int
 ) -> tuple[int | None, ...]:
     if site.n_layers is None:
@@ -185,7 +185,7 @@ def _chosen_layers(
     return chosen
 
 
-def _unit_count(model: HookedAudioTransformer, site: Site) -> int:
+def unit_count(model: HookedAudioTransformer, site: Site) -> int:
     cfg = model.cfg.parts[site.part]
     if site.unit == "neuron":
         return cfg.d_mlp
@@ -193,24 +193,25 @@ def _unit_count(model: HookedAudioTransformer, site: Site) -> int:
     return cfg.n_key_value_heads if is_key_value else cfg.n_heads
 
 
-def _cells(
+def cells_of(
     site: Site,
     axes: tuple[str, ...],
     coords: dict[str, list],
     layers: tuple[int | None, ...],
     layer_window: int,
 ) -> Iterator[Intervention]:
+    in_order = layers if None in layers else tuple(sorted(layers))
     for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
         at = dict(zip(axes, place, strict=True))
         first = coords["layer"][at["layer"]] if "layer" in at else None
         yield Intervention(
-            layers=layers if first is None else tuple(range(first, first + layer_window)),
+            layers=in_order if first is None else tuple(range(first, first + layer_window)),
             unit=at.get(site.unit),
             positions=at.get("time", at.get("position", 0)),
         )
 
 
-class _Positions:
+class Positions:
     """Sets of positions of a site, for every entry of its batch axis."""
 
     def __init__(self, timeline: Timeline, site: Site):

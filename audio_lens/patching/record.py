@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 
-def check_pair(model: HookedAudioTransformer, clean: AudioInputs, corrupted: AudioInputs) -> None:
+def check_pair(
+    model: HookedAudioTransformer,
+    one: AudioInputs,
+    other: AudioInputs,
+    names: tuple[str, str] = ("clean", "corrupted"),
+) -> None:
     """Raise unless every position of two batches corresponds.
 
     Raises:
         InputError: naming the difference.
     """
-    clean.check_pairs_with(corrupted, "clean", "corrupted")
-    if not model.timeline(clean).corresponds_to(model.timeline(corrupted)):
+    one.check_pairs_with(other, *names)
+    if not model.timeline(one).corresponds_to(model.timeline(other)):
         raise InputError(
-            "the audio of clean and corrupted lies at different positions of the prompt, so these "
-            "do not correspond: use texts that put it in the same place"
+            f"the audio of {' and '.join(names)} lies at different positions of the prompt, so "
+            "these do not correspond: use texts that put it in the same place"
         )
 
 

@@ -213,7 +213,7 @@ def _checked_source(
         return None
     if not any(name in model.hook_dict for name in _keys(source)):
         inputs = model.as_inputs(source)
-        check_pair(model, like, inputs)
+        check_pair(model, like, inputs, ("clean", "the source"))
         return inputs
     names = table.hook_names(range(len(table.cells)))
     missing = [name for name in names if name not in source]

@@ -25,8 +25,8 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.request import Request
-from audio_lens.patching.patch import _check_shape
-from audio_lens.patching.plan import CellTable, _cells, _unit_count
+from audio_lens.patching.patch import check_shape
+from audio_lens.patching.plan import CellTable, cells_of, unit_count
 from audio_lens.patching.sites import Site
 from audio_lens.patching.sweep import laid_out
 
@@ -119,10 +119,10 @@ class _Call:
     def source(self, site: Site) -> dict[str, Tensor]:
         """The clean activations of every block, by full name."""
         names = [site.hook_name(layer) for layer in range(self.part.cfg.n_layers)]
-        n_units = _unit_count(self.part.model, site) if site.unit else 0
+        n_units = unit_count(self.part.model, site) if site.unit else 0
         source = {name: self.cache[name] for name in names}
         for name, activation in source.items():
-            _check_shape(name, activation, site, self.inputs.shape, n_units)
+            check_shape(name, activation, site, self.inputs.shape, n_units)
         return source
 
     def request(self, activation: str, axes: Sequence[str]) -> Request:
@@ -219,7 +219,7 @@ def _table(
     batch, width = inputs.shape
     sizes = {"layer": site.n_layers, "position": width}
     if site.unit:
-        sizes["head"] = _unit_count(model, site)
+        sizes["head"] = unit_count(model, site)
     coords = {axis: list(range(sizes[axis])) for axis in axes}
     single = torch.eye(width) if "position" in axes else torch.ones(1, width)
     return CellTable(
@@ -228,7 +228,7 @@ def _table(
         coords=coords,
         positions=single.bool()[:, None].expand(-1, batch, -1),
         covered=torch.ones(len(single), len(inputs.inputs), dtype=torch.bool),
-        cells=list(_cells(site, tuple(axes), coords, tuple(coords["layer"]), layer_window=1)),
+        cells=list(cells_of(site, tuple(axes), coords, tuple(coords["layer"]), layer_window=1)),
     )
 
 

@@ -11,7 +11,7 @@ from tiny import hf_inputs
 from toys import Cue, copy_toy, prompt
 
 from audio_lens import HookedAudioTransformer, metrics, patching
-from audio_lens.patching.engine import routes
+from audio_lens.patching.engine import heap, routes
 
 DIFF = metrics.logit_diff(7, 9)
 
@@ -501,3 +501,28 @@ def test_read_at_equals_the_bare_function(llm):
     bare = run(llm, given | {"metric": lambda logits: logits[:, -1].amax(-1)})
     read = run(llm, given | {"metric": metrics.read_at(lambda logits: logits.amax(-1))})
     torch.testing.assert_close(bare.values, read.values, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- freed memory
+
+
+def test_freed_memory_is_kept_only_inside(monkeypatch):
+    calls = []
+
+    class Libc:
+        def mallopt(self, parameter, value):
+            calls.append((parameter, value))
+
+        def malloc_trim(self, pad):
+            calls.append("trimmed")
+
+    monkeypatch.setattr(heap, "_glibc", Libc)
+    with heap.freed_memory_kept():
+        assert len(calls) == 2 and all(value == 1 << 30 for _, value in calls)
+    assert calls[-1] == "trimmed" and {p for p, _ in calls[2:4]} == {-1, -3}
+
+
+def test_without_glibc_nothing_happens(monkeypatch):
+    monkeypatch.setattr(heap, "_glibc", lambda: None)
+    with heap.freed_memory_kept():
+        pass

@@ -132,10 +132,7 @@ class Changes(ABC):
         self, lanes: Lanes, differs: Bool[Tensor, "b t"] | Bool[Tensor, "b t u"], entered: int
     ) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
         """Lane and position of every patched row whose activation differs in the source."""
-        by_lane = differs[lanes.row]
-        if lanes.unit is not None:
-            index = lanes.unit[:, None, None].expand(-1, by_lane.shape[1], 1)
-            by_lane = by_lane.gather(2, index)[..., 0]
+        by_lane = differs[lanes.row] if lanes.unit is None else _of_unit(differs, lanes)
         where = self._read(lanes.where & by_lane, lanes.row, entered)
         return where.nonzero(as_tuple=True)
 
@@ -345,9 +342,9 @@ class KeyChanges(Changes):
         found = torch.zeros_like(lanes.where)
         for new, old in zip(tables.new, tables.base, strict=True):
             if new is not old:
-                differs = (new != old).any(-1)[lanes.row]
-                own = differs.any(-1) if lanes.unit is None else _of_unit(differs, lanes.unit)
-                found |= own
+                differs = (new != old).any(-1)
+                whole = lanes.unit is None
+                found |= differs.any(-1)[lanes.row] if whole else _of_unit(differs, lanes)
         return found
 
     def _reach(self, attn: Attention, lanes: Lanes, n_queries: int) -> Bool[Tensor, "n t"]:
@@ -398,8 +395,10 @@ def _at(unit: Tensor | None, index: Tensor) -> Tensor | None:
     return None if unit is None else unit[index]
 
 
-def _of_unit(x: Bool[Tensor, "n s u"], unit: Int[Tensor, " n"]) -> Bool[Tensor, "n s"]:
-    return x.gather(2, unit[:, None, None].expand(-1, x.shape[1], 1))[..., 0]
+def _of_unit(x: Bool[Tensor, "b s u"], lanes: Lanes) -> Bool[Tensor, "n s"]:
+    """Every lane's row and unit."""
+    steps = torch.arange(x.shape[1], device=x.device)
+    return x[lanes.row[:, None], steps, lanes.unit[:, None]]
 
 
 def _of_head(x: Float[Tensor, "b s kv e"], lanes: Lanes) -> Float[Tensor, "n s kv2 e"]:
