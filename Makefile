@@ -1,4 +1,5 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv on a fresh machine.
+# `make test-slow` runs the long tests, which `make test` leaves out.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test install
+.PHONY: demo test test-slow install
 
 demo: $(VENV)/.runtime
 	$(BIN)/audio-lens map --out map.html
@@ -16,7 +17,10 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -n 2 -m slow
 
 install: $(VENV)/.dev
 

@@ -259,7 +259,7 @@ def test_exact(family, site, direction):
 def test_exact_in_all_cells(family, site, direction):
     """The same in every cell, for more of what can be asked."""
 
-    @for_all(cases(family, site), 20, f"all {family} {site} {direction}")
+    @for_all(cases(family, site), 8, f"all {family} {site} {direction}")
     def holds(case):
         assert_case_is_exact(family, str(site), direction, case, range)
 
@@ -563,7 +563,7 @@ def hooked_sweeps(family: str) -> st.SearchStrategy:
     return st.tuples(*map(st.sampled_from, every))
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [25, pytest.param(100, marks=pytest.mark.slow)])
 def test_user_hooks_anywhere(family, examples):
     @for_all(hooked_sweeps(family), examples, family)
     def holds(drawn):
