@@ -23,7 +23,7 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
 from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Window
 from audio_lens.patching.engine.causal import CausalWalk, Rows
-from audio_lens.patching.engine.changes import Entry, Lanes, changes_of
+from audio_lens.patching.engine.changes import Changes, Entry, Lanes, changes_of
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import AbsorbedMemory, HeldSource, Source, Trace
 from audio_lens.patching.plan import CellTable
@@ -163,6 +163,21 @@ class _FromBase(Route):
         """The prompt of each of ``cell * batch + prompt`` lanes."""
         return torch.arange(self.batch, device=self.base_rows.device).repeat(n_cells)
 
+    def _entries(
+        self, changes: Changes, cells: Sequence[int], reach: int | None = None
+    ) -> tuple[list[Entry], Int[Tensor, " n"]]:
+        """What cells change in ``cell * rows + row`` lanes, and the base run's row of each lane."""
+        where = self.table.where(cells)[..., :reach]
+        n_rows, units = where.shape[1], self.table.units(cells)
+        rows = torch.arange(n_rows, device=where.device).repeat(len(cells))
+        own_units = None if units is None else units.repeat_interleave(n_rows)
+        lanes = Lanes(rows, where.flatten(0, 1), own_units)
+        entries = []
+        for layer, own in _by_layer(self.table, cells, where.device):
+            index = (own[:, None] * n_rows + rows[:n_rows]).flatten()
+            entries.append(changes.entry(layer, lanes[index]).of_lanes(index))
+        return entries, rows
+
     def _filled(self, rows: Rows, n_cells: int) -> Float[Tensor, "n b r c"]:
         """The base run's rows, with those that were computed written over."""
         prompts = self._lane_prompts(n_cells)[rows.lane]
@@ -192,17 +207,7 @@ class DecoderRoute(_FromBase):
         self.changes = changes_of(table.site, base.decoder, source, by_unit, readout.demanded)
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
-        where, units = self.table.where(cells), self.table.units(cells)
-        prompts = self._lane_prompts(len(cells))
-        lanes = Lanes(
-            prompts,
-            where.flatten(0, 1),
-            None if units is None else units.repeat_interleave(self.batch),
-        )
-        entries = []
-        for layer, own in _by_layer(self.table, cells, prompts.device):
-            index = (own[:, None] * self.batch + prompts[: self.batch]).flatten()
-            entries.append(self.changes.entry(layer, lanes[index]).of_lanes(index))
+        entries, prompts = self._entries(self.changes, cells)
         return self._filled(self.walk.run(entries, prompts), len(cells))
 
 
@@ -315,22 +320,11 @@ class EncoderRoute(_AudioRoute):
         ]
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
-        where = self.table.where(cells)[..., : self.reach]
-        units = self.table.units(cells)
-        n_clips = where.shape[1]
-        clips = torch.arange(n_clips, device=where.device).repeat(len(cells))
-        lanes = Lanes(
-            clips,
-            where.flatten(0, 1),
-            None if units is None else units.repeat_interleave(n_clips),
-        )
-        entries = []
-        for layer, own in _by_layer(self.table, cells, where.device):
-            index = (own[:, None] * n_clips + clips[:n_clips]).flatten()
-            entries.append(self.changes.entry(layer, lanes[index]).of_lanes(index))
+        entries, clips = self._entries(self.changes, cells, self.reach)
         active, resid = self.encoder_walk.run(entries, clips)
         if len(active) == 0:
             return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
+        n_clips = len(clips) // len(cells)
         cell, clip = active // n_clips, active % n_clips
         return self._heard(len(cells), cell, clip, None, self.model.send(resid))
 
