@@ -159,6 +159,14 @@ def test_verify_finds_a_wrong_cell(llm, monkeypatch):
         run(llm, given, verify=2)
 
 
+def test_verify_does_not_take_nan_for_close(llm, monkeypatch):
+    honest = routes.DecoderRoute.run
+    broken = lambda self, cells: honest(self, cells) * torch.nan  # noqa: E731
+    monkeypatch.setattr(routes.DecoderRoute, "run", broken)
+    with pytest.raises(patching.VerificationError, match="please report"):
+        run(llm, pair("qwen2_audio"), verify=2)
+
+
 def test_verify_refuses_what_it_cannot_tell(llm):
     half = HookedAudioTransformer.from_hf(tiny.tiny_qwen2_audio_hf(dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="rounds too much"):
