@@ -11,9 +11,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.engine.request import Direction, Precision, Request
-from audio_lens.patching.engine.routes import HookedRoute
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import CellTable, Windows
 from audio_lens.patching.record import check_pair

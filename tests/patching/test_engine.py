@@ -11,7 +11,7 @@ from tiny import hf_inputs
 from toys import Cue, copy_toy, prompt
 
 from audio_lens import HookedAudioTransformer, metrics, patching
-from audio_lens.patching.engine import heap, routes
+from audio_lens.patching.engine import heap, hooked, routes
 
 DIFF = metrics.logit_diff(7, 9)
 
@@ -109,7 +109,7 @@ def test_hooks_attached_after_planning_are_not_overlooked(llm):
         ("whisper", "encoder.resid_pre", routes.EncoderRoute),
         ("whisper", "decoder.cross_attn.z", routes.DecoderRoute),
         ("qwen2_audio", "connector.in", routes.ConnectorRoute),
-        ("qwen2_audio", ["decoder.attn_out", "decoder.mlp_out"], routes.SuffixRoute),
+        ("qwen2_audio", ["decoder.attn_out", "decoder.mlp_out"], hooked.SuffixRoute),
     ],
 )
 def test_cells_take_the_route_that_leaves_most_out(family, site, kind, whisper, llm):

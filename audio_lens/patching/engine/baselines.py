@@ -11,9 +11,10 @@ from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.engine.changes import kept_for
+from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.request import Request
-from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, HookedRoute, Route, Run
+from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, Route, Run
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.engine.trace import ConnectorSource, GivenSource, RunSource, Source
 from audio_lens.patching.record import check_finite

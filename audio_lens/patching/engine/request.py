@@ -14,14 +14,8 @@ from torch import Tensor
 from audio_lens import metrics
 from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.engine.routes import (
-    ConnectorRoute,
-    DecoderRoute,
-    EncoderRoute,
-    HookedRoute,
-    Route,
-    SuffixRoute,
-)
+from audio_lens.patching.engine.hooked import HookedRoute, SuffixRoute
+from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
 from audio_lens.patching.plan import CellTable
 
 if TYPE_CHECKING:

@@ -1,0 +1,194 @@
+"""The routes that patch with hooks: several blocks or sites as one, and beside the user's hooks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from audio_lens.inputs import AudioInputs
+from audio_lens.models.layers import KVCache
+from audio_lens.patching.engine.readout import Readout
+from audio_lens.patching.engine.routes import FromBase, Route, Run
+from audio_lens.patching.engine.trace import HeldSource, Source
+from audio_lens.patching.plan import CellTable
+from audio_lens.patching.sites import Site
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+
+class Overwrites:
+    """Hooks that write a source's activations into copies of a batch, cell after cell.
+
+    Args:
+        offset: how many of the sites' positions, from the first, are not there in this run.
+    """
+
+    def __init__(self, table: CellTable, source: Source, cells: Sequence[int], offset: int = 0):
+        self.table, self.source, self.offset = table, source, offset
+        self.cells = [table.cells[cell] for cell in cells]
+        self.where, self.units = table.where(cells), table.units(cells)
+
+    def hooks(self) -> list:
+        """In TransformerLens form: ``[(name, fn), ...]``."""
+        layers = sorted({layer for cell in self.cells for layer in cell.layers}, key=str)
+        return [
+            (site.hook_name(layer), lambda x, hook, s=site, l=layer: self._write(x, s, l))
+            for site in self.table.sites
+            for layer in layers
+        ]
+
+    def _write(self, activation: Tensor, site: Site, layer: int | None) -> Tensor:
+        source = self.source.at(layer, site.local_hook)
+        start = self.offset if site.positions_of == site.part else 0
+        length = activation.shape[site.position_dim]
+        source = source.narrow(site.position_dim, start, length)
+        here = torch.tensor([layer in cell.layers for cell in self.cells], device=activation.device)
+        where = (self.where[..., start : start + length] & here[:, None, None]).flatten(0, 1)
+        mask = _along(where, activation.ndim, site.position_dim)
+        if self.units is not None:
+            units = torch.arange(activation.shape[site.unit_dim], device=activation.device)
+            own = (units == self.units[:, None]).repeat_interleave(self.where.shape[1], dim=0)
+            mask = mask & _along(own, activation.ndim, site.unit_dim)
+        return torch.where(
+            mask, repeat(source, "c ... -> (n c) ...", n=len(self.cells)), activation
+        )
+
+
+def _along(mask: Bool[Tensor, "batch n"], ndim: int, dim: int) -> Bool[Tensor, "..."]:
+    """The mask with its second axis on axis ``dim`` of a tensor of ``ndim`` axes."""
+    shape = [1] * ndim
+    shape[0], shape[dim] = mask.shape
+    return mask.reshape(shape)
+
+
+class SuffixRoute(FromBase):
+    """Several blocks or sites patched as one: hooks write into a run of what comes behind."""
+
+    what = "all blocks from the first patched one on, with hooks that write into them"
+    left_out = "earlier blocks, and what lies before the part"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: Run,
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+    ):
+        super().__init__(model, base, table, readout)
+        layers = {layer for cell in table.cells for layer in cell.layers}
+        hooks = [site.local_hook for site in table.sites]
+        self.source = HeldSource.of(source, itertools.product(layers, hooks))
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        first = min(self.table.cells[cell].layers[0] for cell in cells)
+        is_encoder = self.table.part == "encoder"
+        hidden, start = (self._encoder if is_encoder else self._decoder)(cells, first)
+        rows = self._as_base(len(cells))
+        prompts = self._lane_prompts(len(cells))
+        index, position = self.readout.demanded[prompts].nonzero(as_tuple=True)
+        seen = position >= start
+        index, position = index[seen], position[seen]
+        found = self.readout.logits(hidden[index, position - start], prompts[index])
+        rows[index, self.readout.slots[prompts[index], position]] = found.to(rows.dtype)
+        return rows.unflatten(0, (len(cells), self.batch))
+
+    def _encoder(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
+        trace, n = self.base.encoder, len(cells)
+        context, allowed = trace.context, trace.context.allowed
+        if allowed is not None:
+            context = replace(context, allowed=allowed.repeat(n, 1, 1, 1))
+        context = replace(context, past=None)
+        resid = repeat(trace.residuals[first], "c ... -> (n c) ...", n=n)
+        with self.model.hooks(Overwrites(self.table, self.source, cells).hooks()):
+            resid = trace.stack.run_blocks(resid, context, first, trace.n_layers)
+        return self.model.decode(self.base.inputs.repeat(n), self.model.send(resid)), 0
+
+    def _decoder(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
+        trace, n = self.base.decoder, len(cells)
+        start = self._start(cells)
+        past = self._earlier(first, start, n)
+        inputs = _from_position(self.base.inputs, start).repeat(n)
+        resid = repeat(trace.residuals[first][:, start:], "b ... -> (n b) ...", n=n)
+        encoded = repeat(self.base.encoded, "c ... -> (n c) ...", n=n)
+        with self.model.hooks(Overwrites(self.table, self.source, cells, start).hooks()):
+            return self.model.decode(inputs, encoded, resid, first, past=past), start
+
+    def _start(self, cells: Sequence[int]) -> int:
+        """The first position that any of the cells changes."""
+        if self.table.site.positions_of != "decoder":
+            return 0
+        return int(self.table.where(cells).any(0).any(0).nonzero()[0])
+
+    def _earlier(self, first: int, start: int, n: int) -> KVCache:
+        """Keys and values that stay the base run's: of earlier positions, and of the memory."""
+        trace, entries = self.base.decoder, {}
+        for block in trace.stack.blocks[first:]:
+            attentions = [(block.attn, slice(0, start))]
+            if hasattr(block, "cross_attn") and not self._patches_memory:
+                attentions.append((block.cross_attn, slice(None)))
+            for attn, kept in attentions:
+                held = trace.keys_values(attn)
+                entries[attn.name] = tuple(
+                    repeat(x[:, kept], "b ... -> (n b) ...", n=n) for x in held
+                )
+        return KVCache(entries, length=start)
+
+    @property
+    def _patches_memory(self) -> bool:
+        return any(site.positions_of != site.part for site in self.table.sites)
+
+
+def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
+    """The inputs of the positions from ``start`` on, as one gives them beside a filled cache."""
+    positions = inputs.position_ids
+    return replace(
+        inputs,
+        tokens=inputs.tokens[:, start:],
+        position_ids=None if positions is None else positions[:, start:],
+    )
+
+
+class HookedRoute(Route):
+    """Whole forwards with hooks, in which the user's own hooks stay in force.
+
+    Args:
+        encoder_out: what the decoder receives in every cell; None runs the encoder each time.
+    """
+
+    what = "a whole forward with hooks"
+    left_out = "nothing"
+
+    def __init__(
+        self,
+        model: HookedAudioTransformer,
+        base: AudioInputs,
+        base_logits: Float[Tensor, "b t v"],
+        table: CellTable,
+        readout: Readout,
+        source: Source,
+        encoder_out: Tensor | None,
+    ):
+        self.model, self.inputs, self.table, self.readout = model, base, table, readout
+        self.source, self.encoder_out = source, encoder_out
+        self.base_rows = readout.of_logits(base_logits)
+
+    def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        n, encoder_out = len(cells), self.encoder_out
+        if encoder_out is not None:
+            encoder_out = repeat(encoder_out, "c ... -> (n c) ...", n=n)
+        logits = self.model.run_with_hooks(
+            self.inputs.repeat(n),
+            fwd_hooks=Overwrites(self.table, self.source, cells).hooks(),
+            encoder_out=encoder_out,
+        )
+        of_cells = logits.unflatten(0, (n, len(self.inputs)))
+        return torch.stack([self.readout.of_logits(of_cell) for of_cell in of_cells])
