@@ -75,7 +75,7 @@ class Qwen2Decoder(Stack):
     def __init__(self, cfg: PartConfig):
         super().__init__(cfg, PreNormBlock)
         self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
-        self.rotary = Rotary(cfg.d_head, cfg.rotary_base)
+        self.rotary = Rotary(cfg)
         self.hook_token_embed, self.hook_audio_embed = HookPoint(), HookPoint()
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
 
@@ -160,6 +160,7 @@ class HookedQwen2Audio(HookedAudioTransformer):
             attn_biases=("q", "k", "v"),
             causal=True,
             gated_mlp=True,
+            mlp_bias=False,
             softmax_float32=True,
             rotary_base=text.rope_parameters["rope_theta"],
         )

@@ -1,0 +1,69 @@
+"""Layer norm and RMS norm with hooks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from audio_lens.hooks import HookPoint
+
+
+class Norm(nn.Module):
+    """A norm with TransformerLens's hooks: `hook_scale`, then `hook_normalized` before the gain.
+
+    The fused kernel runs unless one of the two is hooked.
+    """
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        if self.hook_scale.has_hooks() or self.hook_normalized.has_hooks():
+            return self.written_out(x)
+        return self.fused(x)
+
+
+class LayerNorm(Norm):
+    """Layer norm with gain and bias."""
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__(d_model, eps)
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def fused(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def written_out(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = precise - precise.mean(-1, keepdim=True)
+        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(centred / scale)
+        return (normalized * self.weight + self.bias).to(x.dtype)
+
+
+class RMSNorm(Norm):
+    """Root-mean-square norm, in float32 as Hugging Face's language models compute it."""
+
+    def fused(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(self._mean_square(x32))).to(x.dtype)
+
+    def written_out(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        x32 = x.float()
+        mean_square = self._mean_square(x32)
+        scale = mean_square.sqrt()
+        edit = scale / self.hook_scale(scale.clone())  # 1 exactly, unless a hook writes the scale
+        normalized = (x32 * torch.rsqrt(mean_square) * edit).to(x.dtype)
+        return self.weight * self.hook_normalized(normalized)
+
+    def _mean_square(self, x32: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
+        return x32.pow(2).mean(-1, keepdim=True) + self.eps
+
+
+NORMS = {"LN": LayerNorm, "RMS": RMSNorm}
