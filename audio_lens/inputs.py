@@ -22,40 +22,48 @@ class AudioInputs:
     """A batch of prompts: one row of tokens each, and the clips they hold.
 
     Made by ``model.prepare``; any mapping a Hugging Face processor returns is accepted in its
-    place. Rows are prompts; `features` has one entry per clip, in the order of the prompts.
+    place. Rows are prompts, which hold clips; `features` has one entry per segment, in the order of
+    the clips. A segment is what the encoder hears at once: a whole clip, or a window of one where
+    the model cuts clips into windows.
 
     Attributes:
-        features: log-mel features.
-        tokens: decoder token ids; for audio LLMs with one placeholder per audio position.
+        features: log-mel features, or waveforms, as the model takes them.
+        tokens: decoder token ids; for audio LLMs with one placeholder per audio position; none in
+            models without a decoder.
         attention_mask: True at tokens, False at padding; None if nothing is padded. While
             decoding step by step it covers the earlier tokens too.
-        feature_mask: True at mel frames that hold audio; None counts all as audio.
+        feature_mask: True at feature steps (mel frames or samples) that hold audio; None counts
+            all as audio.
         position_ids: positions of the tokens; None counts them (left padding shifts nothing).
         clips_per_row: how many clips each prompt holds.
+        segments_per_clip: how many segments each clip is cut into; None means one.
+        labels: what the loss of a model without a decoder compares with, padded with -100.
         audio: the waveforms, mono at `sampling_rate`, one per clip.
         text: what each row says, as ``model.prepare`` takes it: a whole prompt or its token ids.
         sampling_rate: of `audio`, in Hz.
         remake: ``model.prepare`` with its options, for `with_audio` and `with_text`.
     """
 
-    features: Float[Tensor, "clips mels frames"]
+    features: Float[Tensor, "segments *shape"]
     tokens: Int[Tensor, "b t"]
     clips_per_row: tuple[int, ...]
     attention_mask: Bool[Tensor, "b seen"] | None = None
-    feature_mask: Bool[Tensor, "clips frames"] | None = None
+    feature_mask: Bool[Tensor, "segments frames"] | None = None
     position_ids: Int[Tensor, "b t"] | None = None
+    segments_per_clip: tuple[int, ...] | None = None
+    labels: Int[Tensor, "b n"] | None = None
     audio: list[np.ndarray] | None = None
     text: list[str] | list[list[int]] | None = None
     sampling_rate: int = 16_000
     remake: Callable[..., AudioInputs] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.clips_per_row) != len(self.tokens) or sum(self.clips_per_row) != len(
-            self.features
-        ):
+        n_segments = len(self.clip_of_segment)
+        if len(self.clips_per_row) != len(self.tokens) or n_segments != len(self.features):
+            what = "clips" if self.segments_per_clip is None else "segments"
             raise InputError(
-                f"{len(self.tokens)} prompts hold {sum(self.clips_per_row)} clips by their tokens, "
-                f"but there are features of {len(self.features)} clips"
+                f"{len(self.tokens)} prompts hold {n_segments} {what} by their tokens, but there "
+                f"are features of {len(self.features)} {what}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,11 +93,22 @@ class AudioInputs:
         """Positions that count attended tokens only, so that left padding shifts nothing."""
         return (self.attended.cumsum(1) - 1).clamp(min=0)
 
-    def mel_frames(self, clip: int) -> int:
-        """Mel frames (10 ms) of a clip that hold audio; all of them where no mask says."""
+    @property
+    def clip_of_segment(self) -> list[int]:
+        """The clip, counted over the batch, that each segment is of."""
+        counts = self.segments_per_clip or (1,) * sum(self.clips_per_row)
+        return [clip for clip, count in enumerate(counts) for _ in range(count)]
+
+    @property
+    def segments_per_row(self) -> tuple[int, ...]:
+        """How many segments each prompt holds."""
+        return tuple(len(self._segments_of([row])) for row in range(len(self)))
+
+    def n_valid(self, segment: int) -> int:
+        """Feature steps of a segment that hold audio; all of them where no mask says."""
         if self.feature_mask is None:
             return self.features.shape[-1]
-        return int(self.feature_mask[clip].sum())
+        return int(self.feature_mask[segment].sum())
 
     def to(self, device: torch.device | str) -> AudioInputs:
         """The same inputs on another device."""
@@ -99,6 +118,12 @@ class AudioInputs:
     def _clips_of(self, rows: Sequence[int]) -> list[int]:
         starts = np.cumsum([0, *self.clips_per_row])
         return [int(c) for row in rows for c in range(starts[row], starts[row + 1])]
+
+    def _segments_of(self, rows: Sequence[int]) -> list[int]:
+        segments: dict[int, list[int]] = {}
+        for segment, clip in enumerate(self.clip_of_segment):
+            segments.setdefault(clip, []).append(segment)
+        return [segment for clip in self._clips_of(rows) for segment in segments.get(clip, [])]
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Sequence[bool]) -> AudioInputs:
         """Some of the prompts, as a batch: an int, a slice, several ints, or a mask of bools.
@@ -117,7 +142,8 @@ class AudioInputs:
         return self._select(list(range(len(self))) * times)
 
     def _select(self, rows: list[int]) -> AudioInputs:
-        clips = self._clips_of(rows)
+        clips, segments = self._clips_of(rows), self._segments_of(rows)
+        counts = self.segments_per_clip
 
         def take(items: Any, index: list[int]) -> Any:
             if items is None:
@@ -126,8 +152,10 @@ class AudioInputs:
 
         return replace(
             self,
-            features=take(self.features, clips),
-            feature_mask=take(self.feature_mask, clips),
+            features=take(self.features, segments),
+            feature_mask=take(self.feature_mask, segments),
+            segments_per_clip=None if counts is None else tuple(counts[clip] for clip in clips),
+            labels=take(self.labels, rows),
             audio=take(self.audio, clips),
             tokens=take(self.tokens, rows),
             attention_mask=take(self.attention_mask, rows),
@@ -196,11 +224,11 @@ class AudioInputs:
                 f"rows of {mine} and {theirs} are padded differently, so their positions do not "
                 "correspond: use texts of equal tokens in every row"
             )
-        lengths = [[x.mel_frames(clip) for clip in range(len(x.features))] for x in (self, other)]
-        if lengths[0] != lengths[1]:
+        lengths = [[x.n_valid(i) for i in range(len(x.features))] for x in (self, other)]
+        if lengths[0] != lengths[1] or self.segments_per_clip != other.segments_per_clip:
             raise InputError(
-                f"clips of {mine} hold {lengths[0]} mel frames (10 ms), of {theirs} {lengths[1]}: "
-                "pad or cut them to equal length"
+                f"clips of {mine} hold {lengths[0]} feature steps, of {theirs} {lengths[1]}: pad "
+                "or cut them to equal length"
             )
 
     def digest(self) -> str:

@@ -7,8 +7,9 @@ speaks of time (windows of a sweep, pictures, alignments) asks it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ _EDGE = 1e-9  # seconds; keeps 3 * 0.1 s from taking in the frame centred at 0.3
 
 Answer = TypeVar("Answer")
 Seconds = float | int
+Hertz = float | int
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,47 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A stretch of the spectrum, ``[low_hz, high_hz)`` in Hz, with an optional label.
+
+    Raises:
+        ValueError: if a bound is not finite, or the upper does not lie above the lower.
+    """
+
+    low_hz: Hertz
+    high_hz: Hertz
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low_hz) and math.isfinite(self.high_hz)):
+            raise ValueError(f"band bounds must be finite frequencies in Hz, got {self}")
+        if self.high_hz <= self.low_hz:
+            raise ValueError(f"a band must end above its start: {self.low_hz} to {self.high_hz} Hz")
+
+    @property
+    def centre_hz(self) -> float:
+        return (self.low_hz + self.high_hz) / 2
+
+    @staticmethod
+    def of(band: Band | tuple[Hertz, Hertz] | tuple[Hertz, Hertz, str]) -> Band:
+        """The band as a Band; tuples are ``(low_hz, high_hz)`` or ``(low_hz, high_hz, label)``.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        if isinstance(band, Band):
+            return band
+        try:
+            low_hz, high_hz, label = (*band, None)[:3]
+            return Band(float(low_hz), float(high_hz), label)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"a band is a Band, (low_hz, high_hz) or (low_hz, high_hz, label), got {band!r}: "
+                f"{error}"
+            ) from error
+
+
+@dataclass(frozen=True)
 class Track:
     """Where the positions of one part lie.
 
@@ -73,11 +116,14 @@ class Track:
         seconds: centre of each position in seconds of its clip; NaN where it has no time.
         clip: which clip of the prompt the position belongs to; -1 for none.
         valid: True where the position holds audio or an attended token, False for padding.
+        hertz: lowest, middle and highest frequency that each position reads, NaN where it has no
+            frequency; None in parts whose positions read the whole spectrum.
     """
 
     seconds: Float[Tensor, " t"]
     clip: Int[Tensor, " t"]
     valid: Bool[Tensor, " t"]
+    hertz: Float[Tensor, "t 3"] | None = None
 
     @staticmethod
     def of_clip(seconds: Float[Tensor, " t"], n_valid: int, clip: int) -> Track:
@@ -86,33 +132,83 @@ class Track:
         return Track(seconds.double(), torch.full_like(index, clip), index < n_valid)
 
     @staticmethod
+    def of_segment(
+        seconds: Float[Tensor, " t"], n_valid: int, clip: int, start_s: Seconds
+    ) -> Track:
+        """The frames of one segment of a clip, which begins ``start_s`` seconds into it."""
+        return Track.of_clip(seconds + start_s, n_valid, clip)
+
+    @staticmethod
+    def joined(tracks: Sequence[Track]) -> Track:
+        """Several tracks of one clip, one after the other."""
+        if len(tracks) == 1:
+            return tracks[0]
+        columns = zip(*((t.seconds, t.clip, t.valid) for t in tracks), strict=True)
+        bands = [t.hertz for t in tracks if t.hertz is not None]
+        return Track(*map(torch.cat, columns), hertz=torch.cat(bands) if bands else None)
+
+    @staticmethod
     def of_tokens(valid: Bool[Tensor, " t"]) -> Track:
         """A part whose positions are text tokens, which have no time."""
         seconds = torch.full((len(valid),), math.nan, dtype=torch.float64)
         return Track(seconds, torch.full((len(valid),), NO_CLIP), valid)
 
+    def inside(self, span: Span) -> Bool[Tensor, " t"]:
+        """Which positions lie in the span; False for padding and other clips."""
+        here = self.valid & (self.clip == span.clip)
+        return here & (self.seconds >= span.start_s - _EDGE) & (self.seconds < span.end_s - _EDGE)
+
+    def within(self, band: Band) -> Bool[Tensor, " t"]:
+        """Which positions lie in the band by their middle frequency; False for padding.
+
+        Raises:
+            ValueError: if the part has no frequencies.
+        """
+        middle = self.read_hertz()[:, 1]
+        return self.valid & (middle >= band.low_hz) & (middle < band.high_hz)
+
+    def read_hertz(self) -> Float[Tensor, "t 3"]:
+        """Lowest, middle and highest frequency of every position.
+
+        Raises:
+            ValueError: if the part has none.
+        """
+        if self.hertz is None:
+            raise ValueError("positions of this part read the whole spectrum: it has no bands")
+        return self.hertz
+
     def same_as(self, other: Track) -> bool:
-        return (
+        return len(self.clip) == len(other.clip) and (
             torch.equal(self.clip, other.clip)
             and torch.equal(self.valid, other.valid)
             and torch.allclose(self.seconds, other.seconds, equal_nan=True)
+            and _same_or_none(self.hertz, other.hertz)
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """The tracks of one prompt: part name -> one track, or one per clip where clips run apart."""
+    """The tracks of one prompt, by part: one, or one per segment where segments run apart."""
 
     tracks: dict[str, list[Track]]
     durations_s: list[float]
 
-    def track(self, part: str, clip: int) -> Track:
-        """The positions of a part; of one clip, where clips run through it one by one."""
+    def segments(self, part: str) -> list[Track]:
+        """The positions of a part, row by row of its batch.
+
+        Raises:
+            ValueError: if there is no such part.
+        """
         if part not in self.tracks:
             raise ValueError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
+        return self.tracks[part]
+
+    def track(self, part: str, clip: int) -> Track:
+        """The positions of a part; of one clip, where clips run through it one by one."""
+        tracks = self.segments(part)
         self.duration_s(clip)
-        tracks = self.tracks[part]
-        return tracks[clip] if len(tracks) > 1 else tracks[0]
+        own = tracks if len(tracks) == 1 else [t for t in tracks if t.clip[0] == clip]
+        return Track.joined(own)
 
     def duration_s(self, clip: int) -> float:
         """Length of a clip in seconds, without padding."""
@@ -184,12 +280,48 @@ class Timeline:
         """Which clip of the prompt each position of the part belongs to; -1 for none."""
         return self._track(part, clip).clip
 
+    def has_frequency(self, part: str) -> bool:
+        """Whether positions of the part lie in frequency too (patches of a spectrogram)."""
+        return self.rows[0].track(part, 0).hertz is not None
+
+    def hertz(self, part: str, clip: int = 0) -> Float[Tensor, " t"]:
+        """Middle frequency of what every position reads, in Hz; NaN for those without.
+
+        Raises:
+            ValueError: if positions of the part have no frequency, as in most models.
+        """
+        return self._track(part, clip).read_hertz()[:, 1]
+
+    def hertz_range(self, part: str, clip: int = 0) -> Float[Tensor, "t 2"]:
+        """Lowest and highest frequency that every position reads, in Hz; NaN for those without.
+
+        Raises:
+            ValueError: if positions of the part have no frequency, as in most models.
+        """
+        return self._track(part, clip).read_hertz()[:, [0, 2]]
+
+    def bands(self, part: str) -> list[Band]:
+        """One band for every frequency at which the part has positions, from low to high.
+
+        They meet halfway between the middles of neighbouring positions, so that each holds the
+        positions of one frequency; the outermost end where the positions there do.
+
+        Raises:
+            ValueError: if positions of the part have no frequency, as in most models.
+        """
+        known = self.rows[0].track(part, 0).read_hertz()
+        read = known[known.isfinite().all(1)].unique(dim=0)
+        between = (read[1:, 1] + read[:-1, 1]) / 2
+        edges = [float(read[0, 0]), *between.tolist(), float(read[-1, 2])]
+        return [Band(low, high) for low, high in itertools.pairwise(edges)]
+
     def positions(
         self, part: str, start_s: Seconds | Span, end_s: Seconds | None = None, clip: int = 0
-    ) -> slice:
+    ) -> slice | Int[Tensor, " n"]:
         """The positions whose centres lie in ``[start_s, end_s)`` seconds of the clip.
 
         Bounds outside the clip are clipped. A `Span` may stand for both bounds and the clip.
+        Indices where the positions do not follow each other (patches of a spectrogram).
 
         Raises:
             ValueError: if the part has no time, or no position lies in the window.
@@ -203,7 +335,8 @@ class Timeline:
                 f"no position of the {part} lies between {span.start_s:g} and {span.end_s:g} s of "
                 f"clip {span.clip} ({self.duration_s(span.clip):g} s long)"
             )
-        return slice(int(index[0]), int(index[-1]) + 1)
+        whole = slice(int(index[0]), int(index[-1]) + 1)
+        return whole if whole.stop - whole.start == len(index) else index
 
     def inside(self, part: str, span: Span) -> Bool[Tensor, " t"]:
         """Which positions lie in the span; False for padding and other clips.
@@ -217,8 +350,7 @@ class Timeline:
                 f"positions of the {part} are tokens and have no time; address them by position "
                 f"(axes 'position'), or use a part with time: {', '.join(self._timed_parts())}"
             )
-        here = track.valid & (track.clip == span.clip)
-        return here & (track.seconds >= span.start_s - _EDGE) & (track.seconds < span.end_s - _EDGE)
+        return track.inside(span)
 
     def _timed_parts(self) -> list[str]:
         return [part for part in self.rows[0].tracks if self.has_time(part)]
@@ -258,3 +390,9 @@ class Timeline:
         """Indices of the attended decoder positions that hold text."""
         track = self._track("decoder", 0)
         return (track.valid & (track.clip == NO_CLIP)).nonzero().flatten()
+
+
+def _same_or_none(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.allclose(one, other, equal_nan=True)

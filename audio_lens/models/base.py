@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,41 +21,75 @@ from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.decoding import GreedyDecoding
-from audio_lens.models.layers import Context, KVCache, PartConfig, padding_mask
+from audio_lens.models.layers import Context, KVCache, PartConfig, Stack, padding_mask
 from audio_lens.models.part import Part
 from audio_lens.timeline import Timeline
 
 ReturnType = Literal["logits", "loss", "both", None]
+Head = Literal["tokens", "ctc", "classes", None]
 Address = tuple[str, int]  # a part and the index of one of its blocks
 
 
 @dataclass
 class AudioConfig:
-    """Shape of a model. `n_frames` is the mel frames (10 ms) its features always have."""
+    """Shape of a model.
+
+    Attributes:
+        decoder: None where the encoder itself makes the output.
+        n_mels: mel bins of the features; None where the model hears waveforms.
+        n_frames: feature steps (mel frames or samples) every segment is padded to; None where
+            segments may have any length.
+        hop: samples per feature step; 1 for waveforms.
+        max_segments: into how many segments a clip may be cut.
+        head: what the output means: logits of the next token, of CTC labels at every position, of
+            classes of the whole clip; None for bare hidden states.
+        labels: names of the classes.
+    """
 
     family: str
     model_name: str
     encoder: PartConfig
-    decoder: PartConfig
-    n_mels: int
-    n_frames: int
+    decoder: PartConfig | None
+    n_mels: int | None
+    n_frames: int | None
     sampling_rate: int = 16_000
+    hop: int = 160
+    max_segments: int = 1
+    head: Head = "tokens"
+    labels: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, PartConfig]:
-        return {"encoder": self.encoder, "decoder": self.decoder}
+        """The parts there are, in the order in which they run."""
+        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        return {name: cfg for name, cfg in parts.items() if cfg is not None}
+
+    @property
+    def output(self) -> PartConfig:
+        """The part that makes the output."""
+        return self.decoder or self.encoder
+
+    @property
+    def step_s(self) -> float:
+        """Seconds per feature step."""
+        return self.hop / self.sampling_rate
+
+    @property
+    def segment_s(self) -> float:
+        """Longest segment in seconds."""
+        return math.inf if self.n_frames is None else self.n_frames * self.step_s
 
     @property
     def max_audio_s(self) -> float:
         """Longest clip in seconds."""
-        return self.n_frames / 100
+        return self.max_segments * self.segment_s
 
 
 class AudioPlaces(NamedTuple):
     """Where audio enters a language model: one entry per audio position, in the order of the merge.
 
-    Position ``index`` of ``clip`` (of the connector's output) stands at ``position`` of prompt
-    ``row``.
+    Position ``index`` of row ``clip`` of the connector's output (a clip, or a segment of one)
+    stands at ``position`` of prompt ``row``.
     """
 
     row: Int[Tensor, " n"]
@@ -77,9 +112,9 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
     Use `from_pretrained` or `from_hf`; subclasses are one per family and are chosen for you.
     """
 
-    output_part = "decoder"
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
-    hf_class: ClassVar[str]
+    features_key: ClassVar[str] = "input_features"  # of a processor's mapping
+    hf_class: ClassVar[str | tuple[str, ...]]
     weight_names: ClassVar[dict[str, str]]
 
     def __init__(self, cfg: AudioConfig):
@@ -90,7 +125,18 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         self.tokenizer_problem = ""  # why there is none, if there should be one
         self.processor: Any = None
         self.generation_config: Any = None
-        self.hook_logits = HookPoint()
+        if cfg.head is not None:
+            self.hook_logits = HookPoint()
+
+    @property
+    def output_part(self) -> str:
+        """The part that makes the output."""
+        return "encoder" if self.cfg.decoder is None else "decoder"
+
+    @property
+    def output_stack(self) -> Stack:
+        """The module of the part that makes the output."""
+        return getattr(self, self.output_part)
 
     # ---------------------------------------------------------------- loading
 
@@ -147,24 +193,53 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         """What the encoder's blocks need beside the residual stream."""
 
     @abstractmethod
-    def send(self, resid: Float[Tensor, "clips frames d"]) -> Tensor:
+    def send(self, resid: Float[Tensor, "segments frames d"]) -> Tensor:
         """From the encoder's last residual stream to what the decoder receives."""
 
-    @abstractmethod
     def decoder_context(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Context:
         """What the decoder's blocks need beside the residual stream."""
+        raise NotImplementedError(f"{self.cfg.family} has no decoder")
 
-    @abstractmethod
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
         """The residual stream entering the decoder's block 0."""
+        raise NotImplementedError(f"{self.cfg.family} has no decoder")
+
+    def enter_encoder(self, inputs: AudioInputs) -> Float[Tensor, "segments frames d"]:
+        """The residual stream entering the encoder's block 0."""
+        return self.encoder.embed(inputs.features)
+
+    def encoder_length(self, inputs: AudioInputs) -> int:
+        """Positions of every row of the encoder, padding included."""
+        return self.cfg.encoder.n_ctx
 
     def encoder_reach(self, inputs: AudioInputs) -> int:
         """How many of the encoder's positions can matter to anything: all of them, here."""
-        return self.cfg.encoder.n_ctx
+        return self.encoder_length(inputs)
+
+    def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
+        """The output of final hidden states: logits, or the states themselves without a head."""
+        if self.cfg.head is None:
+            return hidden
+        logits, divisor = self.output_stack.unembed(hidden), self.cfg.output.logits_divisor
+        return logits if divisor == 1 else logits / divisor
+
+    @property
+    def pools(self) -> bool:
+        """Whether the output is one row of logits per clip, not one per position."""
+        return self.cfg.head == "classes"
+
+    def output_attended(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
+        """True at positions of the output that hold something, False at padding."""
+        if self.cfg.decoder is not None:
+            return inputs.attended
+        if self.pools:
+            return torch.ones(len(inputs), 1, dtype=torch.bool, device=inputs.device)
+        rows = [row.segments("encoder")[0].valid for row in self.timeline(inputs).rows]
+        return torch.stack(rows).to(inputs.device)
 
     def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
         """Where each connector position enters the decoder's residual stream (audio LLMs)."""
@@ -187,14 +262,14 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
     @property
     def decoder_needs_encoder(self) -> bool:
         """Whether decoder blocks read the encoder (cross-attention)."""
-        return hasattr(self.decoder.blocks[0], "cross_attn")
+        return self.cfg.decoder is not None and hasattr(self.decoder.blocks[0], "cross_attn")
 
     # ---------------------------------------------------------------- forward
 
     def encode(
         self,
         inputs: AudioInputs,
-        resid: Float[Tensor, "clips frames d"] | None = None,
+        resid: Float[Tensor, "segments frames d"] | None = None,
         start: int = 0,
         stop: int | None = None,
     ) -> Tensor:
@@ -203,7 +278,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         ``resid`` is the residual stream entering block ``start``; None starts from the features.
         """
         self.check_features(inputs.features)
-        resid = self.encoder.embed(inputs.features) if resid is None else resid
+        resid = self.enter_encoder(inputs) if resid is None else resid
         until = self.cfg.encoder.n_layers if stop is None else stop
         resid = self.encoder.run_blocks(resid, self.encoder_context(inputs), start, until)
         return self.send(resid) if stop is None else resid
@@ -273,6 +348,9 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         self._check_fits(batch, resid, start, encoder_out)
         if stop and stop[0] == "encoder":
             return self.encode(batch, resid, start[1] if start else 0, stop[1])
+        if self.cfg.decoder is None:
+            hidden = self.encode(batch, resid, start[1] if start else 0)
+            return self._output(hidden, batch, return_type)
         if not is_heard and (start is None or start[0] == "encoder"):
             encoder_out, resid = self.encode(batch, resid, start[1] if start else 0), None
         elif not is_heard and self.decoder_needs_encoder:
@@ -305,6 +383,8 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
                 f"stop_at_layer ({stop[0]} {stop[1]}) lies before start_at_layer "
                 f"({start[0]} {start[1]})"
             )
+        if is_heard and self.cfg.decoder is None:
+            raise InputError(f"{self.cfg.family} has no decoder: encoder_out and past go nowhere")
         if is_heard and "encoder" in {place[0] for place in (start, stop) if place}:
             raise InputError(
                 "encoder_out or a filled cache stands for the encoder: start and stop behind it"
@@ -329,7 +409,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         if return_type in ("loss", "both"):
             raise InputError("the loss needs the tokens: pass inputs= beside the residual stream")
         tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
-        features = resid.new_zeros(0, self.cfg.n_mels, self.cfg.n_frames)
+        features = resid.new_zeros(0, self.cfg.n_mels or 1, self.cfg.n_frames or 1)
         return AudioInputs(features, tokens, clips_per_row=(0,) * len(resid))
 
     def _check_fits(
@@ -342,7 +422,8 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         if resid is None:
             return
         cfg = self.cfg.parts[start[0]]
-        rows = inputs.shape if start[0] == self.output_part else (n_clips, cfg.n_ctx)
+        is_decoder = start[0] == "decoder"
+        rows = inputs.shape if is_decoder else (n_clips, self.encoder_length(inputs))
         if tuple(resid.shape) != (*rows, cfg.d_model):
             raise InputError(
                 f"the residual stream entering {start[0]} layer {start[1]} is "
@@ -383,15 +464,15 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
             raise InputError(
                 f"{self.cfg.family} takes {', '.join(known)}; got unknown {', '.join(unknown)}"
             )
-        if mapping.get("input_features") is None:
-            raise InputError("inputs hold no input_features: pass audio")
+        if mapping.get(self.features_key) is None:
+            raise InputError(f"inputs hold no {self.features_key}: pass audio")
         device = self.device
         given = {
             key: None if mapping.get(key) is None else torch.as_tensor(mapping[key]).to(device)
             for key in known
         }
-        if not given["input_features"].isfinite().all():
-            raise InputError("input_features hold NaN or infinite values")
+        if not given[self.features_key].isfinite().all():
+            raise InputError(f"{self.features_key} hold NaN or infinite values")
         return given
 
     def check_tokens(self, tokens: Tensor) -> None:
@@ -400,7 +481,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         Raises:
             InputError: naming the first that is not.
         """
-        n = self.cfg.decoder.d_vocab
+        n = self.cfg.output.d_vocab
         unknown = tokens[(tokens < 0) | (tokens >= n)]
         if len(unknown):
             raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
@@ -430,7 +511,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         if features.ndim != 3 or tuple(features.shape[1:]) != (cfg.n_mels, cfg.n_frames):
             raise InputError(
                 f"features must be (clips, {cfg.n_mels} mel bins, {cfg.n_frames} frames), padded "
-                f"to {cfg.max_audio_s:g} s; got {tuple(features.shape)}"
+                f"to {cfg.segment_s:g} s; got {tuple(features.shape)}"
             )
 
     def decoder_mask(
@@ -449,7 +530,11 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
     def _output(
         self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs, return_type: ReturnType
     ) -> Any:
-        logits = self.hook_logits(self.decoder.unembed(hidden))
+        logits = self.read_out(hidden, inputs)
+        if self.cfg.head is not None:
+            logits = self.hook_logits(logits)
+        elif return_type in ("loss", "both"):
+            raise InputError("a bare encoder has no loss: load a checkpoint with a head")
         if return_type in ("logits", None):
             return logits if return_type else None
         loss = self.loss(logits, inputs)
@@ -514,7 +599,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
             clips,
             sampling_rate=self.cfg.sampling_rate,
             padding="max_length",
-            max_length=self.cfg.n_frames * 160,
+            max_length=self.cfg.n_frames * self.cfg.hop,
             truncation=False,
             return_attention_mask=True,
             return_tensors="pt",
@@ -534,7 +619,7 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         return self.tokenizer
 
     def to_single_token(self, text: str | SupportsIndex) -> int:
-        """The id of a word that is one token.
+        """The id of a word that is one token, or of a class by its name.
 
         Raises:
             TokenError: if the word is none or several tokens, or unknown to the tokenizer, or an
@@ -542,6 +627,8 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         """
         if not isinstance(text, str):
             return self._checked_token(operator.index(text))
+        if self.cfg.labels:
+            return self._label(text)
         tokenizer = self.need_tokenizer(f"the token of {text!r}")
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
@@ -554,8 +641,14 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
             raise TokenError(f"{text!r} is unknown to the tokenizer")
         return self._checked_token(ids[0])
 
+    def _label(self, name: str) -> int:
+        labels = self.cfg.labels
+        if name not in labels:
+            raise TokenError(f"no class {name!r}; {suggest(name, labels)}")
+        return labels.index(name)
+
     def _checked_token(self, token: int) -> int:
-        n = self.cfg.decoder.d_vocab
+        n = self.cfg.output.d_vocab
         if not 0 <= token < n:
             raise TokenError(f"no token {token}: the vocabulary (d_vocab) has {n} tokens")
         return token

@@ -78,7 +78,7 @@ class GreedyDecoding:
         step = inputs
         for index in range(max_new_tokens):
             hidden = self.decode(step, encoded, past=past)
-            logits = self.hook_logits(self.decoder.unembed(hidden))[:, -1]
+            logits = self.hook_logits(self.read_out(hidden, step))[:, -1]
             new = self._allowed(logits, is_first=index == 0).argmax(-1)
             new = torch.where(done, self._pad_token(), new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
@@ -93,10 +93,9 @@ class GreedyDecoding:
         mask, positions = step.attention_mask, step.position_ids
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        return AudioInputs(
-            features=step.features,
+        return replace(
+            step,
             tokens=new[:, None],
-            clips_per_row=step.clips_per_row,
             attention_mask=mask,
             position_ids=None if positions is None else positions[:, -1:] + 1,
         )

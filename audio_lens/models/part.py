@@ -18,6 +18,7 @@ from transformer_lens import FactoredMatrix
 
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
+from audio_lens.models.layers import bias_of
 
 if TYPE_CHECKING:
     from audio_lens.inputs import AudioInputs
@@ -65,6 +66,15 @@ class Part:
 
     @property
     def ln_final(self) -> nn.Module:
+        """The norm behind the last block.
+
+        Raises:
+            ValueError: if there is none (post-norm encoders).
+        """
+        if not self.cfg.final_norm:
+            raise ValueError(
+                f"no norm follows the last block of the {self.name}: its blocks end with one"
+            )
         return self.module.ln_final
 
     @property
@@ -79,9 +89,10 @@ class Part:
     def inputs(self, inputs: Any) -> PartInputs:
         """The model's inputs as this part's: ``.shape`` is ``(batch, positions)`` of the part."""
         inputs = self.model.as_inputs(_unwrapped(inputs))
-        if self.name == self.model.output_part:
+        if self.name == "decoder":
             return PartInputs(inputs, inputs.tokens.shape)
-        return PartInputs(inputs, torch.Size([len(inputs.features), self.cfg.n_ctx]))
+        length = self.model.encoder_length(inputs)
+        return PartInputs(inputs, torch.Size([len(inputs.features), length]))
 
     # ---------------------------------------------------------------- names
 
@@ -235,7 +246,10 @@ class Part:
 
     @property
     def W_E(self) -> Float[Tensor, "v d"]:
-        return self._with_vocabulary().token_embed.weight
+        module = self._with_vocabulary()
+        if not hasattr(module, "token_embed"):
+            raise ValueError(f"the {self.name} reads audio: it has no token embedding")
+        return module.token_embed.weight
 
     @property
     def W_U(self) -> Float[Tensor, "d v"]:
@@ -243,14 +257,15 @@ class Part:
 
     @property
     def b_U(self) -> Float[Tensor, " v"]:
-        return self.W_U.new_zeros(self.W_U.shape[1])
+        return bias_of(self._with_vocabulary().unembed)
 
     def unembed(self, resid: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         return self._with_vocabulary().unembed(resid)
 
     def _with_vocabulary(self) -> nn.Module:
         if not hasattr(self.module, "unembed"):
-            raise ValueError(f"the {self.name} has no vocabulary; use the decoder")
+            elsewhere = "; use the decoder" if "decoder" in self.model.cfg.parts else ""
+            raise ValueError(f"the {self.name} has no vocabulary{elsewhere}")
         return self.module
 
     def to_single_token(self, text: str | SupportsIndex) -> int:

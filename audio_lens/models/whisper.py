@@ -33,6 +33,27 @@ from audio_lens.timeline import Row, Timeline, Track
 FRAME_S = 0.02  # one encoder position: two mel frames of 10 ms
 
 
+def encoder_weight_names(theirs: str) -> dict[str, str]:
+    """The name table of a Whisper-style encoder with this prefix."""
+    block = {
+        "self_attn.q_proj": "attn.q_proj",
+        "self_attn.k_proj": "attn.k_proj",
+        "self_attn.v_proj": "attn.v_proj",
+        "self_attn.out_proj": "attn.o_proj",
+        "self_attn_layer_norm": "ln1",
+        "fc1": "mlp.fc_in",
+        "fc2": "mlp.fc_out",
+        "final_layer_norm": "ln2",
+    }
+    return {
+        f"{theirs}.conv1": "encoder.conv1",
+        f"{theirs}.conv2": "encoder.conv2",
+        f"{theirs}.embed_positions": "encoder.pos_embed",
+        **{f"{theirs}.layers.{{l}}.{a}": f"encoder.blocks.{{l}}.{b}" for a, b in block.items()},
+        f"{theirs}.layer_norm": "encoder.ln_final",
+    }
+
+
 class WhisperEncoder(Stack):
     """Two convolutions (the second halves the frames), a position table, pre-norm blocks."""
 
@@ -77,18 +98,7 @@ class HookedWhisper(HookedAudioTransformer):
 
     hf_class = "WhisperForConditionalGeneration"
     weight_names: ClassVar = {
-        "model.encoder.conv1": "encoder.conv1",
-        "model.encoder.conv2": "encoder.conv2",
-        "model.encoder.embed_positions": "encoder.pos_embed",
-        "model.encoder.layers.{l}.self_attn.q_proj": "encoder.blocks.{l}.attn.q_proj",
-        "model.encoder.layers.{l}.self_attn.k_proj": "encoder.blocks.{l}.attn.k_proj",
-        "model.encoder.layers.{l}.self_attn.v_proj": "encoder.blocks.{l}.attn.v_proj",
-        "model.encoder.layers.{l}.self_attn.out_proj": "encoder.blocks.{l}.attn.o_proj",
-        "model.encoder.layers.{l}.self_attn_layer_norm": "encoder.blocks.{l}.ln1",
-        "model.encoder.layers.{l}.fc1": "encoder.blocks.{l}.mlp.fc_in",
-        "model.encoder.layers.{l}.fc2": "encoder.blocks.{l}.mlp.fc_out",
-        "model.encoder.layers.{l}.final_layer_norm": "encoder.blocks.{l}.ln2",
-        "model.encoder.layer_norm": "encoder.ln_final",
+        **encoder_weight_names("model.encoder"),
         "model.decoder.embed_tokens": "decoder.token_embed",
         "model.decoder.embed_positions": "decoder.pos_embed",
         "model.decoder.layers.{l}.self_attn.q_proj": "decoder.blocks.{l}.attn.q_proj",
@@ -299,7 +309,7 @@ class HookedWhisper(HookedAudioTransformer):
         inputs = self.as_inputs(inputs)
         rows = []
         for row in range(len(inputs)):
-            n_mel = inputs.mel_frames(row)
+            n_mel = inputs.n_valid(row)
             tracks = {
                 "encoder": [encoder_track(self.cfg, n_mel, clip=0)],
                 "decoder": [Track.of_tokens(inputs.attended[row].cpu())],
