@@ -1,8 +1,9 @@
 """Metrics of a run: numbers that say how strongly a model gives an answer.
 
-A metric is anything that maps logits ``b t d_vocab`` to a scalar or to one value per row. Those
-here take words or token ids and are bound to a model and inputs by the sweep (or by `bind`), since
-words need a tokenizer and "the last position" needs the mask.
+A metric is anything that maps logits ``b t d_vocab`` (``b labels`` of a classifier) to a scalar or
+to one value per row. Those here take words, names of classes or token ids and are bound to a model
+and inputs by the sweep (or by `bind`), since words need a tokenizer and "the last position" needs
+the mask.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -42,8 +44,9 @@ class Reading:
     tokens: Int[Tensor, "b c"] | None
     value: Callable[[Float[Tensor, "b r c"]], Float[Tensor, " b"]]
 
-    def __call__(self, logits: Float[Tensor, "b t v"]) -> Float[Tensor, " b"]:
-        return self.value(self.of_rows(at_positions(logits, self.positions)))
+    def __call__(self, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " b"]:
+        by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier's
+        return self.value(self.of_rows(at_positions(by_position, self.positions)))
 
     def of_rows(self, rows: Float[Tensor, "b r v"]) -> Float[Tensor, "b r c"]:
         """The columns it reads, of logits at its positions."""
@@ -170,6 +173,29 @@ def read_at(
     return _ReadAt(fn, name or getattr(fn, "__name__", "metric"), position=position)
 
 
+def forced_choice(answer: Words, among: Sequence[Word], position: int | None = None) -> Metric:
+    """Log-probability (nats) of the answer if the model had to choose among some.
+
+    The options share all probability: words at the last attended position, classes of a classifier,
+    or, of a CTC model, whole transcripts (each by all its alignments, as `ctc_log_prob`).
+
+    Args:
+        answer: one of the options, or a list with one per row.
+        among: the options, each a word that is one token, a class, or a CTC model's transcript.
+        position: read there instead (not for transcripts).
+    """
+    return _ForcedChoice(answer, tuple(among), position=position)
+
+
+def ctc_log_prob(text: str | Sequence[int]) -> Metric:
+    """Log-probability (nats) of a transcript under a CTC model, summed over all its alignments.
+
+    Args:
+        text: the transcript as the model's tokenizer writes it, or label ids.
+    """
+    return _CTCLogProb(text if isinstance(text, str) else tuple(text))
+
+
 def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
     """Summed log-probability of the tokens the prompts end with (teacher forcing).
 
@@ -199,25 +225,33 @@ class _AtPosition(Metric):
 
     position: int | None = None
 
-    def _positions(self, inputs: AudioInputs) -> Int[Tensor, " b"]:
-        batch, width = inputs.tokens.shape
+    def _positions(self, model: HookedAudioTransformer, inputs: AudioInputs) -> Int[Tensor, " b"]:
+        _check_head(model)
+        attended = model.output_attended(inputs)
+        batch, width = attended.shape
         if self.position is None:
+            if model.cfg.head == "ctc":
+                raise InputError(
+                    "a CTC model writes at every frame, and the last one says little: pass "
+                    "position=, or use metrics.forced_choice or metrics.ctc_log_prob"
+                )
             steps = torch.arange(width, device=inputs.device)
-            return (inputs.attended * steps).argmax(-1)
+            return (attended * steps).argmax(-1)
         if not -width <= self.position < width:
-            raise InputError(f"position {self.position} lies outside rows of {width} tokens")
-        if not inputs.attended[:, self.position].all():
+            raise InputError(f"position {self.position} lies outside rows of {width} positions")
+        if not attended[:, self.position].all():
             raise InputError(f"position {self.position} is padding in some row")
         return torch.full((batch,), self.position % width, device=inputs.device)
 
     def _reading(
         self,
+        model: HookedAudioTransformer,
         inputs: AudioInputs,
         value: Callable[[Float[Tensor, "b c"]], Float[Tensor, " b"]],
         tokens: Int[Tensor, "b c"] | None = None,
     ) -> Reading:
         """A function of the logits at the position."""
-        positions = self._positions(inputs)[:, None]
+        positions = self._positions(model, inputs)[:, None]
         return Reading(positions, tokens, lambda rows: value(rows[:, 0]))
 
 
@@ -235,7 +269,7 @@ class _LogitDiff(_AtPosition):
         if (right == wrong).any():
             raise InputError(f"answer and against are the same token in {self.name}")
         tokens = torch.stack([right, wrong], dim=-1)
-        return self._reading(inputs, lambda logits: logits[:, 0] - logits[:, 1], tokens)
+        return self._reading(model, inputs, lambda logits: logits[:, 0] - logits[:, 1], tokens)
 
 
 @dataclass(frozen=True)
@@ -248,7 +282,7 @@ class _LogProb(_AtPosition):
 
     def _bind(self, model, inputs, reference) -> Reading:
         ids = _ids(self.answer, model, inputs)
-        return self._reading(inputs, lambda logits: _at(logits.log_softmax(-1), ids))
+        return self._reading(model, inputs, lambda logits: _at(logits.log_softmax(-1), ids))
 
 
 @dataclass(frozen=True)
@@ -273,9 +307,9 @@ class _KL(_AtPosition):
     def _bind(self, model, inputs, reference) -> Reading:
         if reference is None:
             raise InputError("kl compares with the clean run: pass its logits as reference=")
-        clean = at_positions(reference, self._positions(inputs)[:, None])[:, 0].log_softmax(-1)
+        clean = _at_one(reference, self._positions(model, inputs)).log_softmax(-1)
         return self._reading(
-            inputs, lambda logits: (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
+            model, inputs, lambda logits: (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
         )
 
 
@@ -289,7 +323,93 @@ class _ReadAt(_AtPosition):
         return self.called
 
     def _bind(self, model, inputs, reference) -> Reading:
-        return self._reading(inputs, self.fn)
+        return self._reading(model, inputs, self.fn)
+
+
+@dataclass(frozen=True)
+class _ForcedChoice(_AtPosition):
+    answer: Words
+    among: tuple[Word, ...]
+
+    @property
+    def name(self) -> str:
+        return f"choice of {_shown(self.answer)} among {', '.join(map(_shown, self.among))}"
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        chosen = self._chosen(inputs)
+        if model.cfg.head == "ctc":
+            if self.position is not None:
+                raise InputError("transcripts are read at all frames: leave out position=")
+            options = [_ctc_scores(option, model, inputs) for option in self.among]
+
+            def value(rows: Float[Tensor, "b t v"]) -> Float[Tensor, " b"]:
+                scores = torch.stack([score(rows) for score in options], dim=-1)
+                return _at(scores.log_softmax(-1), chosen)
+
+            return Reading(_everywhere(model, inputs), None, value)
+        columns = torch.stack([_ids(option, model, inputs) for option in self.among], dim=-1)
+        return self._reading(
+            model, inputs, lambda logits: _at(logits.log_softmax(-1), chosen), columns
+        )
+
+    def _chosen(self, inputs: AudioInputs) -> Int[Tensor, " b"]:
+        """Which option each row's answer is."""
+        if len(set(self.among)) < max(2, len(self.among)):
+            raise InputError(f"a choice needs two or more different options, got {self.among}")
+        answers = _per_row(self.answer, inputs)
+        unknown = [answer for answer in answers if answer not in self.among]
+        if unknown:
+            raise InputError(f"the answer {unknown[0]!r} is none of the options {self.among}")
+        return torch.tensor([self.among.index(a) for a in answers], device=inputs.device)
+
+
+@dataclass(frozen=True)
+class _CTCLogProb(Metric):
+    text: str | tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"CTC log-probability of {self.text!r}"
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        if model.cfg.head != "ctc":
+            raise InputError(f"{self.name} needs a CTC model; {model.cfg.family} is none")
+        return Reading(_everywhere(model, inputs), None, _ctc_scores(self.text, model, inputs))
+
+
+def _ctc_scores(
+    text: str | int | Sequence[int], model: HookedAudioTransformer, inputs: AudioInputs
+) -> Callable[[Float[Tensor, "b t v"]], Float[Tensor, " b"]]:
+    """Log-probability of a transcript in every row, from logits at all frames.
+
+    Raises:
+        InputError: if a clip has too few frames to say it.
+    """
+    labels = model.labels_of([[text] if isinstance(text, int) else text])[0]
+    attended = model.output_attended(inputs)
+    lengths = attended.sum(-1)
+    needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
+    if len(labels) == 0 or int(lengths.min()) < needed:
+        raise InputError(
+            f"{text!r} is {len(labels)} labels and needs {max(1, needed)} frames; the shortest "
+            f"clip has {int(lengths.min())}"
+        )
+
+    def score(rows: Float[Tensor, "b t v"]) -> Float[Tensor, " b"]:
+        targets = labels.expand(len(rows), -1)
+        counts = torch.full_like(lengths, len(labels))
+        log_probs = rows.log_softmax(-1).transpose(0, 1)
+        return -F.ctc_loss(
+            log_probs, targets, lengths, counts, blank=model.cfg.ctc.blank, reduction="none"
+        )
+
+    return score
+
+
+def _everywhere(model: HookedAudioTransformer, inputs: AudioInputs) -> Int[Tensor, "b t"]:
+    """All positions of the output."""
+    attended = model.output_attended(inputs)
+    return torch.arange(attended.shape[1], device=inputs.device).expand(attended.shape)
 
 
 @dataclass(frozen=True)
@@ -301,6 +421,8 @@ class _SequenceLogProb(Metric):
         return f"log-probability of {self.tokens!r}"
 
     def _bind(self, model, inputs, reference) -> Reading:
+        if model.cfg.head != "tokens":
+            raise InputError("sequence_log_prob scores what a decoder writes; use ctc_log_prob")
         ids = self.tokens
         if isinstance(ids, str):
             tokenizer = model.need_tokenizer("a sequence of words")
@@ -331,10 +453,30 @@ def _shown(words: Words) -> str:
 
 def _ids(words: Words, model: HookedAudioTransformer, inputs: AudioInputs) -> Int[Tensor, " b"]:
     """One token id per row."""
+    _check_head(model)
+    many = _per_row(words, inputs)
+    return torch.tensor([model.to_single_token(word) for word in many], device=inputs.device)
+
+
+def _per_row(words: Words, inputs: AudioInputs) -> list[Word]:
+    """One word per row; a single one serves all."""
     many = [words] * len(inputs) if isinstance(words, (str, int)) else list(words)
     if len(many) != len(inputs):
         raise InputError(f"{len(inputs)} rows need as many answers, got {len(many)}")
-    return torch.tensor([model.to_single_token(word) for word in many], device=inputs.device)
+    return many
+
+
+def _check_head(model: HookedAudioTransformer) -> None:
+    if model.cfg.head is None:
+        raise InputError(
+            f"{model.cfg.family} without a head gives hidden states (b t d), not logits: pass your "
+            "own function of them as metric"
+        )
+
+
+def _at_one(x: Float[Tensor, "b *t v"], position: Int[Tensor, " b"]) -> Float[Tensor, "b v"]:
+    """One position of every row."""
+    return at_positions(x if x.ndim == 3 else x[:, None], position[:, None])[:, 0]
 
 
 def _at(values: Float[Tensor, "b v"], ids: Int[Tensor, " b"]) -> Float[Tensor, " b"]:

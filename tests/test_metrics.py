@@ -1,5 +1,7 @@
 """Metrics against hand computations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -20,6 +22,12 @@ def inputs() -> AudioInputs:
 
 class Vocabulary:
     """A model as far as metrics of token ids need one."""
+
+    cfg = SimpleNamespace(head="tokens", family="toy")
+
+    @staticmethod
+    def output_attended(inputs: AudioInputs) -> torch.Tensor:
+        return inputs.attended
 
     @staticmethod
     def to_single_token(token: int) -> int:
