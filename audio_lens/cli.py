@@ -1,14 +1,15 @@
-"""The `audio-lens` command: map, info, transcribe, ask.
+"""The `audio-lens` command: map, models, info, transcribe, ask, classify.
 
 Heavy imports stay inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,14 +98,18 @@ def map_command(
     ] = None,
     question: Annotated[str | None, typer.Option(help="What an audio LLM is asked.")] = None,
     answer: Annotated[
-        str | None, typer.Option(help="Answer to the clean clip: one token (mind a leading space).")
+        str | None,
+        typer.Option(
+            help="Answer to the clean clip: one token (mind a leading space), the name of a class, "
+            "or a transcript of a CTC model."
+        ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="Answer to the corrupted clip.")] = None,
     language: Language = None,
     site: Annotated[
         str,
         typer.Option(help="What to patch: part.activation, e.g. decoder.attn.z, connector.out."),
-    ] = "decoder.resid_pre",
+    ] = "resid_pre",
     axes: Annotated[
         str, typer.Option(help="One or two of layer, head, time, position, neuron.")
     ] = "layer,time",
@@ -151,7 +156,9 @@ def map_command(
         if not listener.takes_question:
             case = replace(case, question=None)
         pair = _prepare_pair(listener, case, options)
-        metric = metrics.logit_diff(case.answer, case.against)
+        is_ctc = listener.cfg.head == "ctc"
+        difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
+        metric = difference(case.answer, case.against)
         before = _listen(listener, pair, metric)
         if not as_json:
             _print_baselines(case, before)
@@ -228,8 +235,17 @@ def _map_options(model: Any, question: str | None, language: str | None) -> dict
     if model.takes_question and language is not None:
         raise ValueError(f"{name} answers questions and takes no --language")
     if not model.takes_question and question is not None:
-        raise ValueError(f"{name} writes down speech and takes no --question")
-    return {} if model.takes_question else {"language": language}
+        raise ValueError(f"{name} takes no --question")
+    return _language_options(model, language)
+
+
+def _language_options(model: Any, language: str | None) -> dict[str, str | None]:
+    """The language as an option of `prepare`, for models that take one."""
+    if "language" in inspect.signature(model.prepare).parameters:
+        return {"language": language}
+    if language is not None:
+        raise ValueError(f"{model.cfg.model_name} takes no --language")
+    return {}
 
 
 def _prepare_pair(model: Any, case: Case, options: dict[str, str | None]) -> list[Any]:
@@ -257,7 +273,7 @@ def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
 
     with torch.inference_mode():
         values = [metrics.bound(metric, model, inputs)(model(inputs)).mean() for inputs in pair]
-    answers = [model.generate(inputs, max_new_tokens=ANSWER_TOKENS)[0] for inputs in pair]
+    answers = [_said(model, inputs, ANSWER_TOKENS) for inputs in pair]
     return {
         "model": model.cfg.model_name,
         "answers": dict(zip(("clean", "corrupted"), answers, strict=True)),
@@ -354,7 +370,34 @@ def _print_map(result: Any, written: dict[str, str]) -> None:
         out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)
 
 
-# -------------------------------------------------------------------------------- info
+# -------------------------------------------------------------------------------- models, info
+
+
+@app.command()
+def models(as_json: AsJson = False, debug: Debug = False) -> None:
+    """The families of models, their hooks and times, and how closely they match Hugging Face.
+
+    [bold]Example[/]
+
+    [green]audio-lens models[/]
+    """
+    with plain_errors(debug):
+        from audio_lens.models.catalogue import Catalogue
+
+        catalogue = Catalogue.load()
+        if as_json:
+            _print_json(asdict(catalogue))
+            return
+        rows = catalogue.rows()
+        table = Table(*rows[0], box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*row.values())
+        out.print(table)
+        versions = ", ".join(f"{name} {version}" for name, version in catalogue.versions.items())
+        out.print(
+            "[dim]float32, float64: largest difference from Hugging Face in any output, residual "
+            f"stream or pattern, relative to the largest value ({escape(versions)})[/]"
+        )
 
 
 @app.command()
@@ -419,19 +462,64 @@ def transcribe(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write down what is said, with a Whisper model.
+    """Write down what is said, with Whisper or a CTC model.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
     [green]audio-lens transcribe talk.wav --model openai/whisper-tiny --language en[/]
+
+    [green]audio-lens transcribe talk.wav --model facebook/wav2vec2-base-960h[/]
     """
     with plain_errors(debug):
         _check_audio(*audio)
         listener = _load(model)
         if listener.takes_question:
             raise ValueError(f"{model} answers questions: audio-lens ask CLIP --question ...")
-        said = _texts_of(listener, audio, TRANSCRIPT_TOKENS, language=language)
-        _print_texts(said, as_json)
+        if listener.pools:
+            raise ValueError(f"{model} names classes: audio-lens classify CLIP")
+        options = _language_options(listener, language)
+        _print_texts(_texts_of(listener, audio, TRANSCRIPT_TOKENS, **options), as_json)
+
+
+@app.command()
+def classify(
+    audio: AudioFiles,
+    model: Annotated[str, typer.Option("--model", "-m", help="A hub id or directory.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Name the likeliest classes of clips, with their probabilities.
+
+    [bold]Example[/]
+
+    [green]audio-lens classify dog.wav --model MIT/ast-finetuned-audioset-10-10-0.4593[/]
+    """
+    with plain_errors(debug):
+        _check_audio(*audio)
+        listener = _load(model)
+        if not listener.pools:
+            raise ValueError(f"{model} has no classes: audio-lens transcribe, or audio-lens ask")
+        found = {str(path): _classes(listener, path, top) for path in audio}
+        if as_json:
+            _print_json(found)
+            return
+        for path, classes in found.items():
+            table = Table(escape(path), "probability", box=None, header_style="dim")
+            for name, probability in classes.items():
+                table.add_row(escape(name), f"{probability:.3f}")
+            out.print(table)
+
+
+def _classes(model: Any, path: Path, top: int) -> dict[str, float]:
+    """The likeliest classes of a clip and their probabilities."""
+    import torch
+
+    with torch.inference_mode():
+        probabilities = model(model.prepare(path))[0].float().softmax(-1)
+    best = probabilities.topk(min(top, len(probabilities)))
+    named = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return {model.cfg.labels[index]: value for index, value in named}
 
 
 @app.command()
@@ -454,7 +542,7 @@ def ask(
         listener = _load(model)
         if not listener.takes_question:
             raise ValueError(
-                f"{model} writes down speech and takes no question: audio-lens transcribe"
+                f"{model} takes no question: audio-lens transcribe, or audio-lens classify"
             )
         _print_texts(_texts_of(listener, audio, ANSWER_TOKENS, text=question), as_json)
 
@@ -477,10 +565,13 @@ def _texts_of(
 ) -> dict[str, str]:
     """What the model says to each clip; all are prepared first, so that a bad one costs no work."""
     prepared = {str(path): model.prepare(path, **options) for path in audio}
-    return {
-        path: model.generate(inputs, max_new_tokens=max_new_tokens)[0]
-        for path, inputs in prepared.items()
-    }
+    return {path: _said(model, inputs, max_new_tokens) for path, inputs in prepared.items()}
+
+
+def _said(model: Any, inputs: Any, max_new_tokens: int) -> str:
+    """What the model says to one prompt; models without a decoder say all they can."""
+    options = {"max_new_tokens": max_new_tokens} if "decoder" in model.cfg.parts else {}
+    return model.generate(inputs, **options)[0]
 
 
 def _print_texts(texts: dict[str, str], as_json: bool) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Word = str | int
 Words = Word | Sequence[Word]
+Transcript = str | tuple[int, ...]
 MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
 
 
@@ -193,7 +194,16 @@ def ctc_log_prob(text: str | Sequence[int]) -> Metric:
     Args:
         text: the transcript as the model's tokenizer writes it, or label ids.
     """
-    return _CTCLogProb(text if isinstance(text, str) else tuple(text))
+    return _CTCLogProb(_as_transcript(text))
+
+
+def ctc_diff(answer: str | Sequence[int], against: str | Sequence[int]) -> Metric:
+    """Log-probability (nats) of one transcript under a CTC model minus that of another.
+
+    Args:
+        answer, against: transcripts as the model's tokenizer writes them, or label ids.
+    """
+    return _CTCDiff(_as_transcript(answer), _as_transcript(against))
 
 
 def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
@@ -365,16 +375,34 @@ class _ForcedChoice(_AtPosition):
 
 @dataclass(frozen=True)
 class _CTCLogProb(Metric):
-    text: str | tuple[int, ...]
+    text: Transcript
 
     @property
     def name(self) -> str:
         return f"CTC log-probability of {self.text!r}"
 
     def _bind(self, model, inputs, reference) -> Reading:
-        if model.cfg.head != "ctc":
-            raise InputError(f"{self.name} needs a CTC model; {model.cfg.family} is none")
         return Reading(_everywhere(model, inputs), None, _ctc_scores(self.text, model, inputs))
+
+
+@dataclass(frozen=True)
+class _CTCDiff(Metric):
+    answer: Transcript
+    against: Transcript
+
+    @property
+    def name(self) -> str:
+        return f"CTC log-probability {self.answer!r} - {self.against!r}"
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        if self.answer == self.against:
+            raise InputError(f"answer and against are the same transcript in {self.name}")
+        right, wrong = (_ctc_scores(t, model, inputs) for t in (self.answer, self.against))
+        return Reading(_everywhere(model, inputs), None, lambda rows: right(rows) - wrong(rows))
+
+
+def _as_transcript(text: str | Sequence[int]) -> Transcript:
+    return text if isinstance(text, str) else tuple(text)
 
 
 def _ctc_scores(
@@ -383,8 +411,10 @@ def _ctc_scores(
     """Log-probability of a transcript in every row, from logits at all frames.
 
     Raises:
-        InputError: if a clip has too few frames to say it.
+        InputError: a model without a CTC head, or a clip with too few frames to say it.
     """
+    if model.cfg.head != "ctc":
+        raise InputError(f"transcripts are scored by CTC models; {model.cfg.family} is none here")
     labels = model.labels_of([[text] if isinstance(text, int) else text])[0]
     attended = model.output_attended(inputs)
     lengths = attended.sum(-1)

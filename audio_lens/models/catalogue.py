@@ -1,0 +1,73 @@
+"""The table of model families: what each is made of, and how closely it matches Hugging Face.
+
+The figures are measured, not computed here: `python -m benchmarks.parity --write` makes
+``catalogue.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+FILE = "catalogue.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kind of model.
+
+    Attributes:
+        name: as transformers calls it, with its head where it has several.
+        family: the file of `audio_lens.models` that implements it.
+        parts: those that have positions, in the order sound takes.
+        hooks_per_block: hook points in one block of each stack.
+        hooks_elsewhere: hook points outside the blocks.
+        seconds_per_position: distance in seconds of neighbouring positions of each part in time.
+        float32, float64: largest difference from Hugging Face in any output, residual stream or
+            pattern of random models with every parameter random, relative to the largest value.
+    """
+
+    name: str
+    family: str
+    parts: list[str]
+    hooks_per_block: dict[str, int]
+    hooks_elsewhere: int
+    seconds_per_position: dict[str, float]
+    float32: float
+    float64: float
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All entries, and the versions they were measured with."""
+
+    entries: list[Entry]
+    versions: dict[str, str]
+
+    @staticmethod
+    def load() -> Catalogue:
+        """The catalogue that ships with the package."""
+        text = (resources.files("audio_lens") / "models" / FILE).read_text(encoding="utf-8")
+        held = json.loads(text)
+        return Catalogue([Entry(**entry) for entry in held["entries"]], held["versions"])
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table in words, one row per entry."""
+        return [
+            {
+                "model": entry.name,
+                "file": f"{entry.family}.py",
+                "parts": ", ".join(entry.parts),
+                "hooks per block": ", ".join(
+                    f"{part} {count}" for part, count in entry.hooks_per_block.items()
+                ),
+                "others": str(entry.hooks_elsewhere),
+                "seconds per position": ", ".join(
+                    f"{part} {step:g}" for part, step in entry.seconds_per_position.items()
+                ),
+                "float32": f"{entry.float32:.0e}",
+                "float64": f"{entry.float64:.0e}",
+            }
+            for entry in self.entries
+        ]
