@@ -1,13 +1,13 @@
-"""Every hook point is live, names are strict, and hooks leave nothing behind."""
+"""Names are strict, edits stay where they are made, and hooks leave nothing behind."""
 
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformer_lens.utilities import Slice, get_act_name
 
+import tiny
 from audio_lens import DeadHookError, HookedAudioTransformer, HookNameError, HookPoint, InputError
 from audio_lens.hooks import is_flat, is_large, local_name, position_dim
 from audio_lens.models.layers import Attention
@@ -56,22 +56,7 @@ def count_hooks(model: HookedAudioTransformer) -> int:
     return sum(map(len, model.list_hooks().values()))
 
 
-# -------------------------------------------------------------------------------- live points
-
-
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-def test_every_hook_point_is_live(model, inputs, mode):
-    """A change at one valid position of row 0 moves the logits of row 0, and of no other row."""
-    with torch.no_grad(), model.attention(mode):
-        before = model(inputs)
-        dead, leaking = [], []
-        for name in model.hook_dict:
-            after = model.run_with_hooks(inputs, fwd_hooks=[(name, perturbed)])
-            change = (after - before).abs().amax(dim=(1, 2))
-            dead += [name] if change[0] < 1e-4 else []
-            leaking += [name] if change[1] > 1e-5 else []
-    assert not dead
-    assert not leaking
+# -------------------------------------------------------------------------------- points
 
 
 def test_every_documented_point_exists(model, family):
