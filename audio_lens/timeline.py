@@ -81,9 +81,13 @@ class Band:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low_hz) and math.isfinite(self.high_hz)):
-            raise ValueError(f"band bounds must be finite frequencies in Hz, got {self}")
+            raise ValueError(f"band bounds must be finite frequencies in Hz, got {self!r}")
         if self.high_hz <= self.low_hz:
             raise ValueError(f"a band must end above its start: {self.low_hz} to {self.high_hz} Hz")
+
+    def __str__(self) -> str:
+        label = f' "{self.label}"' if self.label else ""
+        return f"{self.low_hz:.0f}\N{EN DASH}{self.high_hz:.0f} Hz{label}"
 
     @property
     def centre_hz(self) -> float:
