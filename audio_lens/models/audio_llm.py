@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from audio_lens.audio import AudioError
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import AudioConfig, AudioPlaces, HookedAudioTransformer
+from audio_lens.models.base import AudioConfig, AudioPlaces, HookedAudioTransformer, LoadingError
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.timeline import Row, Timeline, Track
@@ -181,8 +181,7 @@ class HookedAudioLLM(HookedAudioTransformer):
         Raises:
             InputError: without tokens or features, or placeholders that do not fit the clips.
         """
-        known = ("input_ids", "attention_mask", self.features_key, self.mask_key, "position_ids")
-        given = self._mapping_tensors(mapping, known)
+        given = self._mapping_tensors(mapping, self.known_keys)
         if given["input_ids"] is None:
             raise InputError("inputs hold no input_ids: an audio LLM needs a text prompt")
         self.check_tokens(given["input_ids"])
@@ -190,6 +189,7 @@ class HookedAudioLLM(HookedAudioTransformer):
         features, frames, per_clip = self.cut(
             given[self.features_key], None if frames is None else frames.bool()
         )
+        per_clip = self.segments_given(given) or per_clip
         return self._assembled(
             given["input_ids"],
             given["attention_mask"],
@@ -198,6 +198,15 @@ class HookedAudioLLM(HookedAudioTransformer):
             per_clip,
             position_ids=given["position_ids"],
         )
+
+    @property
+    def known_keys(self) -> tuple[str, ...]:
+        """What a processor's mapping may hold."""
+        return ("input_ids", "attention_mask", self.features_key, self.mask_key, "position_ids")
+
+    def segments_given(self, given: Mapping[str, Tensor | None]) -> tuple[int, ...] | None:
+        """How many segments each clip has, where a processor's mapping says so: not here."""
+        return None
 
     def cut(
         self, features: Tensor, frames: Bool[Tensor, "clips frames"] | None
@@ -233,7 +242,7 @@ class HookedAudioLLM(HookedAudioTransformer):
             attention_mask=None if mask.all() else mask,
             feature_mask=frames,
             position_ids=self._positions_of(tokens, position_ids),
-            segments_per_clip=None if max(per_clip) == 1 else per_clip,
+            segments_per_clip=None if max(per_clip, default=1) == 1 else per_clip,
         )
 
     def _segments_per_clip(
@@ -249,11 +258,12 @@ class HookedAudioLLM(HookedAudioTransformer):
         per_clip, segment = [], 0
         for run in self._runs(tokens):
             n = 0
-            while run > 0 and segment < len(counts):
+            while segment < len(counts) and (run > 0 or counts[segment] == 0):
                 run, n, segment = run - counts[segment], n + 1, segment + 1
-                if lengths[segment - 1] < n_frames or run <= 0:
+                if lengths[segment - 1] < n_frames:
                     per_clip.append(n)
                     n = 0
+            per_clip += [n] if n else []
         if sum(per_clip) != len(counts):
             raise InputError(
                 f"the placeholders of the prompts do not match the {len(counts)} segments of audio"
@@ -287,9 +297,13 @@ class HookedAudioLLM(HookedAudioTransformer):
             expanded: list[int] = []
             for token in itertools.compress(row, kept):
                 is_audio = token == self.audio_token_id
-                expanded += [token] * (next(remaining) if is_audio else 1)
+                expanded += self.placeholders(next(remaining)) if is_audio else [token]
             rows.append(expanded)
         return padded(rows, self._pad_token(), self.device, left=bool(mask[:, -1].all()))
+
+    def placeholders(self, count: int) -> list[int]:
+        """The tokens a clip of so many audio tokens takes in a prompt: placeholders only, here."""
+        return [self.audio_token_id] * count
 
     def _clips_per_row(self, tokens: Int[Tensor, "b t"], counts: Sequence[int]) -> tuple[int, ...]:
         """How many clips each prompt holds, from its number of placeholders."""
@@ -453,6 +467,16 @@ class HookedAudioLLM(HookedAudioTransformer):
             track.seconds[here] = self.token_seconds(count) + segment.start_s
             track.clip[here] = segment.clip
         return track
+
+
+def check_encoder(ear: Any, known: str) -> None:
+    """Raise unless the config of an encoder is of the kind that is implemented.
+
+    Raises:
+        LoadingError: naming both.
+    """
+    if ear.model_type != known:
+        raise LoadingError(f"the encoder is a {ear.model_type!r}; implemented: {known!r}")
 
 
 def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:

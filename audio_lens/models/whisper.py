@@ -18,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.inputs import AudioInputs, InputError, padded
+from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
 from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError
 from audio_lens.models.layers import (
+    Block,
     Context,
     CrossAttentionBlock,
     Float16SafeBlock,
@@ -54,23 +55,34 @@ def encoder_weight_names(theirs: str) -> dict[str, str]:
     }
 
 
-class WhisperEncoder(Stack):
-    """Two convolutions (the second halves the frames), a position table, pre-norm blocks."""
+class ConvEncoder(Stack):
+    """Two convolutions (the second halves the frames), then blocks."""
 
-    def __init__(self, cfg: PartConfig, n_mels: int):
-        super().__init__(cfg, Float16SafeBlock)
+    def __init__(self, cfg: PartConfig, n_mels: int, block: type[Block] = Float16SafeBlock):
+        super().__init__(cfg, block)
         self.hook_mel = HookPoint(borrowed=True)  # the caller's features
         self.hook_conv1 = HookPoint()
         self.conv1 = nn.Conv1d(n_mels, cfg.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, kernel_size=3, stride=2, padding=1)
-        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
-        self.hook_pos_embed = HookPoint()
 
     def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
         """The residual stream entering block 0."""
         mel = self.hook_mel(features.to(self.conv1.weight))
         x = self.hook_conv1(F.gelu(self.conv1(mel)))
-        x = self.hook_embed(rearrange(F.gelu(self.conv2(x)), "b d t -> b t d"))
+        return self.hook_embed(rearrange(F.gelu(self.conv2(x)), "b d t -> b t d"))
+
+
+class WhisperEncoder(ConvEncoder):
+    """Two convolutions, a position table, pre-norm blocks."""
+
+    def __init__(self, cfg: PartConfig, n_mels: int):
+        super().__init__(cfg, n_mels)
+        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.hook_pos_embed = HookPoint()
+
+    def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        x = super().embed(features)
         positions = self.pos_embed.weight.repeat(len(x), 1, 1)
         return x + self.hook_pos_embed(positions)
 
@@ -233,7 +245,7 @@ class HookedWhisper(HookedAudioTransformer):
             TokenError: text without a tokenizer.
         """
         sources = audio if isinstance(audio, (list, tuple)) else [audio]
-        texts = _texts(text, len(sources))
+        texts = texts_per_clip(text, len(sources))
         clips = [self.load_audio(source, sampling_rate) for source in sources]
         made = self.extract_features(clips)
         if any(written is None or isinstance(written, str) for written in texts):
@@ -332,8 +344,11 @@ class HookedWhisper(HookedAudioTransformer):
 # -------------------------------------------------------------------------------- shared pieces
 
 
-def encoder_config(ear: Any, model_name: str) -> PartConfig:
-    """The shape of a Whisper-style encoder, from the Hugging Face config that describes it."""
+def encoder_config(ear: Any, model_name: str, n_ctx: int | None = None) -> PartConfig:
+    """The shape of a Whisper-style encoder, from the Hugging Face config that describes it.
+
+    ``n_ctx`` is for encoders that hear less at once than their table of positions holds.
+    """
     return PartConfig(
         n_layers=ear.encoder_layers,
         n_heads=ear.encoder_attention_heads,
@@ -341,7 +356,7 @@ def encoder_config(ear: Any, model_name: str) -> PartConfig:
         d_model=ear.d_model,
         d_head=ear.d_model // ear.encoder_attention_heads,
         d_mlp=ear.encoder_ffn_dim,
-        n_ctx=ear.max_source_positions,
+        n_ctx=n_ctx or ear.max_source_positions,
         act_fn=ear.activation_function,
         eps=1e-5,
         normalization_type="LN",
@@ -354,22 +369,6 @@ def encoder_track(cfg: AudioConfig, n_mel: int, clip: int) -> Track:
     """Encoder positions of a clip with ``n_mel`` valid mel frames."""
     seconds = FRAME_S * torch.arange(cfg.encoder.n_ctx, dtype=torch.float64)
     return Track.of_clip(seconds, (n_mel - 1) // 2 + 1, clip)
-
-
-def _texts(text: Any, n_clips: int) -> list[Any]:
-    """One text per clip; a single text serves all.
-
-    Raises:
-        InputError: if there are no clips, or not as many texts as clips.
-    """
-    if n_clips == 0:
-        raise InputError("no audio: pass at least one clip")
-    is_many = isinstance(text, (list, tuple)) and len(text) and not isinstance(text[0], int)
-    if not is_many:
-        return [text] * n_clips
-    if len(text) != n_clips:
-        raise InputError(f"{n_clips} clips need as many texts, got {len(text)}")
-    return list(text)
 
 
 def _chosen(known: Mapping[str, int], key: str, what: str) -> int:
