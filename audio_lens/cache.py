@@ -123,8 +123,8 @@ class AudioCache(ActivationCache):
 
     def _components_of(self, layer: int, mode: str = "all") -> list[str]:
         """What a block adds to the residual stream, in order."""
-        attention = [f"{name}_out" for name in self._attentions(layer)] if mode != "mlp" else []
-        return attention + (["mlp_out"] if mode != "attn" else [])
+        writes = self.model.blocks[layer].writes
+        return [name for name in writes if mode == "all" or ("attn" in name) == (mode == "attn")]
 
     def _attentions(self, layer: int) -> list[str]:
         """The attention sublayers of a block, in the order in which they write."""
@@ -133,15 +133,22 @@ class AudioCache(ActivationCache):
     def _has_cross(self, layer: int) -> bool:
         return hasattr(self.model.blocks[layer], "cross_attn")
 
+    def _check_adds_up(self) -> None:
+        if not all(block.adds_up for block in self.model.blocks):
+            raise ValueError(
+                f"the residual stream of the {self.main_part} is no sum of what its layers write: "
+                "every block norms it. Use accumulated_resid, or patching"
+            )
+
     def _layer(self, layer: int | None) -> int:
         return self.model.cfg.n_layers if layer is None or layer == -1 else layer
 
     def _stream_into(self, layer: int, mlp_input: bool = False) -> Float[Tensor, "*batch_pos d"]:
         """The residual stream that the first norm of a block reads, or its MLP's, or the last."""
         if mlp_input:
-            return self["resid_mid_cross" if self._has_cross(layer) else "resid_mid", layer]
+            return self[self.model.blocks[layer].mlp_stage, layer]
         if layer == self.model.cfg.n_layers:
-            return self["resid_post", layer - 1]
+            return self[self.model.blocks[-1].last_stage, layer - 1]
         return self["resid_pre", layer]
 
     def decompose_resid(
@@ -158,7 +165,11 @@ class AudioCache(ActivationCache):
 
         As TransformerLens's method; with ``mode="all"`` and embeddings the stack sums to the
         residual stream.
+
+        Raises:
+            ValueError: where the stream is no such sum (post-norm blocks).
         """
+        self._check_adds_up()
         layer, positions = self._layer(layer), _as_slice(pos_slice)
         found = []
         if incl_embeds:
@@ -198,7 +209,7 @@ class AudioCache(ActivationCache):
                 mids = ["resid_mid", *cross]
                 found += [(f"{l}_{name.removeprefix('resid_')}", self[name, l]) for name in mids]
         if layer == n_layers:
-            found.append(("final_post", self["resid_post", n_layers - 1]))
+            found.append(("final_post", self._stream_into(n_layers)))
         stack = torch.stack([positions.apply(tensor, dim=-2) for _, tensor in found])
         if apply_ln:
             recompute = layer == n_layers
@@ -316,8 +327,10 @@ class AudioCache(ActivationCache):
         (``recompute_ln`` applies the whole norm, bias included).
 
         Raises:
-            ValueError: where the model pools positions between the blocks and that norm.
+            ValueError: where the model pools positions between the blocks and that norm, or where
+                blocks norm the stream itself.
         """
+        self._check_adds_up()
         is_final = self._layer(layer) == self.model.cfg.n_layers
         if is_final and hasattr(self.model.module, "pool"):
             raise ValueError(

@@ -252,3 +252,19 @@ def padded(
         where = slice(width - len(row), width) if left else slice(0, len(row))
         tokens[i, where], mask[i, where] = torch.tensor(row), True
     return tokens.to(device), mask.to(device)
+
+
+def texts_per_clip(text: Any, n_clips: int) -> list[Any]:
+    """One text per clip; a single text serves all.
+
+    Raises:
+        InputError: if there are no clips, or not as many texts as clips.
+    """
+    if n_clips == 0:
+        raise InputError("no audio: pass at least one clip")
+    is_many = isinstance(text, (list, tuple)) and len(text) and not isinstance(text[0], int)
+    if not is_many:
+        return [text] * n_clips
+    if len(text) != n_clips:
+        raise InputError(f"{n_clips} clips need as many texts, got {len(text)}")
+    return list(text)

@@ -75,7 +75,7 @@ class Metric(ABC):
         self,
         model: HookedAudioTransformer,
         inputs: AudioInputs | Mapping[str, Any],
-        reference: Float[Tensor, "b t v"] | None = None,
+        reference: Float[Tensor, "b *t v"] | None = None,
     ) -> Reading:
         """The metric as a function of logits, one value per row.
 
@@ -93,7 +93,7 @@ class Metric(ABC):
         self,
         model: HookedAudioTransformer,
         inputs: AudioInputs,
-        reference: Float[Tensor, "b t v"] | None,
+        reference: Float[Tensor, "b *t v"] | None,
     ) -> Reading:
         """What `bind` gives, for inputs that are `AudioInputs`."""
 
@@ -102,7 +102,7 @@ def bound(
     metric: Metric | MetricFn,
     model: HookedAudioTransformer,
     inputs: AudioInputs,
-    reference: Float[Tensor, "b t v"] | None = None,
+    reference: Float[Tensor, "b *t v"] | None = None,
 ) -> MetricFn:
     """The metric as a function of logits; plain functions are one already.
 

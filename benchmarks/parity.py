@@ -27,9 +27,10 @@ from audio_lens.models.catalogue import FILE, Catalogue, Entry
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 
+from test_parity import compare  # noqa: E402
+
 from families import FAMILIES  # noqa: E402
 from families.base import Family  # noqa: E402
-from test_parity import compare  # noqa: E402
 
 
 def entry_of(family: Family) -> Entry:
@@ -61,7 +62,7 @@ def seconds_per_position(family: Family, model: HookedAudioTransformer) -> dict[
     for part in timeline.rows[0].tracks:
         seconds = timeline.seconds(part)
         moments = seconds[seconds.isfinite()].unique()
-        steps[part] = round(moments.diff().min().item(), 6) if len(moments) > 1 else None
+        steps[part] = round(moments.diff().median().item(), 6) if len(moments) > 1 else None
     return steps
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+import tiny
 from audio_lens import AudioCache, HookedAudioTransformer, HookNameError
+from families import FAMILIES
 
 PARTS = ("encoder", "decoder")
 # Qwen2 computes its norms in float32 even in a float64 model, as Hugging Face does
@@ -428,3 +429,23 @@ def test_stack_activation(cache, family):
     if family == "whisper":
         crossed = cache.stack_activation("z", sublayer_type="cross_attn")
         assert torch.equal(crossed[1], cache["z", 1, "cross_attn"])
+
+
+def test_streams_that_blocks_norm_are_not_decomposed() -> None:
+    family = FAMILIES["wav2vec2"]
+    model = HookedAudioTransformer.from_hf(family.build())
+    _, cache = model.run_with_cache(family.batch())
+    layers = cache.accumulated_resid()
+    close(layers[-1], cache["encoder.hook_out"])
+    for decompose in (cache.decompose_resid, lambda: cache.apply_ln_to_stack(layers)):
+        with pytest.raises(ValueError, match="every block norms it"):
+            decompose()
+
+
+def test_what_adapters_write_is_a_component() -> None:
+    family = FAMILIES["mms"]
+    model = HookedAudioTransformer.from_hf(family.build())
+    _, cache = model.run_with_cache(family.batch())
+    stack, labels = cache.decompose_resid(return_labels=True)
+    assert "0_adapter_out" in labels
+    close(stack.sum(0), cache["resid_post", -1])

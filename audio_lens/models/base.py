@@ -6,15 +6,17 @@ import functools
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from audio_lens import audio as audio_io
 from audio_lens.cache import AudioCache
@@ -22,7 +24,9 @@ from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.decoding import GreedyDecoding
 from audio_lens.models.layers import Context, KVCache, PartConfig, Stack, padding_mask
+from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
+from audio_lens.models.placement import Devices, Placed, moved
 from audio_lens.timeline import Timeline
 
 ReturnType = Literal["logits", "loss", "both", None]
@@ -106,7 +110,26 @@ class TokenError(ValueError):
     """Text that does not give the tokens that are needed."""
 
 
-class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
+def check_switches(hf_config: Any, known: Iterable[str]) -> None:
+    """Raise if a Hugging Face config switches on what is not implemented.
+
+    Whatever its class declares must be known, or something every config has, or have its default.
+
+    Raises:
+        LoadingError: naming the switches and their values.
+    """
+    usual = vars(type(hf_config)())
+    switches = usual.keys() - {*known, *vars(PreTrainedConfig())}
+    unknown = [
+        f"{name}={getattr(hf_config, name)!r}"
+        for name in sorted(switches)
+        if getattr(hf_config, name) != usual[name]
+    ]
+    if unknown:
+        raise LoadingError(f"{hf_config.model_type} with {', '.join(unknown)} is not implemented")
+
+
+class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
     Use `from_pretrained` or `from_hf`; subclasses are one per family and are chosen for you.
@@ -146,33 +169,49 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         name: str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        devices: Devices | None = None,
+        adapter: str | Path | None = None,
+        merge: bool = False,
     ) -> HookedAudioTransformer:
         """Load a checkpoint.
 
         Args:
             name: a hub id, a local Hugging Face directory, or "embedded" for the small trained
-                model that ships with the package.
+                model that ships with the package; or a directory with a LoRA adapter of peft that
+                says what its base is.
             dtype: of the weights; None keeps the checkpoint's.
             device: where to put the model; None is the CPU.
+            devices: several devices to split it over, as `place` takes them.
+            adapter: a directory with a LoRA adapter of peft.
+            merge: add the adapter to the weights; otherwise it stays live, with hooks on its
+                low-rank path (``...q_proj.hook_lora_A``) and a switch (``model.lora.enabled``).
 
         Raises:
-            LoadingError: unsupported architecture, missing, unexpected or corrupt weights, a
-                checkpoint without safetensors, or no such directory.
+            LoadingError: unsupported architecture, missing, unexpected, quantised or corrupt
+                weights, a checkpoint without safetensors, an adapter that does not fit, or no such
+                directory.
+            PlacementError: devices that are not there, or a part without one.
         """
         from audio_lens.models.loading import load_pretrained
 
-        return load_pretrained(name, dtype=dtype, device=device)
+        return load_pretrained(name, dtype, device, devices, adapter, merge)
 
     @classmethod
-    def from_hf(cls, hf_model: nn.Module, processor: Any = None) -> HookedAudioTransformer:
+    def from_hf(
+        cls, hf_model: nn.Module, processor: Any = None, merge: bool = False
+    ) -> HookedAudioTransformer:
         """Take over an in-memory Hugging Face model; the weights are shared, not copied.
 
+        A model that carries a LoRA adapter of peft keeps it live, or with ``merge`` added to
+        copies of the weights it changes.
+
         Raises:
-            LoadingError: unsupported architecture, or weights that do not map one to one.
+            LoadingError: unsupported architecture, weights that do not map one to one, or an
+                adapter that is not implemented.
         """
         from audio_lens.models.loading import take_over
 
-        return take_over(hf_model, processor)
+        return take_over(hf_model, processor, merge)
 
     @classmethod
     @abstractmethod
@@ -182,6 +221,15 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         Raises:
             LoadingError: if it asks for something that is not implemented.
         """
+
+    @classmethod
+    def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> Mapping[str, Tensor]:
+        """Hugging Face's tensors under the names of `weight_names`: as they are, here."""
+        return state
+
+    def make_feature_extractor(self) -> Any:
+        """The feature extractor that the configuration tells of."""
+        return transformers.WhisperFeatureExtractor(feature_size=self.cfg.n_mels)
 
     def take_special_tokens(self, hf_config: Any) -> None:
         """Remember token ids that mean something to the model: none here."""
@@ -195,6 +243,18 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
     @abstractmethod
     def send(self, resid: Float[Tensor, "segments frames d"]) -> Tensor:
         """From the encoder's last residual stream to what the decoder receives."""
+
+    def send_rows(
+        self,
+        resid: Float[Tensor, "rows frames d"],
+        inputs: AudioInputs,
+        segment: Int[Tensor, " rows"] | None = None,
+    ) -> Tensor:
+        """`send` of some segments of the inputs; of all of them, in order, where none are named.
+
+        Families whose connector depends on where in its clip a segment lies define this too.
+        """
+        return self.send(resid)
 
     def decoder_context(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
@@ -278,10 +338,11 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
         ``resid`` is the residual stream entering block ``start``; None starts from the features.
         """
         self.check_features(inputs.features)
+        inputs = moved(inputs, self.device_of("encoder"))
         resid = self.enter_encoder(inputs) if resid is None else resid
         until = self.cfg.encoder.n_layers if stop is None else stop
         resid = self.encoder.run_blocks(resid, self.encoder_context(inputs), start, until)
-        return self.send(resid) if stop is None else resid
+        return self.send_rows(resid, inputs).to(self.device) if stop is None else resid
 
     def decode(
         self,
@@ -495,7 +556,8 @@ class HookedAudioTransformer(GreedyDecoding, HookedRoot, ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where inputs go and the output comes from."""
+        return self.device_of(self.output_part)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ _KINDS: dict[str, dict[str, Any]] = {  # of transformers' text configs
     "qwen2": {"attn_biases": _QKV},
     "qwen2_5_omni_text": {"attn_biases": _QKV},
     "qwen3": {"attn_biases": (), "qk_norm": True},
+    "qwen3_omni_moe_text": {"attn_biases": (), "qk_norm": True},
     "granite": {"attn_biases": ()},
 }
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # do not depend on the length of a prompt

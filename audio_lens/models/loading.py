@@ -7,6 +7,7 @@ place without a tensor, is an error.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -21,18 +22,59 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from audio_lens.models.adapters import (
+    Adapter,
+    base_of,
+    is_adapted,
+    is_adapter,
+    read_adapter,
+    taken_apart,
+)
+from audio_lens.models.audio_spectrogram_transformer import HookedAST
+from audio_lens.models.audioflamingo3 import HookedAudioFlamingo3
 from audio_lens.models.base import HookedAudioTransformer, LoadingError
+from audio_lens.models.glmasr import HookedGlmAsr
+from audio_lens.models.granite_speech import HookedGraniteSpeech
+from audio_lens.models.lora import attach
+from audio_lens.models.moss_transcribe_diarize import HookedMossTranscribeDiarize
+from audio_lens.models.musicflamingo import HookedMusicFlamingo
+from audio_lens.models.placement import Devices, layout, unit_of
+from audio_lens.models.qwen2_5_omni import HookedQwen2_5Omni, thinker_of
 from audio_lens.models.qwen2_audio import HookedQwen2Audio
+from audio_lens.models.qwen3_asr import HookedQwen3Asr
+from audio_lens.models.qwen3_omni import HookedQwen3Omni
+from audio_lens.models.voxtral import HookedVoxtral
+from audio_lens.models.wav2vec2 import HookedWav2Vec2
+from audio_lens.models.wavlm import HookedWavLM
 from audio_lens.models.whisper import HookedWhisper
 
 FAMILIES: dict[str, type[HookedAudioTransformer]] = {
     "whisper": HookedWhisper,
     "qwen2_audio": HookedQwen2Audio,
+    "audioflamingo3": HookedAudioFlamingo3,
+    "musicflamingo": HookedMusicFlamingo,
+    "voxtral": HookedVoxtral,
+    "glmasr": HookedGlmAsr,
+    "moss_transcribe_diarize": HookedMossTranscribeDiarize,
+    "granite_speech": HookedGraniteSpeech,
+    "qwen2_5_omni": HookedQwen2_5Omni,
+    "qwen2_5_omni_thinker": HookedQwen2_5Omni,
+    "qwen3_asr": HookedQwen3Asr,
+    "qwen3_omni_moe": HookedQwen3Omni,
+    "qwen3_omni_moe_thinker": HookedQwen3Omni,
+    "wav2vec2": HookedWav2Vec2,
+    "hubert": HookedWav2Vec2,
+    "data2vec-audio": HookedWav2Vec2,
+    "unispeech": HookedWav2Vec2,
+    "unispeech-sat": HookedWav2Vec2,
+    "wavlm": HookedWavLM,
+    "audio-spectrogram-transformer": HookedAST,
 }
 EMBEDDED = "embedded"
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNQUANTISED = "packed weights cannot be hooked: load it in float16, bfloat16 or float32"
+_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # how safetensors names what is not packed
 
 
 def embedded_path() -> Path:
@@ -41,39 +83,178 @@ def embedded_path() -> Path:
 
 
 def load_pretrained(
-    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    devices: Devices | None = None,
+    adapter: str | Path | None = None,
+    merge: bool = False,
 ) -> HookedAudioTransformer:
     """See `HookedAudioTransformer.from_pretrained`."""
+    if dtype not in (None, *_DTYPES):
+        raise LoadingError(f"dtype is a floating-point dtype of torch or None, got {dtype}")
+    if device is not None and devices is not None:
+        raise LoadingError(
+            "device= is for the whole model on one device, devices= splits it: not both"
+        )
     source = str(embedded_path()) if name == EMBEDDED else str(name)
+    if adapter is None and is_adapter(Path(source)):
+        adapter, source = source, base_of(Path(source))
     _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
     hf_config = _config(source)
     family = family_of(hf_config)
-    family.config_from_hf(hf_config)  # refuses what is not implemented before anything is read
-    hf_model = _read(getattr(transformers, family.hf_class), source, dtype)
+    hf_class = _hf_class(family, hf_config)
+    family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
+    found = None if adapter is None else read_adapter(adapter)
+    hf_model = _read(hf_class, source, dtype)
+    state = hf_model.state_dict()
+    if is_adapted(hf_model):  # transformers reads the adapter that lies beside a model
+        if found is not None:
+            raise LoadingError(f"{source} brings an adapter of its own: adapter= would be a second")
+        hf_model, state, found = taken_apart(hf_model)
+    elif found is not None:
+        found = found.renamed(lambda key: _name_in_memory(key, hf_model))
+    if merge and found is None:
+        raise LoadingError("merge=True merges an adapter: pass adapter=, or its directory as name")
+    model = _built(hf_model, state, found, merge, devices if device is None else device)
     processor, problem = _processor(source)
-    model = take_over(hf_model, processor)
+    _attach(model, processor)
     model.tokenizer_problem = model.tokenizer_problem or problem
     model.cfg.model_name = str(name)
-    return model if device is None else model.to(device)
+    return model
 
 
-def take_over(hf_model: nn.Module, processor: Any = None) -> HookedAudioTransformer:
+def take_over(
+    hf_model: nn.Module, processor: Any = None, merge: bool = False
+) -> HookedAudioTransformer:
     """See `HookedAudioTransformer.from_hf`."""
-    if hasattr(hf_model, "peft_config"):
-        raise LoadingError("the model carries LoRA adapters: pass hf_model.merge_and_unload()")
-    if not isinstance(hf_model, transformers.PreTrainedModel):
-        raise LoadingError(f"not a Hugging Face model, but a {type(hf_model).__name__}")
-    family = family_of(hf_model.config)
-    state = hf_model.state_dict()
-    _check_tensors(state)
-    with torch.device("meta"):
-        model = family(family.config_from_hf(hf_model.config))
-    _fill(model, renamed(state, family.weight_names))
-    model.train(hf_model.training)
-    model.take_special_tokens(hf_model.config)
-    model.generation_config = hf_model.generation_config
+    hf_model = thinker_of(hf_model)
+    adapter, base, state = None, hf_model, None
+    if is_adapted(hf_model):
+        base, state, adapter = taken_apart(hf_model)
+    if not isinstance(base, transformers.PreTrainedModel):
+        raise LoadingError(f"not a Hugging Face model, but a {type(base).__name__}")
+    if merge and adapter is None:
+        raise LoadingError("merge=True merges an adapter, and the model carries none")
+    state = dict(base.state_dict() if state is None else state)
+    if merge:  # the weights are shared with the Hugging Face model, which stays as it is
+        state |= {f"{m}.weight": state[f"{m}.weight"].clone() for m in adapter.low_rank}
+    model = _built(base, state, adapter, merge, None)
     _attach(model, processor)
     return model
+
+
+def _built(
+    hf_model: nn.Module,
+    state: dict[str, Tensor],
+    adapter: Adapter | None,
+    merge: bool,
+    devices: Devices | None,
+) -> HookedAudioTransformer:
+    """The hooked model of a Hugging Face model's tensors, with an adapter's merged or live."""
+    _check_tensors(state)
+    family, hf_config = family_of(hf_model.config), _named(hf_model.config, type(hf_model))
+    if adapter is not None:
+        adapter.check_fits(state)
+        if merge:
+            state = _merged(state, adapter)
+    cfg = family.config_from_hf(hf_config)
+    with torch.device("meta"):
+        model = family(cfg)
+    tensors = renamed(family.adapt_state(state, cfg), family.weight_names)
+    ours = {id(tensor): name for name, tensor in tensors.items()}
+    if devices is not None:
+        placed = layout(tensors, devices)
+        tensors = {name: tensor.to(placed[unit_of(name)]) for name, tensor in tensors.items()}
+    _fill(model, tensors)
+    if adapter is not None and not merge:
+        _make_live(model, adapter.renamed(lambda key: _named_here(key, state, ours)))
+    model.guard_borders()
+    model.train(hf_model.training)
+    model.take_special_tokens(hf_model.config)
+    model.generation_config = getattr(hf_model, "generation_config", None)
+    return model
+
+
+# -------------------------------------------------------------------------------- adapters
+
+
+@torch.no_grad()
+def _merged(state: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors with the adapter's added, in place and one at a time."""
+    for module, low_rank in adapter.low_rank.items():
+        weight = state[f"{module}.weight"]
+        weight.copy_(low_rank.added_to(weight))
+    return {**state, **{key: own.to(state[key]) for key, own in adapter.saved.items()}}
+
+
+def _make_live(model: HookedAudioTransformer, adapter: Adapter) -> None:
+    others = [m for m in adapter.low_rank if type(model.get_submodule(m)) is not nn.Linear]
+    if others:
+        raise LoadingError(
+            f"live adapters go beside linear maps, and {', '.join(others[:5])} is none: merge=True"
+        )
+    low_rank = {}
+    for module, one in adapter.low_rank.items():
+        weight = model.get_submodule(module).weight
+        dtype = torch.promote_types(one.down.dtype, weight.dtype)
+        low_rank[module] = one.to(weight.device, dtype)
+    own = {key: own.to(model.get_parameter(key)) for key, own in adapter.saved.items()}
+    attach(model, low_rank, own)
+    model.lora.enabled = adapter.enabled
+
+
+def _named_here(key: str, state: Mapping[str, Tensor], ours: Mapping[int, str]) -> str:
+    """Our name of a Hugging Face tensor."""
+    if id(state[key]) not in ours:
+        raise LoadingError(f"a live adapter on {key} is not implemented: pass merge=True")
+    return ours[id(state[key])]
+
+
+def _name_in_memory(key: str, hf_model: nn.Module) -> str:
+    """The name a weight has in the Hugging Face model, from one that older versions gave it."""
+    state = hf_model.state_dict()
+    if key in state:
+        return key
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(hf_model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    return rename_source_key(key, renamings, [], hf_model.base_model_prefix, state)[0]
+
+
+# -------------------------------------------------------------------------------- families
+
+
+def _hf_class(family: type[HookedAudioTransformer], hf_config: Any) -> Any:
+    """The Hugging Face class to read: the family's, or of several the one the checkpoint names.
+
+    Raises:
+        LoadingError: if it names only others.
+    """
+    if isinstance(family.hf_class, str):
+        return getattr(transformers, family.hf_class)
+    kind = hf_config.model_type
+    own = [name for name in family.hf_class if _model_type(name) == kind]
+    named = list(hf_config.architectures or own)
+    known = [name for name in named if name in family.hf_class]
+    if not known:
+        raise LoadingError(
+            f"this {kind} checkpoint is a {', '.join(named)}; implemented: {', '.join(own)}"
+        )
+    return getattr(transformers, known[0])
+
+
+def _model_type(class_name: str) -> str:
+    return getattr(transformers, class_name).config_class.model_type
+
+
+def _named(hf_config: Any, hf_class: type) -> Any:
+    """The config, saying which class it is for."""
+    named = copy.copy(hf_config)
+    named.architectures = [hf_class.__name__]
+    return named
 
 
 def family_of(hf_config: Any) -> type[HookedAudioTransformer]:
@@ -167,8 +348,10 @@ def _config(source: str) -> Any:
             f"the architecture of {source} is not supported; supported: {', '.join(FAMILIES)} "
             f"(transformers says: {str(error).splitlines()[0]})"
         ) from error
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise LoadingError(f"{source} is quantised; {_UNQUANTISED}")
+    quantised = getattr(hf_config, "quantization_config", None)
+    if quantised is not None:
+        method = dict(quantised).get("quant_method", "of an unnamed kind")
+        raise LoadingError(f"{source} is quantised ({method}); {_UNQUANTISED}")
     return hf_config
 
 
@@ -184,6 +367,7 @@ def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
         )
     except SafetensorError as error:
         raise LoadingError(f"{_corrupt_file(source)} is corrupt: {error}") from error
+    _check_stored(source)
     problems = {
         what.replace("_", " "): sorted(map(str, info[what]))[:10]
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -208,8 +392,25 @@ def _corrupt_file(source: str) -> Path:
     return Path(source)
 
 
+def _check_stored(source: str) -> None:
+    """Raise on files that hold packed numbers: transformers may take them for plain ones."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(transformers.utils.cached_file(source, "config.json")).parent
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        packed = [key for key, kind in kinds.items() if kind not in _PLAIN]
+        if packed:
+            raise LoadingError(
+                f"{source} is quantised ({packed[0]} is stored as {kinds[packed[0]]}); "
+                f"{_UNQUANTISED}"
+            )
+
+
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
-    packed = [key for key, tensor in state.items() if tensor.dtype not in _DTYPES]
+    plain = (*_DTYPES, torch.int64, torch.bool)
+    packed = [key for key, tensor in state.items() if tensor.dtype not in plain]
     if packed:
         raise LoadingError(f"the model is quantised ({', '.join(packed[:3])} ...); {_UNQUANTISED}")
     offloaded = [key for key, tensor in state.items() if tensor.is_meta]
@@ -248,17 +449,23 @@ def _attach(model: HookedAudioTransformer, processor: Any) -> None:
         tokenizer = None
     model.tokenizer = tokenizer
     model.processor = processor if hasattr(processor, "apply_chat_template") else tokenizer
-    extractor = processor if is_extractor else getattr(processor, "feature_extractor", None)
+    inner = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
+    extractor = processor if is_extractor else next(filter(None, inner), None)
     cfg = model.cfg
     if extractor is None:
-        extractor = transformers.WhisperFeatureExtractor(feature_size=cfg.n_mels)
-    if extractor.feature_size != cfg.n_mels:
+        extractor = model.make_feature_extractor()
+    if cfg.n_mels is not None and _n_mels(extractor) != cfg.n_mels:
         raise LoadingError(
-            f"the processor makes {extractor.feature_size} mel bins, the model takes {cfg.n_mels}"
+            f"the processor makes {_n_mels(extractor)} mel bins, the model takes {cfg.n_mels}"
         )
     if extractor.sampling_rate != cfg.sampling_rate:
         raise LoadingError(f"the processor works at {extractor.sampling_rate} Hz, not 16000")
     model.feature_extractor = extractor
+
+
+def _n_mels(extractor: Any) -> int:
+    """Mel bins that a feature extractor makes (of AST, one feature of so many bins)."""
+    return getattr(extractor, "num_mel_bins", extractor.feature_size)
 
 
 def _is_empty(tokenizer: Any) -> bool:

@@ -53,7 +53,7 @@ class Part:
     def cfg(self) -> PartConfig:
         """The part's shape, with the device and dtype it has now."""
         cfg = self.model.cfg.parts[self.name]
-        cfg.device, cfg.dtype = self.model.device, self.model.dtype
+        cfg.device, cfg.dtype = self.model.device_of(self.name), self.model.dtype
         return cfg
 
     @property
@@ -205,7 +205,8 @@ class Part:
     # ---------------------------------------------------------------- weights and tokens
 
     def _stacked(self, weight: str, sublayer: str) -> Tensor:
-        return torch.stack([getattr(getattr(block, sublayer), weight) for block in self.blocks])
+        of_blocks = (getattr(getattr(block, sublayer), weight) for block in self.blocks)
+        return torch.stack([one.to(self.cfg.device) for one in of_blocks])
 
     @property
     def W_Q(self) -> Float[Tensor, "l h d e"]:
@@ -293,12 +294,12 @@ class Part:
         """
         bias = torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
         for index, block in enumerate(self.blocks[: layer + 1]):
-            if index < layer or mlp_input:
-                bias = bias + block.attn.b_O
-                if hasattr(block, "cross_attn"):
-                    bias = bias + block.cross_attn.b_O
-            if index < layer and include_mlp_biases:
-                bias = bias + block.mlp.b_out
+            for name in block.writes:
+                is_attention = "attn" in name
+                is_before = mlp_input if index == layer else True
+                if is_before and (is_attention or (index < layer and include_mlp_biases)):
+                    sublayer = getattr(block, name.removesuffix("_out"))
+                    bias = bias + (sublayer.b_O if is_attention else sublayer.b_out)
         return bias
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import AUDIO_TOKEN, N_FRAMES, hf_inputs, tiny_hf, tiny_whisper_hf
 from transformers import BatchFeature
 
 from audio_lens import HookedAudioTransformer, InputError, TokenError
 from audio_lens.models.layers import KVCache
+from tiny import AUDIO_TOKEN, N_FRAMES, hf_inputs, tiny_hf, tiny_whisper_hf
 
 N_LAYERS = 3
 PLACES = [f"{part}.{layer}" for part in ("encoder", "decoder") for layer in range(N_LAYERS + 1)]

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from tiny import PAD, START, hf_inputs, tiny_hf, tiny_whisper_hf
 
 from audio_lens import DeadHookError, HookedAudioTransformer, InputError, TokenError
 from audio_lens.models.base import HookedAudioTransformer as Base
 from audio_lens.models.layers import KVCache
+from tiny import PAD, START, hf_inputs, tiny_hf, tiny_whisper_hf
 
 N_NEW = 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import hf_inputs, tiny_hf, tiny_qwen2_audio_hf, tiny_whisper_hf
 
 from audio_lens import HookedAudioTransformer, LoadingError, TokenError
 from audio_lens.models.loading import embedded_path
 from audio_lens.models.qwen2_audio import HookedQwen2Audio
 from benchmarks import loading
+from families import FAMILIES as ALL_FAMILIES
+from tiny import hf_inputs, tiny_hf, tiny_qwen2_audio_hf, tiny_whisper_hf
 
 load = HookedAudioTransformer.from_pretrained
 
@@ -115,25 +117,6 @@ def test_embedded_checkpoint_loads_in_both_libraries(
         assert (embedded(inputs) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def test_live_adapters_are_refused(family: str) -> None:
-    hf = tiny_hf(family)
-    hf.peft_config = {"default": None}
-    with pytest.raises(LoadingError, match=r"LoRA adapters: pass .*merge_and_unload"):
-        HookedAudioTransformer.from_hf(hf)
-
-
-def test_merged_adapters_load() -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
-    adapted = peft.get_peft_model(tiny_qwen2_audio_hf(), config)
-    batch = hf_inputs("qwen2_audio")
-    with torch.no_grad():
-        expected = adapted(**batch).logits
-    merged = HookedAudioTransformer.from_hf(adapted.merge_and_unload())
-    attended = merged.as_inputs(batch).attended
-    assert torch.allclose(merged(batch)[attended], expected[attended], atol=1e-4)
-
-
 def test_a_processor_of_any_form_is_used() -> None:
     extractor = transformers.WhisperFeatureExtractor(feature_size=20)
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded_path())
@@ -171,14 +154,81 @@ def test_an_empty_tokenizer_is_none(saved: Path) -> None:
         model.generate(hf_inputs("whisper"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("dtype, share", [("bfloat16", 0.3), ("float32", 1.3)])
-def test_never_two_copies_in_memory(tmp_path: Path, dtype: str, share: float) -> None:
+@pytest.mark.parametrize(
+    "stored, shards, how, most",
+    [
+        ("bfloat16", "50MB", "float32", 1.1),
+        pytest.param("bfloat16", "50MB", "bfloat16", 0.2, marks=pytest.mark.slow),
+        pytest.param("bfloat16", "10GB", "float32", 1.1, marks=pytest.mark.slow),
+        pytest.param("float32", "50MB", "bfloat16", 1.1, marks=pytest.mark.slow),
+        pytest.param("bfloat16", "50MB", "merged", 1.1, marks=pytest.mark.slow),
+    ],
+)
+def test_never_two_copies_in_memory(
+    tmp_path: Path, stored: str, shards: str, how: str, most: float
+) -> None:
     """As stored, pages stay mapped from the file; cast, the new weights are the only copy."""
-    loading.write_checkpoint(tmp_path, n_layers=6, width=768)
-    found = loading.in_fresh_process("audio_lens", tmp_path, dtype)
-    assert found["peak"] <= share * found["weights"], found
+    loading.write_checkpoint(tmp_path, 4, 768, getattr(torch, stored), shards)
+    found = loading.in_fresh_process("audio_lens", tmp_path, how)
+    slack = 10 * loading.MIB  # tensors in flight
+    assert found["peak"] <= most * found["weights"] + slack, found
+
+
+# -------------------------------------------------------------------------------- key layouts
+
+
+def in_memory(hf: transformers.PreTrainedModel) -> dict[str, Any]:
+    """The weights under the names that transformers 5 gives them in memory; tied ones once."""
+    by_memory = {x.data_ptr(): (key, x) for key, x in reversed(hf.state_dict().items())}
+    return {key: tensor.contiguous() for key, tensor in by_memory.values()}
+
+
+# transformers 5.10 to 5.23 doubled a piece of these names (its issue 45534)
+_SINGLE = re.compile(r"^(model\.)?language_model\.(?!lm_head|model\.model)")
+LAYOUTS = {
+    "as saved": lambda key: key,
+    "doubled": lambda key: _SINGLE.sub(lambda match: match[0] + "model.", key),
+    "older weight norm": lambda key: key.replace(
+        ".parametrizations.weight.original0", ".weight_g"
+    ).replace(".parametrizations.weight.original1", ".weight_v"),
+}
+
+
+@pytest.mark.parametrize("from_memory", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_every_layout_of_keys_loads(
+    name: str, layout: str, from_memory: bool, tmp_path: Path
+) -> None:
+    """Names that the hub, transformers in memory, and some of its versions on disk give weights."""
+    hf = ALL_FAMILIES[name].build()
+    hf.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = in_memory(hf) if from_memory else load_file(file)
+    rewritten = {LAYOUTS[layout](key): tensor for key, tensor in stored.items()}
+    if layout != "as saved" and rewritten.keys() == stored.keys():
+        return  # this family has no such keys
+    save_file(rewritten, file, metadata={"format": "pt"})
+    expected = HookedAudioTransformer.from_hf(hf).state_dict()
+    found = load(tmp_path).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    _check_strict(name, file, rewritten)
+
+
+def _check_strict(name: str, file: Path, stored: dict[str, Any]) -> None:
+    """A weight too few and one too many are named, in this layout as in any."""
+    lost = next(key for key in stored if re.search(r"layers?\.1\..*\.weight$", key))
+    save_file(
+        {key: tensor for key, tensor in stored.items() if key != lost} | {"odd": torch.ones(2)},
+        file,
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(LoadingError) as caught:
+        load(file.parent)
+    assert "missing keys: " in str(caught.value) and ".1." in str(caught.value)
+    assert "unexpected keys: " in str(caught.value) and "odd" in str(caught.value)
 
 
 # -------------------------------------------------------------------------------- what is refused
@@ -243,7 +293,7 @@ def test_corrupt_weights_are_named(saved: Path) -> None:
             load(str(saved))
 
 
-@pytest.mark.parametrize("model_type", ["wav2vec2", "never_heard_of"])
+@pytest.mark.parametrize("model_type", ["speech_to_text", "never_heard_of"])
 def test_unsupported_architecture(saved: Path, model_type: str) -> None:
     edit_config(saved, lambda config: config.update(model_type=model_type))
     with pytest.raises(LoadingError, match="not supported; supported: whisper, qwen") as error:
@@ -280,13 +330,72 @@ def test_quantised_weights_are_refused(saved: Path, family: str) -> None:
         load(str(saved))
 
 
+PACKED = {  # how a linear map of so many outputs and inputs is stored, by kind of quantisation
+    "bitsandbytes 8": lambda o, i: {"weight": (torch.int8, o, i), "SCB": (torch.float32, o)},
+    "bitsandbytes 4": lambda o, i: {
+        "weight": (torch.uint8, o * i // 2, 1),
+        "weight.absmax": (torch.float32, o),
+    },
+    "awq, gptq": lambda o, i: {
+        "qweight": (torch.int32, i, o // 8),
+        "qzeros": (torch.int32, 1, o // 8),
+        "scales": (torch.float16, 1, o),
+    },
+    "fp8": lambda o, i: {
+        "weight": (torch.float8_e4m3fn, o, i),
+        "weight_scale_inv": (torch.float32, 1, 1),
+    },
+    "bare fp8": lambda o, i: {"weight": (torch.float8_e4m3fn, o, i)},
+    "bare int8": lambda o, i: {"weight": (torch.int8, o, i)},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_files_are_refused_whatever_the_config_says(
+    saved: Path, family: str, kind: str
+) -> None:
+    """Transformers casts eight-bit numbers to floats without a word where the config is silent."""
+    linear = first_norm(family).replace("self_attn_layer_norm.weight", "fc1")
+
+    def pack(weights: dict) -> None:
+        shape = weights.pop(f"{linear}.weight").shape
+        for piece, (dtype, *size) in PACKED[kind](*shape).items():
+            weights[f"{linear}.{piece}"] = torch.ones(size).to(dtype)
+
+    edit_weights(saved, pack)
+    with pytest.raises(LoadingError, match=r"quantised \(.*fc1.* is stored as"):
+        load(saved)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors"])
+def test_quantised_configs_are_refused_before_anything_is_read(saved: Path, method: str) -> None:
+    edit_config(saved, lambda c: c.update(quantization_config={"quant_method": method}))
+    (saved / "model.safetensors").write_bytes(b"never opened")
+    with pytest.raises(LoadingError, match=rf"is quantised \({method}\)"):
+        load(saved)
+
+
+def test_dtypes_that_are_no_floats_are_refused(saved: Path) -> None:
+    with pytest.raises(LoadingError, match=r"dtype is a floating-point dtype .* got torch\.int8"):
+        load(saved, dtype=torch.int8)
+
+
+def test_the_checkpoint_names_its_class(tmp_path: Path) -> None:
+    """Of several classes of a family, the one in the config; another than those is refused."""
+    ALL_FAMILIES["wav2vec2_ctc"].build().save_pretrained(tmp_path)
+    assert load(tmp_path).cfg.head == "ctc"
+    edit_config(tmp_path, lambda c: c.update(architectures=["Wav2Vec2ForXVector"]))
+    with pytest.raises(LoadingError, match=r"is a Wav2Vec2ForXVector; implemented: Wav2Vec2For"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "'dynamic'",
         ),
     ],
 )
@@ -302,9 +411,9 @@ def test_language_models_with_other_parts_are_refused(
 
 
 def test_other_language_models_are_refused() -> None:
-    text = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=20)
+    text = transformers.GemmaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=20)
     config = transformers.Qwen2AudioConfig(text_config=text.to_dict())
-    with pytest.raises(LoadingError, match=r"'llama'.*only qwen2 is implemented"):
+    with pytest.raises(LoadingError, match=r"'gemma'.*implemented: llama"):
         HookedQwen2Audio.config_from_hf(config)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformer_lens import FactoredMatrix, patching
 
+import tiny
 from audio_lens import AudioCache, HookedAudioTransformer, HookNameError, TokenError
 
 PARTS = ("encoder", "decoder")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import tiny
 from audio_lens import AudioError, HookedAudioTransformer
 
 pytestmark = pytest.mark.real

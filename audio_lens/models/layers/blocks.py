@@ -27,11 +27,15 @@ class Block(nn.Module):
     Attributes:
         mlp_stage: the stage that the MLP adds to.
         last_stage: the stage that the next block reads.
+        writes: what the block adds to the residual stream, in order.
+        adds_up: whether the stream is the plain sum of what blocks write.
     """
 
     attention: ClassVar[type[Attention]] = Attention
     mlp_stage: ClassVar[str]
     last_stage: ClassVar[str]
+    writes: ClassVar[tuple[str, ...]] = ("attn_out", "mlp_out")
+    adds_up: ClassVar[bool] = True
 
     def __init__(self, cfg: PartConfig):
         super().__init__()
@@ -105,6 +109,7 @@ class PostNormBlock(Block):
 
     mlp_stage = "normalized_resid_mid"
     last_stage = "normalized_resid_post"
+    adds_up = False
 
     def __init__(self, cfg: PartConfig):
         super().__init__(cfg)
@@ -145,6 +150,7 @@ class CrossAttentionBlock(PreNormBlock):
     """A pre-norm block that also reads the encoder, between self-attention and MLP."""
 
     mlp_stage = "resid_mid_cross"
+    writes = ("attn_out", "cross_attn_out", "mlp_out")
 
     def __init__(self, cfg: PartConfig):
         super().__init__(cfg)
@@ -179,7 +185,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
         if cfg.final_norm:
             self.ln_final = NORMS[cfg.normalization_type](cfg.d_model, cfg.eps)
-        self.hook_out = HookPoint()
+        self.hook_out = HookPoint(borrowed=not cfg.final_norm)
 
     def run_blocks(
         self, resid: Float[Tensor, "b t d"], context: Context, start: int, stop: int

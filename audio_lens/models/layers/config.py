@@ -13,7 +13,7 @@ class PartConfig:
     """Shape of one part (encoder, decoder), in TransformerLens's names.
 
     Attributes:
-        n_ctx: the most positions the part takes.
+        n_ctx: the most positions the part takes; None for any number.
         attn_biases: the projections that have a bias.
         softmax_float32, scales_queries: where attention rounds in half precision.
         final_norm: whether a norm follows the last block.
@@ -25,13 +25,15 @@ class PartConfig:
         attn_scale: what scores are multiplied by; None for ``d_head ** -0.5``.
         residual_multiplier: of everything a block adds to the residual stream.
         embed_multiplier, logits_divisor: of token embeddings and of logits.
+        n_experts, n_experts_per_token: MLPs side by side, and how many of them a position uses.
+        normalizes_experts: whether the weights of those that are used sum to 1.
     """
 
     n_layers: int
     n_heads: int
     d_model: int
     d_mlp: int
-    n_ctx: int
+    n_ctx: int | None
     act_fn: str
     eps: float
     normalization_type: Literal["LN", "RMS"]
@@ -54,6 +56,9 @@ class PartConfig:
     residual_multiplier: float = 1.0
     embed_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    n_experts: int | None = None
+    n_experts_per_token: int | None = None
+    normalizes_experts: bool = True
     attn_only: bool = False
     model_name: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

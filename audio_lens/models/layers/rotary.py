@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from audio_lens.models.layers.config import PartConfig
 
-Angles = tuple[Float[Tensor, "#b t e"], Float[Tensor, "#b t e"]]
+Angles = tuple[Float[Tensor, "#b t turn"], Float[Tensor, "#b t turn"]]
 
 
 class Rotary(nn.Module):
     """Rotary positions, half-split; angles in float32 as in Hugging Face.
 
-    Where only part of a head turns, ``e`` is that part: its leading dimensions.
+    Where only part of a head turns, ``turn`` is that part: its leading dimensions.
     """
 
     def __init__(self, cfg: PartConfig):
