@@ -9,6 +9,7 @@ somebody asks.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,11 +84,12 @@ def local_name(name: str) -> str:
 def position_dim(name: str) -> int | None:
     """Axis of the part's own positions in the activation of this name, None where it has none.
 
-    Keys and values of cross-attention lie on the encoder's positions and `hook_audio_embed` is
-    flat, so neither has one; patterns and scores are addressed by their queries.
+    Keys and values of cross-attention lie on the encoder's positions (as does what LoRA adds to
+    them) and `hook_audio_embed` is flat, so neither has one; patterns and scores are addressed by
+    their queries.
     """
     last = local_name(name)
-    if ".cross_attn." in name and last in ("hook_k", "hook_v"):
+    if re.search(r"\.cross_attn\.(hook_[kv]$|[kv]_proj\.)", name):
         return None
     if last in ("hook_mel", "hook_conv1") or is_flat(name):
         return None

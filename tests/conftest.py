@@ -10,8 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; the workers share
 
 import hypothesis
 import pytest
-import tiny
 
+import tiny
 from audio_lens import HookedAudioTransformer
 
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)

@@ -28,10 +28,11 @@ from audio_lens.patching.transformer_lens import (
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
 )
-from audio_lens.timeline import Span
+from audio_lens.timeline import Band, Span
 
 __all__ = [
     "Attribution",
+    "Band",
     "Cell",
     "CheckpointError",
     "Confirmation",

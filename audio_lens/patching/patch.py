@@ -19,10 +19,11 @@ from transformer_lens import ActivationCache
 from audio_lens import metrics
 from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.engine.trace import is_known
 from audio_lens.patching.plan import Positions, chosen_layers, unit_count
 from audio_lens.patching.record import check_pair
 from audio_lens.patching.sites import Site, SiteError
-from audio_lens.timeline import Span
+from audio_lens.timeline import Band, Span
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookPoint
@@ -43,8 +44,10 @@ class Patch:
         head, neuron: which of them, where the site has heads or neurons; None for all.
         time: a Span, ``(start_s, end_s)`` or a list of these. A prompt without the window is left
             as it is.
-        position: index, slice or several indices, as in Python; neither time nor position means
-            everywhere.
+        frequency: a Band, ``(low_hz, high_hz)`` or a list of these, where positions are patches of
+            a spectrogram.
+        position: index, slice or several indices, as in Python; none of time, frequency and
+            position means everywhere.
         source: where the values come from: a cache (or mapping) of hook names to activations,
             inputs to run, an activation of the site's shape, or one number (0 ablates).
     """
@@ -54,6 +57,7 @@ class Patch:
     head: Indices | None = None
     neuron: Indices | None = None
     time: Span | tuple | list | None = None
+    frequency: Band | tuple | list | None = None
     position: Indices | slice | Int[Tensor, " n"] | None = None
     _: KW_ONLY
     source: Source
@@ -90,7 +94,7 @@ def patch(
     """
     inputs = model.as_inputs(inputs)
     edits = [_Edit.lay_out(model, inputs, one) for one in patches]
-    _check_distinct(edits)
+    _check_distinct(model, edits)
     measures = {
         name: metrics.bound(one, model, inputs)
         for name, one in ({} if metric is None else metrics.named(metric)).items()
@@ -110,7 +114,7 @@ def patch(
 def _measured(
     name: str,
     measure: metrics.MetricFn,
-    logits: Float[Tensor, "b t v"],
+    logits: Float[Tensor, "b *t v"],
     reached: Bool[Tensor, " b"],
 ) -> Float[Tensor, "*b"]:
     """The metric of the patched run; NaN for prompts that no patch reaches."""
@@ -153,7 +157,7 @@ class _Edit:
         units = _units(model, site, patch)
         if site.unit is not None:
             mask = mask & _spread(units, site, site.unit_dim)
-        given = _given(patch.source, names)
+        given = None if _is_inputs(model, patch.source) else _given(patch.source, names)
         for name, value in (given or {}).items():
             check_shape(name, value, site, positions.shape, len(units))
         return _Edit(patch, site, names, mask.to(inputs.device), reached, given)
@@ -166,7 +170,7 @@ class _Edit:
             source = torch.as_tensor(values[hook.name])
             if source.shape not in ((), activation.shape):
                 raise ValueError(_misfit(hook.name, source, tuple(activation.shape)))
-            return torch.where(self.mask, source.to(activation), activation)
+            return torch.where(self.mask.to(activation.device), source.to(activation), activation)
 
         return [(name, overwrite) for name in self.names]
 
@@ -175,13 +179,14 @@ class _Edit:
 
 
 def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
-    if patch.time is not None and patch.position is not None:
-        raise ValueError("a patch has either time or position, not both")
-    if patch.time is not None:
-        windows = patch.time if isinstance(patch.time, list) else [patch.time]
-        if not windows:
-            raise ValueError("the list of windows is empty")
-        return where.inside([Span.of(window) for window in windows]).any(0)
+    placed = patch.time is not None or patch.frequency is not None
+    if placed and patch.position is not None:
+        raise ValueError("a patch has either time and frequency or position, not both")
+    if placed:
+        spans = [Span.of(window) for window in _listed(patch.time, "windows")]
+        bands = [Band.of(band) for band in _listed(patch.frequency, "bands")]
+        inside = where.inside(spans).any(0) if spans else where.everywhere()[0]
+        return inside & where.within(bands).any(0) if bands else inside
     if patch.position is None:
         return where.everywhere()[0]
     chosen = torch.zeros_like(where.valid)
@@ -195,6 +200,13 @@ def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
     if not chosen.any():
         raise ValueError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
     return chosen
+
+
+def _listed(given: Any, what: str) -> list:
+    """What is given as a list; nothing for None."""
+    if isinstance(given, list) and not given:
+        raise ValueError(f"the list of {what} is empty")
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def _units(model: HookedAudioTransformer, site: Site, patch: Patch) -> Bool[Tensor, " n"]:
@@ -222,13 +234,13 @@ def _spread(mask: Bool[Tensor, "..."], site: Site, *dims: int) -> Bool[Tensor, "
     return mask.reshape(shape)
 
 
-def _check_distinct(edits: list[_Edit]) -> None:
+def _check_distinct(model: HookedAudioTransformer, edits: list[_Edit]) -> None:
     """Raise where two patches write the same element: which one wins would be arbitrary."""
     if not edits:
         raise ValueError("no patches: pass at least one Patch")
     for one, other in itertools.combinations(edits, 2):
-        places = {*map(_place, one.names)} & {*map(_place, other.names)}
-        shared = [name for name in one.names if _place(name) in places]
+        places = {_place(model, name) for name in other.names}
+        shared = [name for name in one.names if _place(model, name) in places]
         if shared and (one.mask & other.mask).any():
             raise ValueError(
                 f"two patches write the same elements of {', '.join(shared)}: narrow one of them "
@@ -236,11 +248,13 @@ def _check_distinct(edits: list[_Edit]) -> None:
             )
 
 
-def _place(name: str) -> str:
+def _place(model: HookedAudioTransformer, name: str) -> str:
     """The hook's tensor: what leaves a block is what enters the next."""
     part, _, rest = name.partition(".blocks.")
     layer, _, activation = rest.partition(".")
-    if activation != "hook_resid_post":
+    if not (layer and is_known(getattr(model, part))):
+        return name
+    if activation != f"hook_{getattr(model, part).blocks[int(layer)].last_stage}":
         return name
     return f"{part}.blocks.{int(layer) + 1}.hook_resid_pre"
 
@@ -248,10 +262,8 @@ def _place(name: str) -> str:
 # -------------------------------------------------------------------------------- with what
 
 
-def _given(source: Source, names: tuple[str, ...]) -> Values | None:
-    """The source's value for every hook name; None for inputs, which have to run first."""
-    if _is_inputs(source):
-        return None
+def _given(source: Source, names: tuple[str, ...]) -> Values:
+    """The source's value for every hook name."""
     if not isinstance(source, (ActivationCache, Mapping)):
         return dict.fromkeys(names, source)
     missing = [name for name in names if name not in source]
@@ -263,9 +275,10 @@ def _given(source: Source, names: tuple[str, ...]) -> Values | None:
     return {name: source[name] for name in names}
 
 
-def _is_inputs(source: Source) -> bool:
+def _is_inputs(model: HookedAudioTransformer, source: Source) -> bool:
+    """Whether the source has to run first."""
     is_mapping = isinstance(source, Mapping)
-    return isinstance(source, AudioInputs) or (is_mapping and "input_features" in source)
+    return isinstance(source, AudioInputs) or (is_mapping and model.features_key in source)
 
 
 def check_shape(

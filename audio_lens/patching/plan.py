@@ -6,26 +6,29 @@ Everything that can be wrong with site, axes, windows or layers raises here, bef
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.sites import Site, SiteError
-from audio_lens.timeline import Span, Timeline
+from audio_lens.timeline import Band, Span, Timeline, Track
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
+Bands = Sequence["Band | tuple"] | Literal["patch"]
 DEFAULT_WINDOW_S = 0.1
+PLACE_AXES = ("time", "position", "frequency")  # what splits the positions of a site
 _WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
+_BAND_FORMS = "a list of bands or (low_hz, high_hz), or 'patch'"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class CellTable:
     """Every cell of a sweep, in the order of its axes.
 
     `sites` are patched together as one. `positions` holds the distinct sets of positions, for each
-    entry of the sites' batch axis (prompts, or clips in encoder and connector); `covered` says
-    which prompts have any of them.
+    entry of the sites' batch axis (prompts in the decoder, segments of clips elsewhere); `covered`
+    says which prompts have any of them.
     """
 
     sites: tuple[Site, ...]
@@ -62,30 +65,38 @@ class CellTable:
         windows: Windows | None,
         layers: int | Sequence[int] | None,
         layer_window: int = 1,
+        bands: Bands | None = None,
     ) -> CellTable:
         """The table of a sweep; everything that can be wrong with it raises here.
 
         Args:
             layer_window: how many adjacent blocks a cell patches, from its layer on.
+            bands: for axis "frequency", where positions have frequencies.
         """
         sites = (site,) if isinstance(site, Site) else tuple(site)
         site = _common(model, sites, axes)
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
-        _check_axes(site, axes, windows)
+        timeline = model.timeline(inputs)
+        _check_axes(site, axes, windows, bands, timeline.has_frequency(site.positions_of))
         coords: dict[str, list] = {}
         chosen = chosen_layers(site, layers, axes, layer_window)
         if "layer" in axes:
             coords["layer"] = list(chosen)
         if site.unit in axes:
             coords[site.unit] = list(range(unit_count(model, site)))
-        where = Positions(model.timeline(inputs), site)
+        where, sets = Positions(timeline, site), {}
         if "time" in axes:
             coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
-            positions = where.inside(coords["time"])
+            sets["time"] = where.inside(coords["time"])
         elif "position" in axes:
-            coords["position"], positions = where.one_by_one()
-        else:
-            positions = where.everywhere()
+            coords["position"], sets["position"] = where.one_by_one()
+        if "frequency" in axes:
+            coords["frequency"] = where.bands("patch" if bands is None else bands)
+            sets["frequency"] = where.within(coords["frequency"])
+        positions = where.everywhere()
+        for axis in (axis for axis in axes if axis in sets):
+            both = positions[:, None] & sets[axis]
+            positions = rearrange(both, "a b batch t -> (a b) batch t")
         return CellTable(
             sites=sites,
             axes=axes,
@@ -99,6 +110,11 @@ class CellTable:
     def site(self) -> Site:
         """The site, or the first of several."""
         return self.sites[0]
+
+    @property
+    def place_axes(self) -> list[str]:
+        """The axes that split the positions, in order: `positions` has a set for every cell."""
+        return [axis for axis in self.axes if axis in PLACE_AXES]
 
     @property
     def site_name(self) -> str:
@@ -151,17 +167,26 @@ def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequen
     return first
 
 
-def _check_axes(site: Site, axes: tuple[str, ...], windows: Windows | None) -> None:
-    unknown = [axis for axis in axes if axis not in site.axes]
+def _check_axes(
+    site: Site,
+    axes: tuple[str, ...],
+    windows: Windows | None,
+    bands: Bands | None,
+    has_frequency: bool,
+) -> None:
+    known = (*site.axes, *(["frequency"] if has_frequency else []))
+    unknown = [axis for axis in axes if axis not in known]
     if unknown or not axes or len(set(axes)) < len(axes):
         raise SiteError(
-            f"axes {axes} do not fit {site}: choose one or more of {', '.join(site.axes)}, each "
-            "once"
+            f"axes {axes} do not fit {site}: choose one or more of {', '.join(known)}, each once"
         )
-    if "time" in axes and "position" in axes:
-        raise SiteError("'time' and 'position' are two names of one axis: choose one")
+    places = [axis for axis in axes if axis in ("time", "frequency")]
+    if "position" in axes and places:
+        raise SiteError(f"'position' and {places[0]!r} are two names of one axis: choose one")
     if windows is not None and "time" not in axes:
         raise SiteError("windows belong to axis 'time', which is not among the axes")
+    if bands is not None and "frequency" not in axes:
+        raise SiteError("bands belong to axis 'frequency', which is not among the axes")
 
 
 def chosen_layers(
@@ -202,12 +227,14 @@ def cells_of(
 ) -> Iterator[Intervention]:
     in_order = layers if None in layers else tuple(sorted(layers))
     for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
-        at = dict(zip(axes, place, strict=True))
+        at, positions = dict(zip(axes, place, strict=True)), 0
+        for axis in (axis for axis in axes if axis in PLACE_AXES):
+            positions = positions * len(coords[axis]) + at[axis]
         first = coords["layer"][at["layer"]] if "layer" in at else None
         yield Intervention(
             layers=in_order if first is None else tuple(range(first, first + layer_window)),
             unit=at.get(site.unit),
-            positions=at.get("time", at.get("position", 0)),
+            positions=positions,
         )
 
 
@@ -217,10 +244,10 @@ class Positions:
     def __init__(self, timeline: Timeline, site: Site):
         self.site, self.part = site, site.positions_of
         self.rows = [timeline[row] for row in range(len(timeline))]
-        self.entries = [(n, None) for n in range(len(self.rows))]  # prompt, and clip if apart
-        if self.part != "decoder":
-            self.entries = [(n, c) for n, row in enumerate(self.rows) for c in range(row.n_clips)]
-        self.valid = torch.stack([self.rows[n].valid(self.part, c or 0) for n, c in self.entries])
+        self.entries = [
+            (n, track) for n, row in enumerate(timeline.rows) for track in row.segments(self.part)
+        ]
+        self.valid = torch.stack([track.valid for _, track in self.entries])
 
     def everywhere(self) -> Bool[Tensor, "1 batch t"]:
         return torch.ones_like(self.valid)[None]
@@ -233,9 +260,10 @@ class Positions:
 
     def inside(self, spans: Sequence[Span]) -> Bool[Tensor, "sets batch t"]:
         """The positions of every span; a span without any raises."""
-        sets = torch.stack([self._inside(span) for span in spans])
+        sets = self._sets(spans, Track.inside)
         for span, found in zip(spans, sets, strict=True):
             if not found.any():
+                self.rows[0].inside(self.part, replace(span, clip=0))  # raises if it has no time
                 raise ValueError(
                     f"no position of {self.site} lies in the window {span.start_s:g} to "
                     f"{span.end_s:g} s of clip {span.clip}; clips last "
@@ -243,12 +271,34 @@ class Positions:
                 )
         return sets
 
-    def _inside(self, span: Span) -> Bool[Tensor, "batch t"]:
-        found = torch.zeros_like(self.valid)
-        for entry, (n, clip) in enumerate(self.entries):
-            if span.clip < self.rows[n].n_clips and clip in (None, span.clip):
-                found[entry] = self.rows[n].inside(self.part, span)
-        return found
+    def within(self, bands: Sequence[Band]) -> Bool[Tensor, "sets batch t"]:
+        """The positions of every band; a band without any raises."""
+        sets = self._sets(bands, Track.within)
+        for band, found in zip(bands, sets, strict=True):
+            if not found.any():
+                middles = self.rows[0].hertz(self.part).unique()
+                raise ValueError(
+                    f"no position of {self.site} lies in the band {band}; they lie at "
+                    + ", ".join(f"{hertz:.0f}" for hertz in middles.tolist() if hertz == hertz)
+                    + " Hz"
+                )
+        return sets
+
+    def _sets(
+        self, places: Sequence[Span | Band], holds: Callable[[Track, Any], Tensor]
+    ) -> Bool[Tensor, "sets batch t"]:
+        """The positions of every place, for each entry of the site's batch axis."""
+        return torch.stack(
+            [torch.stack([holds(track, place) for _, track in self.entries]) for place in places]
+        )
+
+    def bands(self, bands: Bands) -> list[Band]:
+        """The bands asked for."""
+        if bands == "patch":
+            return self.rows[0].bands(self.part)
+        if isinstance(bands, str) or not len(bands):
+            raise ValueError(f"bands {bands!r} is none of {_BAND_FORMS}")
+        return [Band.of(band) for band in bands]
 
     def covered(self, sets: Bool[Tensor, "sets batch t"]) -> Bool[Tensor, "sets rows"]:
         """Which prompts hold something at any position of a set."""
@@ -289,7 +339,7 @@ class Positions:
         row = self._longest(clip)
         seconds = row.seconds(self.part, clip)
         here = row.valid(self.part, clip) & (row.clips(self.part, clip) == clip)
-        centres = seconds[here & seconds.isfinite()]
+        centres = seconds[here & seconds.isfinite()].unique()
         if len(centres) < 2:
             raise ValueError(f"the {self.part} has too few positions in time for single ones")
         half = float(centres[1] - centres[0]) / 2

@@ -99,7 +99,7 @@ class _Splitter:
         return [first, replace(span, start_s=cut)]
 
     def _centres(self, row: Timeline, span: Span) -> Float[Tensor, " n"]:
-        return row.seconds(self.part, span.clip)[row.inside(self.part, span)]
+        return row.seconds(self.part, span.clip)[row.inside(self.part, span)].unique()
 
 
 def _strong(result: SweepResult, threshold: float | int) -> Bool[Tensor, "*others time"]:

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,17 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from audio_lens.timeline import Span
+from audio_lens.timeline import Band, Span
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from matplotlib.figure import Figure
+
+    from audio_lens.audio import AudioSource
 
 BATCH_DIMS = ("metric", "stimulus")
-AXES = ("layer", "head", "time", "position", "neuron")
+AXES = ("layer", "head", "time", "frequency", "position", "neuron")
+STRETCHES = {"time": "span", "frequency": "band"}  # axes of stretches, not numbers: field of a Cell
 RELATIVE_GAP, ABSOLUTE_GAP = 1e-4, 1e-6
 
 log = logging.getLogger(__name__)
@@ -37,7 +41,7 @@ class Cell:
         recovery: (value - corrupted) / (clean - corrupted).
         effect: 0 where the patch changed nothing, 1 where it moved the run the whole way to the
             other baseline.
-        layer, head, position, neuron, span: where, as far as the sweep had that axis.
+        layer, head, position, neuron, span, band: where, as far as the sweep had that axis.
     """
 
     value: float
@@ -48,22 +52,30 @@ class Cell:
     position: int | None = None
     neuron: int | None = None
     span: Span | None = None
+    band: Band | None = None
 
     @property
     def place(self) -> str:
         """The cell in words, e.g. ``layer 3, 0.40-0.50 s "seven"``."""
-        numbered = ((axis, getattr(self, axis)) for axis in AXES if axis != "time")
-        parts = [f"{axis} {number}" for axis, number in numbered if number is not None]
+        parts = [f"{axis} {number}" for axis, number in self._numbers() if number is not None]
         if self.span is not None:
             parts.append(describe_span(self.span))
+        if self.band is not None:
+            parts.append(str(self.band))
         return ", ".join(parts)
 
+    def _numbers(self) -> list[tuple[str, int | None]]:
+        return [(axis, getattr(self, axis)) for axis in AXES if axis not in STRETCHES]
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings for JSON; seconds and clip of the span, None for NaN."""
-        places = {axis: getattr(self, axis) for axis in AXES if axis != "time"}
+        """Plain numbers and strings for JSON; bounds of span and band, None for NaN."""
+        places = dict(self._numbers())
         if self.span is not None:
             places |= {"start_s": self.span.start_s, "end_s": self.span.end_s}
             places |= {"label": self.span.label, "clip": self.span.clip}
+        if self.band is not None:
+            places |= {"low_hz": self.band.low_hz, "high_hz": self.band.high_hz}
+            places |= {"band": self.band.label}
         numbers = {"value": self.value, "recovery": self.recovery, "effect": self.effect}
         numbers = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         return {name: at for name, at in places.items() if at is not None} | numbers
@@ -109,7 +121,8 @@ class SweepResult:
         dims: name of every dimension of ``values``: first "metric" where several were asked,
             then "stimulus" where the batch holds several, then the axes in the order asked.
         coords: per dimension its coordinates: names of metrics, labels of stimuli, numbers of
-            layers, heads, positions or neurons, a `Span` for every window of "time".
+            layers, heads, positions or neurons, a `Span` for every window of "time", a `Band` for
+            every one of "frequency".
         clean, corrupted: metric of the unpatched runs, shaped as ``values`` without the axes.
         site: what was patched, as ``part.activation``.
         direction: "denoise" (clean activations into the corrupted run) or "noise" (the other way).
@@ -227,7 +240,8 @@ class SweepResult:
         """The part of the result at given coordinates: ``select(layer=3, time="seven")``.
 
         One coordinate drops its dimension; a list of them keeps it. A window of "time" is named
-        by its Span, by its label, or by a number of seconds inside it.
+        by its Span, by its label, or by a number of seconds inside it; a band of "frequency" by
+        its Band, its label, or a number of Hz.
 
         Raises:
             ValueError: for a dimension or coordinate the result does not have, or one that
@@ -297,7 +311,7 @@ class SweepResult:
         return numbers.masked_fill(lacking, math.nan).nanmean(1)
 
     def _places(self) -> Iterator[dict[str, Any]]:
-        names = ["span" if axis == "time" else axis for axis in self.axes]
+        names = [STRETCHES.get(axis, axis) for axis in self.axes]
         for place in itertools.product(*(self.coords[axis] for axis in self.axes)):
             yield dict(zip(names, place, strict=True))
 
@@ -324,7 +338,9 @@ class SweepResult:
 
         Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
         ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a
-        window has no label). Site, direction, meta and report (both JSON) are attributes.
+        window has no label); along "frequency" the band's centre in Hz, beside ``frequency_low``,
+        ``frequency_high`` and labels as of time. Site, direction, meta and report (both JSON) are
+        attributes.
         """
         batch_dims = self.dims[: self._n_batch_dims]
         variables = {
@@ -335,9 +351,11 @@ class SweepResult:
         }
         if self.widths is not None:
             variables["width_s"] = (self.axes, _array(self.widths))
-        coords = {dim: self.coords[dim] for dim in self.dims if dim != "time"}
+        coords = {dim: self.coords[dim] for dim in self.dims if dim not in STRETCHES}
         if "time" in self.dims:
             coords |= _time_coords(self.coords["time"])
+        if "frequency" in self.dims:
+            coords |= _frequency_coords(self.coords["frequency"])
         attrs = {"site": self.site, "direction": self.direction}
         attrs |= {"meta": json.dumps(self.meta), "report": json.dumps(self.report)}
         return xr.Dataset(variables, coords, attrs)
@@ -360,7 +378,50 @@ class SweepResult:
         """
         from audio_lens.report import figures  # stands above patching: a doorway only
 
-        return figures.sweep_figure(self._of_metric(metric), quantity)
+        return figures.sweep_figure(self, quantity, metric)
+
+    def figure(
+        self,
+        path: str | Path | None = None,
+        *,
+        audio: AudioSource | None = None,
+        words: Sequence[Span] = (),
+        phones: Sequence[Span] = (),
+        sampling_rate: int = 16_000,
+        quantity: str = "effect",
+        metric: str | None = None,
+        width_in: float = 6.0,
+    ) -> Figure:
+        """The map as a matplotlib figure for papers; with a clip, under its spectrogram.
+
+        Text stays text in PDF and SVG. Needs the extra ``figures``.
+
+        Args:
+            path: where to write it; the suffix chooses PDF, SVG, PNG ...
+            audio: the clip: a path, or samples at ``sampling_rate`` Hz.
+            words, phones: labelled stretches of the clip, in seconds.
+            quantity: "effect", "recovery" or "value".
+            metric: which metric, where there are several.
+            width_in: width in inches; the height follows.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: for three axes (select one first), several metrics and none named, words
+                without audio, or audio that the windows do not fit.
+        """
+        from audio_lens.report import paper
+
+        return paper.map_figure(
+            self,
+            path,
+            audio=audio,
+            words=words,
+            phones=phones,
+            sampling_rate=sampling_rate,
+            quantity=quantity,
+            metric=metric,
+            width_in=width_in,
+        )
 
 
 def load(path: str | Path) -> SweepResult:
@@ -381,13 +442,23 @@ def load(path: str | Path) -> SweepResult:
 
 def _from_xarray(data: xr.Dataset) -> SweepResult:
     dims = tuple(str(dim) for dim in data["value"].dims)
-    coords = {dim: data[dim].values.tolist() for dim in dims if dim != "time"}
+    coords = {dim: data[dim].values.tolist() for dim in dims if dim not in STRETCHES}
+
+    def rows(dim: str, *columns: str) -> Iterator[tuple]:
+        named = (data[f"{dim}_{column}"].values.tolist() for column in columns)
+        return zip(*named, strict=True)
+
     if "time" in dims:
-        columns = ("time_start", "time_end", "time_label", "time_clip", "time_labelled")
-        rows = zip(*(data[column].values.tolist() for column in columns), strict=True)
         coords["time"] = [
             Span(start, end, label if labelled else None, clip)
-            for start, end, label, clip, labelled in rows
+            for start, end, label, labelled, clip in rows(
+                "time", "start", "end", "label", "labelled", "clip"
+            )
+        ]
+    if "frequency" in dims:
+        coords["frequency"] = [
+            Band(low, high, label if labelled else None)
+            for low, high, label, labelled in rows("frequency", "low", "high", "label", "labelled")
         ]
     tensors = {name: torch.tensor(data[name].values) for name in ("value", "clean", "corrupted")}
     return SweepResult(
@@ -410,10 +481,26 @@ def _time_coords(spans: list[Span]) -> dict[str, tuple[str, list]]:
         "time_start": [span.start_s for span in spans],
         "time_end": [span.end_s for span in spans],
         "time_clip": [span.clip for span in spans],
-        "time_label": [span.label or "" for span in spans],
-        "time_labelled": [span.label is not None for span in spans],
     }
-    return {name: ("time", column) for name, column in columns.items()}
+    return _along("time", columns, spans)
+
+
+def _frequency_coords(bands: list[Band]) -> dict[str, tuple[str, list]]:
+    columns = {
+        "frequency": [band.centre_hz for band in bands],
+        "frequency_low": [band.low_hz for band in bands],
+        "frequency_high": [band.high_hz for band in bands],
+    }
+    return _along("frequency", columns, bands)
+
+
+def _along(
+    dim: str, columns: dict[str, list], named: list[Span] | list[Band]
+) -> dict[str, tuple[str, list]]:
+    """Coordinates along a dimension, with the labels."""
+    columns[f"{dim}_label"] = [one.label or "" for one in named]
+    columns[f"{dim}_labelled"] = [one.label is not None for one in named]
+    return {name: (dim, column) for name, column in columns.items()}
 
 
 def _array(tensor: Tensor):
@@ -423,11 +510,13 @@ def _array(tensor: Tensor):
 
 
 def _names(name: Any, wanted: Any) -> bool:
-    """Whether ``wanted`` means the coordinate ``name``; windows have several names."""
-    if not isinstance(name, Span) or isinstance(wanted, Span):
+    """Whether ``wanted`` means the coordinate ``name``; windows and bands have several names."""
+    if not isinstance(name, (Span, Band)) or isinstance(wanted, (Span, Band)):
         return name == wanted
     if isinstance(wanted, str):
         return name.label == wanted
+    if isinstance(name, Band):
+        return name.low_hz <= wanted < name.high_hz
     return name.start_s <= wanted < name.end_s
 
 

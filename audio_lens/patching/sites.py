@@ -19,15 +19,7 @@ _SUBLAYER_OF = {
 }
 _PER_HEAD = ("q", "k", "v", "rot_q", "rot_k", "z", "result")
 _PER_PAIR = ("pattern", "attn_scores")
-_STREAM = (
-    "resid_pre",
-    "resid_mid",
-    "resid_mid_cross",
-    "resid_post",
-    "attn_out",
-    "cross_attn_out",
-    "mlp_out",
-)
+_PER_NEURON = ("pre", "pre_linear", "post")
 
 
 class SiteError(ValueError):
@@ -61,7 +53,7 @@ class Site:
 
     @property
     def sublayer(self) -> str:
-        """ "attn", "cross_attn" or "mlp"; empty for the residual stream and sublayers' outputs."""
+        """ "attn", "cross_attn", "mlp" ...; empty for the residual stream and what is added."""
         return self.activation.rpartition(".")[0]
 
     @property
@@ -117,6 +109,12 @@ def _spellings(text: str, output_part: str) -> list[str]:
     return [*spelled, *(f"{output_part}.{name}" for name in spelled)]
 
 
+def parts_from(model: HookedAudioTransformer, part: str) -> list[str]:
+    """The part, if it has blocks, and those that run behind it."""
+    order = ["encoder", "connector", "decoder"]
+    return [name for name in model.cfg.parts if order.index(name) >= order.index(part)]
+
+
 def sites_of(model: HookedAudioTransformer) -> list[Site]:
     """Every site of a model that can be swept."""
     found = []
@@ -126,25 +124,24 @@ def sites_of(model: HookedAudioTransformer) -> list[Site]:
             if name.startswith(prefix):
                 site = _site(part, name.removeprefix(prefix).replace("hook_", ""), cfg.n_layers)
                 found += [site] if site else []
-    connector = [
-        Site("connector", name, None, "connector", 1, None, None)
-        for name in ("in", "out")
-        if f"connector.hook_{name}" in model.hook_dict
-    ]
-    return found + connector
+    if "connector.hook_out" in model.hook_dict:
+        read = getattr(model.connector, "reads_part", "connector")
+        found.append(Site("connector", "in", None, read, 1, None, None))
+        found.append(Site("connector", "out", None, "connector", 1, None, None))
+    return found
 
 
 def _site(part: str, activation: str, n_layers: int) -> Site | None:
-    """The site of a block's hook point; None for norms, which have no residual of their own."""
+    """The site of a block's hook point; None where cells mean nothing (norms, routers)."""
     path, _, last = activation.rpartition(".")
     on_encoder = path == "cross_attn" and last in ("k", "v")
     positions_of = "encoder" if on_encoder else part
-    if last in _PER_HEAD:
+    if path in ("attn", "cross_attn") and last in _PER_HEAD:
         return Site(part, activation, n_layers, positions_of, 1, "head", 2)
-    if last in _PER_PAIR:
+    if path in ("attn", "cross_attn") and last in _PER_PAIR:
         return Site(part, activation, n_layers, positions_of, 2, "head", 1)
-    if path == "mlp":
+    if path.startswith("mlp") and last in _PER_NEURON:
         return Site(part, activation, n_layers, positions_of, 1, "neuron", 2)
-    if activation in _STREAM:
+    if not path and ("resid" in last or last.endswith("_out")):
         return Site(part, activation, n_layers, positions_of, 1, None, None)
     return None

@@ -15,7 +15,7 @@ from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.engine.request import Direction, Precision, Request
 from audio_lens.patching.engine.schedule import Schedule
-from audio_lens.patching.plan import CellTable, Windows
+from audio_lens.patching.plan import Bands, CellTable, Windows
 from audio_lens.patching.record import check_pair
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
@@ -36,6 +36,7 @@ def sweep(
     axes: str | Sequence[str] = ("layer", "time"),
     metric: Any,
     windows: Windows | None = None,
+    bands: Bands | None = None,
     direction: Direction = "denoise",
     layers: int | Sequence[int] | None = None,
     layer_window: int = 1,
@@ -57,15 +58,18 @@ def sweep(
             ``cross_attn.z``, ``attn.q/k/v/pattern``, ``mlp.post``, ``connector.out`` ... Several
             are patched together as one.
         axes: any of "layer", "head" or "neuron" (where the site has them), and "time" or
-            "position", in the order wanted. What is not an axis is patched as one: without
-            "layer" all ``layers`` together, without "head" all heads, without "time" and
-            "position" all positions.
+            "position", in the order wanted; and "frequency", where positions are patches of a
+            spectrogram (AST). What is not an axis is patched as one: without "layer" all
+            ``layers`` together, without "head" all heads, without "time" all times, without any
+            of the last three all positions.
         metric: a metric of `audio_lens.metrics`, any function from logits to a scalar or one
             value per row, or a mapping from names to these. Called once per cell, with logits of
             the original batch. A bare function makes the engine compute the logits of all
             positions: `metrics.read_at` avoids that.
         windows: for axis "time": width in seconds (default 0.1), ``(width, stride)``, a list of
             Spans or ``(start_s, end_s)``, or "position" for single positions.
+        bands: for axis "frequency": a list of Bands or ``(low_hz, high_hz)``, which hold the
+            patches whose middle lies in them, or "patch" (default) for every row of patches.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
         layers: the block or blocks to patch; None for all.
         layer_window: how many adjacent blocks a cell patches together, from its layer on.
@@ -93,6 +97,7 @@ def sweep(
         InputError: inputs whose shapes differ, or whose audio lies at other positions.
         ValueError: windows without positions, layers out of range, a metric of another shape, one
             that is NaN on the unpatched runs, or a budget too small for one cell.
+        PlacementError: a model that is split over devices.
         VerificationError: a cell that a whole forward does not confirm.
         CheckpointError: a file that belongs to another sweep.
     """
@@ -105,6 +110,7 @@ def sweep(
         "direction": direction,
         "layers": layers,
         "layer_window": layer_window,
+        "bands": bands,
         "source": source,
         "cells_per_forward": cells_per_forward,
         "memory_gb": memory_gb,
@@ -126,6 +132,7 @@ def plan(
     axes: str | Sequence[str] = ("layer", "time"),
     metric: Any,
     windows: Windows | None = None,
+    bands: Bands | None = None,
     direction: Direction = "denoise",
     layers: int | Sequence[int] | None = None,
     layer_window: int = 1,
@@ -146,7 +153,7 @@ def plan(
     _check_options(model, direction, cells_per_forward, memory_gb, precision)
     named = [site] if isinstance(site, str) else list(site)
     sites = [Site.parse(one, model) for one in named]
-    table = CellTable.lay_out(model, clean, sites, axes, windows, layers, layer_window)
+    table = CellTable.lay_out(model, clean, sites, axes, windows, layers, layer_window, bands)
     request = Request(
         model=model,
         clean=clean,
@@ -164,7 +171,7 @@ def plan(
 def laid_out(
     request: Request, cells_per_forward: int | None = None, memory_gb: float | int | None = None
 ) -> Plan:
-    """A plan for a request; with hooks of the user in force, one cell per forward by default."""
+    """A plan for a request; where cells are whole forwards, one per forward by default."""
     is_whole = request.route is HookedRoute
     schedule = Schedule(
         request.model,

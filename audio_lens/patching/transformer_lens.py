@@ -176,7 +176,7 @@ class _Call:
     @torch.no_grad()
     def _unpatched(self) -> Float[Tensor, "metrics *batch"]:
         model, inputs = self.part.model, self.inputs.inputs
-        readout = Readout(model, self.measures, tuple(inputs.tokens.shape))
+        readout = Readout(model, self.measures, inputs)
         return readout.measure(readout.of_logits(model(inputs)))
 
 

@@ -182,6 +182,14 @@ def test_low_rank_path_is_hooked(family: str, live: HookedAudioTransformer) -> N
     assert not torch.allclose(zeroed, logits)
 
 
+def test_positions_of_the_low_rank_path() -> None:
+    """Of cross-attention's keys and values it lies on the encoder's positions."""
+    model = HookedAudioTransformer.from_hf(adapted("whisper", **CONFIGS["all"]))
+    _, cache = model.run_with_cache(batch_of("whisper"), pos_slice=slice(0, 2))
+    assert cache["decoder.blocks.0.cross_attn.q_proj.hook_lora_A"].shape[1] == 2
+    assert "decoder.blocks.0.cross_attn.k_proj.hook_lora_A" not in cache
+
+
 def cache_input(model: HookedAudioTransformer, batch: dict) -> torch.Tensor:
     """What the queries of the decoder's block 1 are made of."""
     block, (_, cache) = model.decoder.blocks[1], model.run_with_cache(batch)

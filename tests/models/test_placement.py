@@ -22,6 +22,7 @@ from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.models import placement
 from audio_lens.models.lora import LoraLinear
 from audio_lens.models.placement import PlacementError, layout, unit_of
+from patching.loops import assert_equals_loop
 from tiny import hf_inputs, tiny_hf
 
 ONE, TWO, CPU = torch.device("maia:1"), torch.device("maia:2"), torch.device("cpu")
@@ -225,18 +226,37 @@ def test_weights_of_all_blocks_come_together(
     assert torch.equal(on_cpu(part.W_O), whole.part("decoder").W_O)
 
 
-def test_sweeps_say_that_they_need_one_device(family: str, whole: HookedAudioTransformer) -> None:
+def test_attribution_says_that_it_needs_one_device(
+    family: str, whole: HookedAudioTransformer
+) -> None:
     with Machine(), torch.no_grad():
         model = split_like(whole, {"encoder": ONE, "decoder": [CPU, TWO]})
         batch = model.as_inputs(hf_inputs(family))
-        with pytest.raises(PlacementError, match=r"a sweep needs the model on one device"):
-            patching.sweep(
+        with pytest.raises(PlacementError, match=r"attribution needs the model on one device"):
+            patching.attribute(
                 model,
                 clean=batch,
                 corrupted=batch,
                 axes="layer",
                 metric=metrics.logit_diff(7, 9),
             )
+
+
+def test_sweep_is_the_loop(family: str, whole: HookedAudioTransformer, machine: Machine) -> None:
+    model = split_like(whole, {"encoder": ONE, "decoder": [CPU, TWO]})
+    clean, corrupted = (model.as_inputs(hf_inputs(family, seed=seed)) for seed in (0, 1))
+    for site, layers in (("decoder.resid_pre", [0, 2]), ("encoder.attn.z", [1])):
+        options = {
+            "clean": clean,
+            "corrupted": corrupted,
+            "site": site,
+            "axes": ("layer",),
+            "layers": layers,
+            "metric": metrics.logit_diff(7, 9),
+        }
+        result = patching.sweep(model, progress=False, **options)
+        assert_equals_loop(whole, result, **options)
+        assert any("several devices" in note for note in result.report)
 
 
 def test_collecting_on_one_device(

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import scipy.stats
-import tiny
 import torch
-from toys import Cue, copy_toy, prompt
 
+import tiny
 from audio_lens import HookedAudioTransformer, InputError, metrics, patching
 from audio_lens.patching.attribution.attribute import attribute
 from audio_lens.patching.attribution.confirm import matched_noise, rank_correlation
+from toys import Cue, copy_toy, prompt
 
 SHARED = {"clean": prompt(Cue(1)), "corrupted": prompt(Cue(3)), "metric": metrics.logit_diff(1, 3)}
 

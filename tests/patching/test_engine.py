@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 import pytest
-import tiny
 import torch
-from tiny import hf_inputs
-from toys import Cue, copy_toy, prompt
 
+import tiny
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.patching.engine import heap, hooked, routes
+from tiny import hf_inputs
+from toys import Cue, copy_toy, prompt
 
 DIFF = metrics.logit_diff(7, 9)
 

@@ -6,115 +6,122 @@ full forward with hooks per cell (loops.py). The long form of it is marked slow.
 
 from __future__ import annotations
 
-import functools
 import random
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import loops
 import pytest
-import tiny
 import torch
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
+from subjects import (
+    ENDING,
+    SITES,
+    THOROUGH,
+    all_logits,
+    batch,
+    ends_in_words,
+    has_time,
+    layouts_of,
+    pair,
+    spread,
+    tiny_model,
+    usual_layout,
+)
 
-from audio_lens import HookedAudioTransformer, Span, metrics, patching
+from audio_lens import Span, metrics, patching
 from audio_lens.models.embedded import default_pair
-from audio_lens.patching import Site, SiteError, sites_of
-
-FRAMES = 14  # encoder positions, of which the longest clip fills 12
-ENDING = (7, 8)  # tokens that prompts without padding at their end end with
-
-
-# -------------------------------------------------------------------------------- models, batches
+from audio_lens.patching import Site, SiteError
+from audio_lens.patching.engine import hooked, routes
+from families import FAMILIES
 
 
-@functools.cache
-def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> HookedAudioTransformer:
-    """Three layers a part, 0.28 s of audio, 6 neurons; grouped keys in Qwen2-Audio (6 over 2)."""
-    width = {"decoder_ffn_dim": 6} if family == "whisper" else {"intermediate_size": 6}
-    return HookedAudioTransformer.from_hf(
-        tiny.tiny_hf(family, dtype=dtype, max_source_positions=FRAMES, encoder_ffn_dim=6, **width)
+def over(sites: list[tuple[str, Site]]) -> pytest.MarkDecorator:
+    """Runs a test for families and sites of theirs."""
+    return pytest.mark.parametrize(
+        ("family", "site"), sites, ids=[f"{family}-{site}" for family, site in sites]
     )
 
 
-LAYOUTS = {
-    "right": {"lengths": (23, 14), "words": (6, 4), "padding": "right"},
-    "left": {"lengths": (23, 14), "words": (6, 4), "padding": "left"},
-    "one": {"lengths": (23,), "words": (5,)},
-    "clips": {"lengths": ((15, 10), 11), "words": (6, 4), "padding": "left"},
-}
-LAYOUTS_OF = {"whisper": ("right", "left", "one"), "qwen2_audio": tuple(LAYOUTS)}
-
-
-def batch(family: str, seed: int, layout: str = "left", dtype=torch.float64) -> dict:
-    """One run's inputs; runs of one layout correspond and differ in audio and words."""
-    made = tiny.hf_inputs(family, seed=seed, n_frames=2 * FRAMES, dtype=dtype, **LAYOUTS[layout])
-    if family == "whisper":
-        n_mel = torch.tensor(LAYOUTS[layout]["lengths"])
-        made["attention_mask"] = (torch.arange(2 * FRAMES) < n_mel[:, None]).long()
-    if layout != "right":
-        made["decoder_input_ids" if family == "whisper" else "input_ids"][:, -2:] = torch.tensor(
-            ENDING
-        )
-    return made
-
-
-def pair(family: str, layout: str = "left", same_text: bool = True, **options: Any) -> dict:
-    """A clean and a corrupted run; with the same text, they differ in their audio alone."""
-    clean, corrupted = (batch(family, seed, layout, **options) for seed in (0, 100))
-    if same_text:
-        corrupted = {**clean, "input_features": corrupted["input_features"]}
-    return {"clean": clean, "corrupted": corrupted}
-
-
-SITES = [(family, site) for family in tiny.FAMILIES for site in sites_of(tiny_model(family))]
-EVERY_SITE = pytest.mark.parametrize(
-    ("family", "site"), SITES, ids=[f"{family}-{site}" for family, site in SITES]
-)
+IN_DEPTH = [(name, site) for name, site in SITES if name in THOROUGH]
 
 
 def along(family: str, site: Site) -> dict[str, Any]:
     """Options of a small sweep over a block and a few windows, or tokens where there is no time."""
     block = {"layers": [1]} if site.n_layers else {}
     axes = ("layer",) if site.n_layers else ()
-    if family == "whisper" and site.positions_of == "decoder":
+    if not has_time(family, site):
         return {"axes": (*axes, "position"), **block}
-    return {"axes": (*axes, "time"), "windows": [Span(0.0, 0.1), Span(0.12, 0.14)], **block}
+    spans = [Span(0.0, 0.1), Span(0.12, 0.14)] if family in THOROUGH else [Span(0.0, 0.2)]
+    return {"axes": (*axes, "time"), "windows": spans, **block}
 
 
 # -------------------------------------------------------------------------------- metrics
 
 
-def all_logits(logits):
-    """A metric of many directions at once: all logits of all positions along one unit vector."""
-    weights = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).cos()
-    return logits.flatten(1) @ (weights / weights.norm())
-
-
 def one_number(logits):
-    return logits[..., 11].mean()
+    return logits[..., 1].mean()
 
 
-EARLY = {"right": 2, "left": -3, "one": 1, "clips": -4}  # attended in every row, and not the last
+def early_position(family: str, layout: str) -> int:
+    """A position of the output that is attended in every row, and not the last where it can be."""
+    model = tiny_model(family)
+    attended = model.output_attended(model.as_inputs(batch(family, 0, layout))).all(0)
+    positions = attended.nonzero().flatten().tolist()
+    return positions[max(0, len(positions) - 3)]
 
-METRICS: dict[str, Callable[[str], Any]] = {
-    "all_logits": lambda layout: all_logits,
-    "one_number": lambda layout: one_number,
-    "logit_diff": lambda layout: metrics.logit_diff(5, 9),
-    "early_logit_diff": lambda layout: metrics.logit_diff(5, 9, position=EARLY[layout]),
-    "log_prob": lambda layout: metrics.log_prob(33),
-    "early_prob": lambda layout: metrics.prob(33, position=EARLY[layout]),
-    "kl": lambda layout: metrics.kl(),
-    "sequence_log_prob": lambda layout: metrics.sequence_log_prob(ENDING),
-    "several": lambda layout: {
-        "early": metrics.log_prob(4, position=EARLY[layout]),
-        "last": metrics.logit_diff(5, 9),
-    },
-    "several_with_opaque": lambda layout: {"all": all_logits, "kl": metrics.kl()},
+
+ANY_OUTPUT: dict[str, Callable[[int], Any]] = {
+    "all_logits": lambda early: all_logits,
+    "one_number": lambda early: one_number,
 }
+ANY_HEAD = ANY_OUTPUT | {
+    "early_logit_diff": lambda early: metrics.logit_diff(5, 3, position=early),
+    "early_prob": lambda early: metrics.prob(4, position=early),
+    "early_kl": lambda early: metrics.kl(position=early),
+}
+METRICS: dict[str | None, dict[str, Callable[[int], Any]]] = {
+    None: ANY_OUTPUT,
+    "ctc": ANY_HEAD
+    | {
+        "ctc_log_prob": lambda early: metrics.ctc_log_prob([3]),
+        "forced_choice": lambda early: metrics.forced_choice(4, [4, 5]),
+        "several": lambda early: {
+            "early": metrics.log_prob(4, position=early),
+            "transcripts": metrics.ctc_diff([3], [4]),
+        },
+    },
+    "classes": ANY_HEAD
+    | {
+        "logit_diff": lambda early: metrics.logit_diff(0, 1),
+        "forced_choice": lambda early: metrics.forced_choice(1, [1, 2, 4]),
+        "several_with_opaque": lambda early: {"all": all_logits, "kl": metrics.kl()},
+    },
+    "tokens": ANY_HEAD
+    | {
+        "logit_diff": lambda early: metrics.logit_diff(5, 9),
+        "log_prob": lambda early: metrics.log_prob(33),
+        "kl": lambda early: metrics.kl(),
+        "sequence_log_prob": lambda early: metrics.sequence_log_prob(ENDING),
+        "several": lambda early: {
+            "early": metrics.log_prob(4, position=early),
+            "last": metrics.logit_diff(5, 9),
+        },
+        "several_with_opaque": lambda early: {"all": all_logits, "kl": metrics.kl()},
+    },
+}
+
+
+def metric_of(family: str, name: str, layout: str) -> Any:
+    """A metric that the family's output allows."""
+    return METRICS[tiny_model(family).cfg.head][name](early_position(family, layout))
+
+
+def metrics_of(family: str, layout: str) -> list[str]:
+    """Names of the metrics for a layout."""
+    names = list(METRICS[tiny_model(family).cfg.head])
+    is_ended = ends_in_words(batch(family, 0, layout))
+    return [name for name in names if is_ended or name != "sequence_log_prob"]
 
 
 # -------------------------------------------------------------------------------- exact
@@ -124,6 +131,9 @@ METRICS: dict[str, Callable[[str], Any]] = {
 class Case:
     """Everything that can be asked of a sweep of one site."""
 
+    family: str
+    site: str
+    direction: str
     layout: str
     axes: tuple[str, ...]
     windows: Any
@@ -135,140 +145,144 @@ class Case:
     cells_per_forward: int | None
     attn_mode: str
     dtype: torch.dtype
-    lot: int  # decides which cells are compared
 
-    def options(self, family: str, site: str) -> dict[str, Any]:
+    def assert_exact(self, check: Callable, choose: Callable[[int], Sequence[int]]) -> None:
+        """Hold a sweep against the loop, with a function of loops.py."""
+        model = tiny_model(self.family, self.dtype)
+        with model.attention(self.attn_mode):
+            check(model, choose, **self.options())
+
+    def options(self) -> dict[str, Any]:
         """The arguments of the sweep."""
-        asked = pair(family, self.layout, self.same_text, dtype=self.dtype)
-        asked |= {"site": site, "axes": self.axes, "metric": METRICS[self.metric](self.layout)}
+        asked = pair(self.family, self.layout, self.same_text, dtype=self.dtype)
+        asked |= {"site": self.site, "axes": self.axes, "direction": self.direction}
+        asked["metric"] = metric_of(self.family, self.metric, self.layout)
         given = {
-            "windows": self._windows(),
+            "windows": self.windows,
             "layers": self.layers,
-            "source": self._source(family, site),
+            "source": self._source(),
             "cells_per_forward": self.cells_per_forward,
         }
         asked |= {name: option for name, option in given.items() if option is not None}
         return asked | ({"layer_window": self.layer_window} if self.layer_window > 1 else {})
 
-    def _windows(self) -> Any:
-        if not isinstance(self.windows, list):
-            return self.windows
-        return [Span(start_s, end_s, clip=clip) for start_s, end_s, clip in self.windows]
-
-    def _source(self, family: str, site: str) -> Any:
+    def _source(self) -> Any:
         """A third run, as inputs or as its activations."""
         if self.source is None:
             return None
-        model = tiny_model(family, self.dtype)
-        inputs = model.as_inputs(batch(family, 7, self.layout, self.dtype))
+        model = tiny_model(self.family, self.dtype)
+        inputs = model.as_inputs(batch(self.family, 7, self.layout, self.dtype))
         if self.source == "inputs":
             return inputs
-        place = Site.parse(site, model)
+        place = Site.parse(self.site, model)
         names = [place.hook_name(layer) for layer in range(place.n_layers or 0) or [None]]
         with torch.no_grad(), model.attention("explicit"):
             cache = model.run_with_cache(inputs, names_filter=names)[1]
         return {name: cache[name] for name in names}
 
-    def few(self, n_cells: int) -> list[int]:
-        return random.Random(self.lot).sample(range(n_cells), min(2, n_cells))
 
-
-@st.composite
-def windows_of(draw, layout: str) -> list[tuple[float, float, int]]:
-    """Start, end and clip of windows: they overlap, touch, lie at the edges, hold one position."""
-    lengths = LAYOUTS[layout]["lengths"]
-    clips = lengths[0] if isinstance(lengths[0], tuple) else lengths[:1]
-    spans = []
-    for _ in range(draw(st.integers(1, 3))):
-        clip = draw(st.integers(0, len(clips) - 1))
-        last = tiny.audio_tokens(clips[clip]) - 1
-        first = draw(st.integers(0, last))
-        beyond = draw(st.integers(first + 1, last + 1))
-        start_s = 0.04 * first + draw(st.sampled_from([0.0, 0.005, 0.01]))
-        end_s = 0.04 * beyond + draw(st.sampled_from([0.0, 0.015, 3.0]))
-        spans.append((start_s, end_s, clip))
-    return spans
-
-
-@st.composite
-def cases(draw, family: str, site: Site) -> Case:
-    """Cases that fit the site."""
-    layout = draw(st.sampled_from(LAYOUTS_OF[family]))
-    has_time = family != "whisper" or site.positions_of != "decoder"
-    along = draw(st.sampled_from([*(["time"] * 2 if has_time else []), "position", None]))
+def case_of(family: str, site: Site, direction: str | None, lot: int) -> Case:
+    """A case that fits the site, the same for the same lot."""
+    rng = random.Random(f"{family} {site} {direction} {lot}")
+    layout = rng.choice(layouts_of(family))
+    timed = ["time", "time"] if has_time(family, site, layout) else []
+    along = rng.choice([*timed, "position", None])
     possible = [*(["layer"] if site.n_layers else []), *([site.unit] if site.unit else [])]
-    whole = [axis for axis in possible if draw(st.booleans())]
-    axes = [*whole, *([along] if along else [])] or ["position"]
-    windows = None
-    if "time" in axes:
-        windows = draw(windows_of(layout) | st.sampled_from(["position", 0.1, (0.1, 0.06)]))
+    axes = [axis for axis in possible if rng.random() < 0.5] + ([along] if along else [])
+    axes = axes or ["position"]
     layers = None
-    if site.n_layers and (site.unit in axes or draw(st.booleans())):
+    if site.n_layers and (site.unit in axes or rng.random() < 0.5):
         most = 1 if site.unit in axes else site.n_layers
-        every = st.integers(0, site.n_layers - 1)
-        layers = draw(st.lists(every, min_size=1, max_size=most, unique=True))
+        layers = rng.sample(range(site.n_layers), rng.randint(1, most))
     windowed = "layer" in axes and layers is None
-    ends_unpadded = layout != "right"
     return Case(
+        family=family,
+        site=str(site),
+        direction=direction or rng.choice(["denoise", "noise"]),
         layout=layout,
-        axes=tuple(draw(st.permutations(axes))),
-        windows=windows,
+        axes=tuple(rng.sample(axes, len(axes))),
+        windows=windows_of(rng, family, site, layout) if "time" in axes else None,
         layers=layers,
-        layer_window=draw(st.sampled_from([1, 2])) if windowed else 1,
-        metric=draw(
-            st.sampled_from([m for m in METRICS if ends_unpadded or m != "sequence_log_prob"])
-        ),
-        same_text=draw(st.booleans()),
-        source=draw(st.sampled_from([None, None, None, "inputs", "activations"])),
-        cells_per_forward=draw(st.none() | st.integers(1, 7)),
-        attn_mode=draw(st.sampled_from(["auto", "explicit", "sdpa"])),
-        dtype=draw(st.sampled_from([torch.float64, torch.float64, torch.float32])),
-        lot=draw(st.integers(0, 99)),
+        layer_window=rng.choice([1, 2]) if windowed else 1,
+        metric=rng.choice(metrics_of(family, layout)),
+        same_text=rng.random() < 0.5,
+        source=rng.choice([None, None, None, "inputs", "activations"]),
+        cells_per_forward=rng.choice([None, rng.randint(1, 7)]),
+        attn_mode=rng.choice(["auto", "explicit", "sdpa"]),
+        dtype=rng.choice([torch.float64, torch.float64, torch.float32]),
     )
 
 
-def for_all(strategy: st.SearchStrategy, examples: int, name: str) -> Callable:
-    """Runs a function at once on so many examples, other ones for every name."""
+def windows_of(rng: random.Random, family: str, site: Site, layout: str) -> Any:
+    """Windows that overlap, touch, lie at the edges, hold one position; or regular ones."""
+    centres = centres_of(family, site, layout)
+    longest = max(centres.values(), key=len)
+    regular = ["position", 0.1, (0.1, 0.06)] if len(set(longest)) > 1 else [0.1]
+    if rng.random() < 0.4:
+        return rng.choice(regular)
+    spans = []
+    for _ in range(rng.randint(1, 3)):
+        clip = rng.choice(list(centres))
+        first, last = sorted(rng.choices(centres[clip], k=2))
+        start_s = max(0.0, first - rng.choice([0.0, 0.004, 0.01]))
+        spans.append(Span(start_s, last + rng.choice([0.001, 0.015, 3.0]), clip=clip))
+    return spans
 
-    def run(check: Callable) -> None:
-        check = given(strategy)(check)
-        settings(max_examples=examples, database=None)(seed(zlib.crc32(name.encode()))(check))()
 
-    return run
+def centres_of(family: str, site: Site, layout: str) -> dict[int, list[float]]:
+    """Where the site's positions of every clip of the first prompt lie, in seconds."""
+    (row, *_) = tiny_model(family).timeline(batch(family, 0, layout)).rows
+    found: dict[int, list[float]] = {}
+    for track in row.segments(site.positions_of):
+        here = track.valid & track.seconds.isfinite()
+        of_track = track.clip[here].tolist(), track.seconds[here].tolist()
+        for clip, second in zip(*of_track, strict=True):
+            found.setdefault(clip, []).append(second)
+    return found
 
 
-def assert_case_is_exact(family: str, site: str, direction: str, case: Case, choose) -> None:
-    model = tiny_model(family, case.dtype)
-    with model.attention(case.attn_mode):
-        loops.assert_exact(model, choose, direction=direction, **case.options(family, site))
+def few(lot: int) -> Callable[[int], list[int]]:
+    """Chooses up to five cells."""
+    return lambda n: random.Random(lot).sample(range(n), min(5, n))
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@EVERY_SITE
+@over(IN_DEPTH)
 def test_exact(family, site, direction):
     """Every site: whatever is asked, a few cells equal one full forward each."""
+    for lot in range(6):
+        case = case_of(family, site, direction, lot)
+        print(case)
+        case.assert_exact(loops.assert_few_exact, few(lot))
 
-    @for_all(cases(family, site), 6, f"{family} {site} {direction}")
-    def holds(case):
-        assert_case_is_exact(family, str(site), direction, case, case.few)
+
+@over([(name, site) for name, site in spread(0) if name not in THOROUGH])
+def test_exact_in_every_family(family, site):
+    """The same of every family, in one case a site, and with each family another few sites."""
+    case = case_of(family, site, None, 0)
+    print(case)
+    case.assert_exact(loops.assert_few_exact, few(0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@EVERY_SITE
+@over(SITES)
 def test_exact_in_all_cells(family, site, direction):
-    """The same in every cell, for more of what can be asked."""
+    """The same in more cells, for more of what can be asked."""
+    for lot in range(100, 108):
+        case = case_of(family, site, direction, lot)
+        print(case)
+        if family in THOROUGH:
+            case.assert_exact(loops.assert_exact, range)
+        else:
+            case.assert_exact(loops.assert_few_exact, few(lot))
 
-    @for_all(cases(family, site), 8, f"all {family} {site} {direction}")
-    def holds(case):
-        assert_case_is_exact(family, str(site), direction, case, range)
 
-
-@EVERY_SITE
+@over(IN_DEPTH)
 def test_every_block_and_unit(family, site):
     """The map people ask for: layer, unit and time (or position) at once, and it is no flat one."""
     model = tiny_model(family)
-    has_time = family != "whisper" or site.positions_of != "decoder"
+    is_timed = has_time(family, site)
     spans = [Span(0.0, 0.1), Span(0.12, 0.14), Span(0.13, 2.5)]
     result = loops.assert_exact(
         model,
@@ -276,12 +290,12 @@ def test_every_block_and_unit(family, site):
         site=str(site),
         axes=(
             *[a for a in ("layer", "head") if a in site.axes],
-            "time" if has_time else "position",
+            "time" if is_timed else "position",
         ),
         metric=all_logits,
         cells_per_forward=5,
         **pair(family, same_text=False),
-        **({"windows": spans} if has_time else {}),
+        **({"windows": spans} if is_timed else {}),
     )
     flat = result.values.flatten(1)
     assert (flat - flat[:, -1:]).nan_to_num().abs().max() > 1e-6
@@ -312,7 +326,7 @@ UNIONS = {
     ("direction", "metric"), [("denoise", "all_logits"), ("noise", "logit_diff")]
 )
 @pytest.mark.parametrize(
-    ("family", "union", "axes"), [(f, *union) for f in tiny.FAMILIES for union in UNIONS[f]]
+    ("family", "union", "axes"), [(name, *union) for name in UNIONS for union in UNIONS[name]]
 )
 def test_several_sites_are_one_intervention(family, union, axes, direction, metric):
     loops.assert_exact(
@@ -320,7 +334,7 @@ def test_several_sites_are_one_intervention(family, union, axes, direction, metr
         loops.evenly(5),
         site=list(union),
         axes=axes,
-        metric=METRICS[metric]("left"),
+        metric=metric_of(family, metric, "left"),
         direction=direction,
         **pair(family),
         **({"windows": [Span(0.0, 0.1), Span(0.08, 0.3)]} if "time" in axes else {}),
@@ -431,11 +445,11 @@ def test_stimuli_without_the_window_are_nan(family):
 # -------------------------------------------------------------------------------- identity, total
 
 
-@EVERY_SITE
+@over(spread(1))
 def test_identity(family, site):
     """Patching a run with its own activations changes nothing."""
     clean = batch(family, 0)
-    result = patching.sweep(
+    plan = patching.plan(
         tiny_model(family),
         clean=clean,
         corrupted=clean,
@@ -443,33 +457,30 @@ def test_identity(family, site):
         axes=("layer", "position") if site.n_layers else ("position",),
         layers=[1] if site.n_layers else None,
         metric=all_logits,
-        progress=False,
     )
-    baseline = result.clean.reshape(-1, *[1] * len(result.axes))
+    result = plan.run(only=loops.evenly(12)(len(plan)), progress=False)
+    baseline = result.clean.reshape(*result.clean.shape, *[1] * len(result.axes))
     change = (result.values - baseline)[result.values.isfinite()]
     assert len(change) and change.abs().max() <= 1e-12 * result.clean.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("direction", "metric"), [("denoise", "all_logits"), ("noise", "logit_diff")]
-)
-@pytest.mark.parametrize(
-    ("family", "site"),
-    [
-        ("whisper", "encoder.resid_pre"),
-        ("whisper", "encoder.resid_post"),
-        ("qwen2_audio", "encoder.resid_pre"),
-        ("qwen2_audio", "decoder.resid_pre"),
-        ("qwen2_audio", "decoder.resid_post"),
-    ],
-)
-def test_total(family, site, metric, direction):
+STREAMS = ("resid_pre", "resid_post", "normalized_resid_mid", "normalized_resid_post")
+TOTAL = [
+    (name, site)
+    for name, site in SITES
+    if site.last in STREAMS and (name, site.part) != ("whisper", "decoder")
+]
+
+
+@over([(name, site) for turn, (name, site) in enumerate(TOTAL) if turn % 2 or name in THOROUGH])
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_total(family, site, direction):
     """All positions of the residual stream at any layer give the other run."""
     result = patching.sweep(
         tiny_model(family),
-        site=site,
+        site=str(site),
         axes="layer",
-        metric=METRICS[metric]("left"),
+        metric=all_logits,
         direction=direction,
         progress=False,
         **pair(family),
@@ -527,7 +538,7 @@ def assert_exact_under_hook(family: str, site: str, name: str, kind: str, metric
         result = loops.assert_exact(
             model,
             site=site,
-            metric=METRICS[metric]("left"),
+            metric=metric_of(family, metric, usual_layout(family)),
             **along(family, Site.parse(site, model)),
             **pair(family),
         )
@@ -556,18 +567,27 @@ def test_user_hooks_stay_in_force(family, site, name):
     assert_exact_under_hook(family, site, name, "across positions", "logit_diff")
 
 
-def hooked_sweeps(family: str) -> st.SearchStrategy:
+def assert_exact_under_hooks(family: str, lots: range) -> None:
+    """Sweeps of any site under any hook."""
     names = list(tiny_model(family).hook_dict)
     sites = [str(site) for of, site in SITES if of == family]
-    every = (sites, names, list(USER_HOOKS), ["all_logits", "logit_diff", "early_logit_diff"])
-    return st.tuples(*map(st.sampled_from, every))
-
-
-@pytest.mark.parametrize("examples", [25, pytest.param(100, marks=pytest.mark.slow)])
-def test_user_hooks_anywhere(family, examples):
-    @for_all(hooked_sweeps(family), examples, family)
-    def holds(drawn):
+    kinds, wanted = list(USER_HOOKS), metrics_of(family, usual_layout(family))
+    for lot in lots:
+        rng = random.Random(f"{family} {lot}")
+        drawn = [rng.choice(of) for of in (sites, names, kinds, wanted)]
+        print(drawn)
         assert_exact_under_hook(family, *drawn)
+
+
+@pytest.mark.parametrize("lots", [range(25), pytest.param(range(25, 125), marks=pytest.mark.slow)])
+def test_user_hooks_anywhere(family, lots):
+    assert_exact_under_hooks(family, lots)
+
+
+@pytest.mark.parametrize("lots", [range(3), pytest.param(range(3, 25), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in THOROUGH])
+def test_user_hooks_in_every_family(name, lots):
+    assert_exact_under_hooks(name, lots)
 
 
 @pytest.mark.parametrize("site", ["encoder.resid_pre", "decoder.attn.z"])
@@ -637,3 +657,25 @@ def test_the_loop_itself_sees_differences(family):
     everything = torch.cat([values[0], unpatched[:, None].detach()], dim=1)
     gaps = (everything[:, :, None] - everything[:, None, :]).abs()
     assert gaps[gaps > 0].numel() == 2 * 4 * 3 and gaps[gaps > 0].min() > 1e-6
+
+
+# -------------------------------------------------------------------------------- routes
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "route", "unknown"),
+    [
+        ("wavlm", "encoder.attn.k", routes.EncoderRoute, ""),
+        ("mms", "encoder.mlp.post", routes.EncoderRoute, ""),
+        ("mms", "encoder.adapter_out", hooked.SuffixRoute, "encoder.adapter_out is of its own"),
+        ("granite_speech", "encoder.mlp_out", hooked.SuffixRoute, "the encoder is of its own"),
+        ("granite_speech", "decoder.mlp_out", routes.DecoderRoute, ""),
+    ],
+)
+def test_blocks_of_their_own_kind_run_whole_and_the_report_says_so(family, site, route, unknown):
+    plan = patching.plan(
+        tiny_model(family), site=site, axes="layer", metric=all_logits, **pair(family)
+    )
+    assert plan.request.route is route
+    notes = plan.run(only=[1], progress=False).report
+    assert any(unknown in note for note in notes) if unknown else not notes

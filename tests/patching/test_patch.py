@@ -6,13 +6,13 @@ from typing import Any
 
 import loops
 import pytest
-import tiny
 import torch
 from jaxtyping import TypeCheckError
-from toys import Cue, copy_toy, prompt
 
+import tiny
 from audio_lens import HookedAudioTransformer, InputError, Span, metrics
 from audio_lens.patching import Patch, Site, SiteError, patch, sites_of
+from toys import Cue, copy_toy, prompt
 
 FRAMES = 20  # encoder positions
 MODELS = {

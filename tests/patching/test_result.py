@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audio_lens.patching.result import AXES, Cell, SweepResult, load
-from audio_lens.timeline import Span
+from audio_lens.timeline import Band, Span
 
 WINDOWS = [Span(0.0, 0.1), Span(0.1, 0.2, "seven"), Span(0.2, 0.35, "")]
 
@@ -232,12 +232,19 @@ def test_plotly_is_imported_only_to_plot():
     assert said.stdout.strip() == "False"
 
 
+labels = st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 spans = st.builds(
     lambda start, width, label, clip: Span(start, start + width, label, clip),
     st.floats(0, 30),
     st.floats(0.01, 2),
-    st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
+    labels,
     st.integers(0, 3),
+)
+bands = st.builds(
+    lambda low, width, label: Band(low, low + width, label),
+    st.floats(0, 8000),
+    st.floats(1, 500),
+    labels,
 )
 
 
@@ -247,8 +254,9 @@ def results(draw):
     batch = [dim for dim in ("metric", "stimulus") if draw(st.booleans())]
     coords = {dim: [f"{dim} {i}" for i in range(draw(st.integers(1, 3)))] for dim in batch}
     numbers = st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True)
-    windows = st.lists(spans, min_size=1, max_size=3)
-    coords |= {axis: draw(windows if axis == "time" else numbers) for axis in axes}
+    stretches = {"time": spans, "frequency": bands}
+    stretches = {axis: st.lists(some, min_size=1, max_size=3) for axis, some in stretches.items()}
+    coords |= {axis: draw(stretches.get(axis, numbers)) for axis in axes}
     shape = [len(names) for names in coords.values()]
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     make = torch.Generator().manual_seed(draw(st.integers(0, 99)))

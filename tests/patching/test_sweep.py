@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from jaxtyping import TypeCheckError
-from toys import Cue, copy_toy, prompt
 
+import tiny
 from audio_lens import HookedAudioTransformer, InputError, Span, TokenError, metrics, patching
 from audio_lens.patching import SiteError, SweepResult
+from toys import Cue, copy_toy, prompt
 
 RATE = 16_000
 WRONG_VALUE = (ValueError, TypeCheckError)  # the tests' type checker is quicker than our message

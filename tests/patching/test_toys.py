@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from toys import AUDIO_TOKENS, Cue, copy_toy, gate_toy, prompt, two_stream_toy
 
 from audio_lens import Span, metrics, patching
+from toys import AUDIO_TOKENS, Cue, copy_toy, gate_toy, prompt, two_stream_toy
 
 CUE_TOKEN, LAYER, HEAD, N_LAYERS = 6, 2, 1, 5
 LAST = AUDIO_TOKENS + 1

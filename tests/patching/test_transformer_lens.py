@@ -6,10 +6,10 @@ import inspect
 
 import pandas as pd
 import pytest
-import tiny
 import torch
 from transformer_lens import patching as theirs
 
+import tiny
 from audio_lens import HookedAudioTransformer
 from audio_lens import patching as ours
 

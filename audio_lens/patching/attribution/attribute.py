@@ -24,7 +24,7 @@ from audio_lens.patching.attribution.runs import (
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
 from audio_lens.patching.engine.request import Direction
-from audio_lens.patching.plan import CellTable, Windows
+from audio_lens.patching.plan import Bands, CellTable, Windows
 from audio_lens.patching.record import check_pair, provenance
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
@@ -102,6 +102,7 @@ def attribute(
     axes: str | Sequence[str] = ("layer", "time"),
     metric: Any,
     windows: Windows | None = None,
+    bands: Bands | None = None,
     direction: Direction = "denoise",
     layers: int | Sequence[int] | None = None,
     layer_window: int = 1,
@@ -116,7 +117,7 @@ def attribute(
 
     Args:
         model: the model. Its parameters are frozen meanwhile.
-        clean, corrupted, axes, windows, direction, layers, layer_window: as in `sweep`.
+        clean, corrupted, axes, windows, bands, direction, layers, layer_window: as in `sweep`.
         site: as in `sweep`; several are estimated side by side, in the same runs.
         metric: as in `sweep`, and differentiable. One value per row must depend on the logits of
             that row alone. Each metric costs a backward.
@@ -143,7 +144,9 @@ def attribute(
         ValueError: as in `sweep`; a metric without gradient, or one that mixes rows; a method that
             does not fit the site or axes, ``steps`` without "ig".
         DeadHookError: a site that does not run.
+        PlacementError: a model that is split over devices.
     """
+    model.need_one_device("attribution")
     clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
     check_pair(model, clean, corrupted)
     if direction not in ("denoise", "noise"):
@@ -152,14 +155,15 @@ def attribute(
     if not sites or len(set(sites)) < len(sites):
         raise ValueError(f"name one site or several, each once; got {site!r}")
     tables = [
-        CellTable.lay_out(model, clean, one, axes, windows, layers, layer_window) for one in sites
+        CellTable.lay_out(model, clean, one, axes, windows, layers, layer_window, bands)
+        for one in sites
     ]
     _check_method(model, tables, method, steps)
     if direction == "noise" and method != "ig":
         _check_not_at_its_minimum(metric)
     shared = {"clean": clean, "corrupted": corrupted, "axes": tables[0].axes, "metric": metric}
     shared |= {"windows": windows, "direction": direction, "layers": layers}
-    shared |= {"layer_window": layer_window}
+    shared |= {"layer_window": layer_window, "bands": bands}
     with model.attention(_attention_mode(model, sites, method)), differentiable(model):
         estimate = Estimate(model, tables, method, steps or DEFAULT_STEPS, shared)
         results = {str(table.site): _result(model, estimate, table, shared) for table in tables}
@@ -194,7 +198,7 @@ def _check_method(
         raise ValueError(f"steps belong to method 'ig', not to {method!r}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    fixed = [str(table.site) for table in tables if QueryKeyTap.fits(table)]
+    fixed = [str(table.site) for table in tables if QueryKeyTap.fits(model, table)]
     if method == "qk_fix" and len(fixed) < len(tables):
         others = [str(table.site) for table in tables if str(table.site) not in fixed]
         raise ValueError(
@@ -232,7 +236,7 @@ def _check_softmax_is_free(model: HookedAudioTransformer, tables: list[CellTable
     hooked = [
         name
         for table in tables
-        if QueryKeyTap.fits(table)
+        if QueryKeyTap.fits(model, table)
         for layer in layers_of(table)
         for name in QueryKeyTap.softmax_points(table.site.hook_name(layer))
         if model.hook_dict[name].fwd_hooks

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from audio_lens import metrics
+from audio_lens.hooks import local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, precise
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.plan import CellTable
 from audio_lens.patching.record import batch_dims, check_finite
-from audio_lens.patching.sites import Site
+from audio_lens.patching.sites import Site, parts_from
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookPoint
@@ -27,7 +28,6 @@ Method = Literal["atp", "ig", "qk_fix", "grad_drop", "atp*"]
 UNSIGNED = ("grad_drop", "atp*")
 FIXES_QUERIES_AND_KEYS = ("qk_fix", "atp*")
 Layer = tuple[str, int]  # a part and the index of one of its blocks
-_WRITES = ("hook_attn_out", "hook_cross_attn_out", "hook_mlp_out")  # what a block adds
 
 
 @contextmanager
@@ -53,8 +53,11 @@ def layers_of(table: CellTable) -> tuple[int | None, ...]:
 def layers_from(model: HookedAudioTransformer, site: Site) -> list[Layer]:
     """The blocks of the site's part and of the parts behind it."""
     parts = model.cfg.parts
-    behind = list(parts) if site.part == "encoder" else ["decoder"]
-    return [(part, layer) for part in behind for layer in range(parts[part].n_layers)]
+    return [
+        (part, layer)
+        for part in parts_from(model, site.part)
+        for layer in range(parts[part].n_layers)
+    ]
 
 
 class Estimate:
@@ -98,13 +101,15 @@ class Estimate:
         self._differentiate(base_hidden)
 
     def _tap(self, table: CellTable, layer: int | None, source: dict[str, Tensor]) -> Tap:
-        if self.method not in FIXES_QUERIES_AND_KEYS or not QueryKeyTap.fits(table):
+        if self.method not in FIXES_QUERIES_AND_KEYS or not QueryKeyTap.fits(self.model, table):
             return Tap(table, layer, source)
         block = getattr(self.model, table.site.part).blocks[layer]
         return QueryKeyTap(table, layer, source, getattr(block, table.site.sublayer))
 
     def _entrances(self) -> list[str]:
         """Where audio and text enter, no earlier than the sites need."""
+        if self.model.cfg.decoder is None:
+            return ["encoder.blocks.0.hook_resid_pre"]
         heard = end_of_encoder(self.model)
         if any(site.part == "encoder" for site in self.sites):
             heard = "encoder.blocks.0.hook_resid_pre"
@@ -129,7 +134,7 @@ class Estimate:
         if needed > named:  # of rotated queries and keys, whatever runs
             hooks.append((lambda name: name in needed, keep))
         with self.model.hooks([*hooks, *self.reader.hooks]):
-            hidden = _decoded(self.model, source, self.model.encode(source))
+            hidden = _hidden(self.model, source, self.model.encode(source))
         for entrance in self.entrances:
             entrance.source = kept[entrance.name]
         return hidden
@@ -199,10 +204,10 @@ class Estimate:
         return abs(effects) if self.method in UNSIGNED else effects
 
     def _owner(self, part: str) -> Int[Tensor, " batch"]:
-        """The row that each entry of a part's batch axis belongs to: prompts, or their clips."""
-        clips = torch.tensor(self.base.clips_per_row, device=self.base.device)
-        rows = torch.arange(len(clips), device=clips.device)
-        owner = rows if part == "decoder" else rows.repeat_interleave(clips)
+        """The row that each entry of a part's batch axis belongs to: prompts, or segments."""
+        segments = torch.tensor(self.base.segments_per_row, device=self.base.device)
+        rows = torch.arange(len(segments), device=segments.device)
+        owner = rows if part == "decoder" else rows.repeat_interleave(segments)
         return owner if self.n_rows > 1 else torch.zeros_like(owner)
 
     def _slope(self, name: str, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
@@ -247,9 +252,11 @@ class Estimate:
         values = base + effects
         if "stimulus" in self.dims:
             values = values.masked_fill(~table.covered.T[None, :, None, :, None], torch.nan)
-        dim_of = {"layer": 2, "time": 3, "position": 3, table.site.unit: 4}
-        axes = [dim_of[axis] for axis in table.axes]
-        spare = [dim for dim in (2, 3, 4) if dim not in axes]
+        places = table.place_axes
+        values = values.unflatten(3, [len(table.coords[axis]) for axis in places] or [1])
+        dims = ["layer", *(places or ["everywhere"]), table.site.unit]
+        axes = [2 + dims.index(axis) for axis in table.axes]
+        spare = [dim for dim in range(2, values.ndim) if dim not in axes]
         lengths = [len(names) for names in (*self.dims.values(), *table.coords.values())]
         return values.permute(0, 1, *axes, *spare).reshape(lengths)
 
@@ -314,14 +321,15 @@ class _Reader:
         if not self._compares:
             self._set({name: self._bound(one, None) for name, one in self._wanted.items()})
             busy = tapped | set(model.list_hooks(dir="fwd"))
-            self._is_narrow = not (self._readout.reads_all or any(map(self._is_late, busy)))
+            is_opaque = self._readout.reads_all or model.cfg.decoder is None
+            self._is_narrow = not (is_opaque or any(map(self._is_late, busy)))
 
-    def _bound(self, metric: Any, reference: Float[Tensor, "b t v"] | None) -> Callable:
+    def _bound(self, metric: Any, reference: Float[Tensor, "b *t v"] | None) -> Callable:
         return metrics.bound(metric, self.model, self.base, reference)
 
     def _set(self, measures: dict[str, Callable]) -> None:
         self._measures = measures
-        self._readout = Readout(self.model, measures, tuple(self.base.tokens.shape))
+        self._readout = Readout(self.model, measures, self.base)
 
     @property
     def _last_block(self) -> str:
@@ -338,9 +346,9 @@ class _Reader:
         """Forward hooks that leave only the positions that are read."""
         if not self._is_narrow:
             return []
-        mid = "hook_resid_mid_cross" if self.model.decoder_needs_encoder else "hook_resid_mid"
+        name = f"{self._last_block}hook_{self.model.decoder.blocks[-1].mlp_stage}"
         rows = self._readout.positions
-        return [(self._last_block + mid, lambda x, hook: metrics.at_positions(x, rows))]
+        return [(name, lambda x, hook: metrics.at_positions(x, rows))]
 
     def bind(self, clean: Float[Tensor, "b t d"]) -> None:
         """Bind metrics that compare with the clean run to what it gave."""
@@ -348,8 +356,9 @@ class _Reader:
             reference = self._logits(clean)
             self._set({name: self._bound(one, reference) for name, one in self._wanted.items()})
 
-    def _logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
-        return self.model.hook_logits(self.model.decoder.unembed(hidden))
+    def _logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b *t v"]:
+        logits = self.model.read_out(hidden, self.base)
+        return logits if self.model.cfg.head is None else self.model.hook_logits(logits)
 
     def measure(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "metrics *batch"]:
         """Every metric of a run: a scalar or one value per row each."""
@@ -401,8 +410,7 @@ class _BaseRun:
             (f"{part}.blocks.{layer}.{name}", self._droppable((part, layer)))
             for part in parts
             for layer in range(self.model.cfg.parts[part].n_layers)
-            for name in _WRITES
-            if f"{part}.blocks.{layer}.{name}" in self.model.hook_dict
+            for name in writes_of(self.model, part)
         ]
 
     def _droppable(self, layer: Layer) -> Callable:
@@ -424,13 +432,22 @@ class _BaseRun:
                 encoded = fn(encoded, hook=self.model.hook_dict[self.end])
         with self.model.hooks(hooks):
             encoded = self.model.encode(self.base) if encoded is None else encoded
-            return _decoded(self.model, self.base, encoded)
+            return _hidden(self.model, self.base, encoded)
 
 
-def _decoded(
+def writes_of(model: HookedAudioTransformer, part: str) -> list[str]:
+    """The points of a block whose activations are added to the residual stream."""
+    prefix = f"{part}.blocks.0.hook_"
+    names = [name for name in model.hook_dict if name.startswith(prefix)]
+    return [local_name(name) for name in names if name.endswith("_out")]
+
+
+def _hidden(
     model: HookedAudioTransformer, inputs: AudioInputs, encoded: Tensor
 ) -> Float[Tensor, "b r d"]:
     """Final hidden states of all positions, or of those that a `_Reader`'s hook leaves."""
+    if model.cfg.decoder is None:
+        return encoded
     stack = model.decoder
     resid = model.decode(inputs, encoded, stop=len(stack.blocks) - 1)
     return stack.finish(stack.blocks[-1](resid, model.decoder_context(inputs, encoded)))

@@ -14,10 +14,12 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.patching.engine.trace import is_known
 from audio_lens.patching.plan import CellTable
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookPoint
+    from audio_lens.models.base import HookedAudioTransformer
     from audio_lens.models.layers import Attention
 
 QUERY, KEY = ("q", "rot_q"), ("k", "rot_k")  # before and after rotary positions
@@ -173,9 +175,10 @@ class QueryKeyTap(Tap):
         self.hidden: Bool[Tensor, "b 1 q k"] | None = None
 
     @staticmethod
-    def fits(table: CellTable) -> bool:
-        """Whether the site is queries or keys."""
-        return table.site.last in (*QUERY, *KEY)
+    def fits(model: HookedAudioTransformer, table: CellTable) -> bool:
+        """Whether the site is queries or keys, of attention whose softmax is known."""
+        is_asked = table.site.last in (*QUERY, *KEY)
+        return is_asked and is_known(getattr(model, table.site.part))
 
     @staticmethod
     def softmax_points(name: str) -> list[str]:
@@ -189,7 +192,7 @@ class QueryKeyTap(Tap):
 
     @property
     def hooks(self) -> list[tuple[str | Callable[[str], bool], Callable]]:
-        as_read = {self._name(last) for last in (*QUERY, *KEY)}
+        as_read = {self._name(last) for last in (*QUERY, *KEY, "pos_bias")}
         scores, pattern = self.softmax_points(self.name)
         return [
             (lambda name: name in as_read, self._keep),
@@ -203,6 +206,9 @@ class QueryKeyTap(Tap):
     def _keep(self, x: Tensor, hook: HookPoint) -> None:
         """Queries and keys as attention reads them: rotated, where there are rotary positions."""
         last = hook.name.rpartition("hook_")[2]
+        if last == "pos_bias":
+            self.base["bias"] = x.detach()
+            return
         self.base["q" if last in QUERY else "k"] = x.detach()
         if (last in QUERY) == self.is_query:
             self.difference = self.source[hook.name] - x.detach()
@@ -211,8 +217,8 @@ class QueryKeyTap(Tap):
         self.hidden = scores.detach()[:, :1] == -torch.inf  # a mask is the same for all heads
 
     def _meet(self, gradient: Float[Tensor, "b h q k"]) -> None:
-        q, k = self.base["q"], self.base["k"]
-        scores = self._scores(q, k).masked_fill(self.hidden, -torch.inf)
+        q, k, bias = self.base["q"], self.base["k"], self.base.get("bias", 0)
+        scores = (self._scores(q, k) + bias).masked_fill(self.hidden, -torch.inf)
         gradient = gradient.to(scores.dtype)
         if self.is_query:
             effects = query_effects(scores, self._scores(self.difference, k), gradient)
@@ -227,7 +233,7 @@ class QueryKeyTap(Tap):
     ) -> Float[Tensor, "b h q k"]:
         q, k = (x.to(precise(x)) for x in (q, k))
         k = repeat(k, "b k kv e -> b k (kv g) e", g=self.attn.group)
-        return einsum(q * self.attn.d_head**-0.5, k, "b q h e, b k h e -> b h q k")
+        return einsum(q * self.attn.scale, k, "b q h e, b k h e -> b h q k")
 
 
 def query_effects(

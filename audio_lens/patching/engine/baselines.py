@@ -51,7 +51,8 @@ def prepared(request: Request, schedule: Schedule) -> State:
     Raises:
         ValueError: a metric of another shape or not finite, or a budget too small.
     """
-    return (_with_hooks if request.hooked else _without_hooks)(request, schedule)
+    is_whole = request.route is HookedRoute
+    return (_with_hooks if is_whole else _without_hooks)(request, schedule)
 
 
 def _without_hooks(request: Request, schedule: Schedule) -> State:
@@ -64,8 +65,8 @@ def _without_hooks(request: Request, schedule: Schedule) -> State:
     if not (is_given and request.other is request.base):
         other = Run.of(model, request.other, part, of_source if is_source else (), heard=base)
     clean_run = other if request.direction == "denoise" else base
-    measures = request.measures(lambda: model.decoder.unembed(clean_run.hidden))
-    readout = Readout(model, measures, tuple(request.base.tokens.shape))
+    measures = request.measures(lambda: model.read_out(clean_run.hidden, clean_run.inputs))
+    readout = Readout(model, measures, request.base)
     values = [readout.measure(readout.of_run(run.hidden)) for run in (base, other)]
     held, source = base.n_bytes, None
     if is_given:
@@ -124,9 +125,7 @@ def _with_hooks(request: Request, schedule: Schedule) -> State:
     elif is_given:
         activations = request.source
     clean_logits = other_logits if request.direction == "denoise" else base_logits
-    readout = Readout(
-        model, request.measures(lambda: clean_logits), tuple(request.base.tokens.shape)
-    )
+    readout = Readout(model, request.measures(lambda: clean_logits), request.base)
     values = [readout.measure(readout.of_logits(x)) for x in (base_logits, other_logits)]
     route = HookedRoute(
         model,
@@ -138,8 +137,9 @@ def _with_hooks(request: Request, schedule: Schedule) -> State:
         encoder_out,
     )
     state = _state(request, route, readout, values, schedule.free_beside(0))
-    note = f"your hooks were in force: {', '.join(request.hooked)}; so every cell was a whole"
-    state.notes.append(f"{note} run of the decoder" if is_heard_once else f"{note} forward")
+    if request.hooked:
+        note = f"your hooks were in force: {', '.join(request.hooked)}; so every cell was a whole"
+        state.notes.append(f"{note} run of the decoder" if is_heard_once else f"{note} forward")
     return state
 
 

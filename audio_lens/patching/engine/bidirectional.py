@@ -37,21 +37,22 @@ class Complement:
         self,
         attn: Attention,
         q: Float[Tensor, "t h e"],
-        k: Float[Tensor, "t h e"],
-        v: Float[Tensor, "t h e"],
-        allowed: Bool[Tensor, " t"] | None,
+        k: Float[Tensor, "t kv e"],
+        v: Float[Tensor, "t kv e"],
+        allowed: Bool[Tensor, "#t t"] | None,
         windows: Sequence[Window],
     ):
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.q = q.transpose(0, 1).to(self.dtype) * attn.d_head**-0.5
-        self.allowed = allowed
+        self.q = q.transpose(0, 1).to(self.dtype) * attn.scale
+        self.allowed, self.group = allowed, attn.group
         self.index = {window: i for i, window in enumerate(windows)}
         n_heads, n_queries, e = self.q.shape
         self.peak = self.q.new_empty(n_heads, n_queries, 1)
         self.sums = self.q.new_empty(len(windows), n_heads, n_queries, e + 1)
         with self._precisely():
             for head in range(n_heads):
-                self._sum_up(head, k[:, head].to(self.dtype), _with_ones(v[:, head].to(self.dtype)))
+                own = head // self.group
+                self._sum_up(head, k[:, own].to(self.dtype), _with_ones(v[:, own].to(self.dtype)))
 
     def _precisely(self) -> torch.autocast:
         """Sums of exponentials stay in full precision."""
@@ -75,13 +76,16 @@ class Complement:
             torch.add(before[start], after[end], out=self.sums[i, head])
 
     def attend(
-        self, window: Window, k: Float[Tensor, "w h e"], v: Float[Tensor, "w h e"]
+        self, window: Window, k: Float[Tensor, "w kv e"], v: Float[Tensor, "w kv e"]
     ) -> tuple[Float[Tensor, "t h e"], Bool[Tensor, " t"]]:
         """``z`` of every query with other keys and values in a window.
 
         Also which queries found too little to be exact, where all that is left has underflowed.
         """
-        k, v = k.transpose(0, 1).to(self.dtype), _with_ones(v.transpose(0, 1).to(self.dtype))
+        k, v = (
+            x.transpose(0, 1).to(self.dtype).repeat_interleave(self.group, dim=0) for x in (k, v)
+        )
+        v = _with_ones(v)
         with self._precisely():
             return self._merged(window, k, v)
 
@@ -91,7 +95,7 @@ class Complement:
         """The complement's sums and the window's own."""
         scores = self.q @ k.transpose(-1, -2)
         if self.allowed is not None:
-            scores.masked_fill_(~self.allowed[window[0] : window[1]], -torch.inf)
+            scores.masked_fill_(~self.allowed[:, window[0] : window[1]], -torch.inf)
         peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
         total = self.sums[self.index[window]] * (self.peak - peak).exp()
         total.baddbmm_(scores.sub_(peak).exp_(), v)
@@ -140,7 +144,10 @@ class BidirectionalWalk:
     def _context(self, clips: Int[Tensor, " n"]) -> Context:
         allowed = self.base.context.allowed
         own = allowed if allowed is None or len(allowed) == 1 else allowed[clips]
-        return replace(self.base.context, past=None, allowed=own)
+        rotary = self.base.context.rotary
+        if rotary is not None and len(rotary[0]) > 1:
+            rotary = tuple(angle[clips] for angle in rotary)
+        return replace(self.base.context, past=None, allowed=own, rotary=rotary)
 
     # ---------------------------------------------------------------- the block that lanes enter
 
@@ -153,6 +160,8 @@ class BidirectionalWalk:
         if entry.layer == self.base.n_layers:
             return lanes, resid
         block = self.base.block(entry.layer)
+        if block.attn.is_biased:  # and the bias is another one where the stream is
+            return lanes, block(resid, self._context(clips))
         z = self._mixed(block.attn, entry, place, clips)
         return lanes, block.after_attention(resid + block.attn.output(z), self._context(clips))
 
@@ -207,8 +216,8 @@ class BidirectionalWalk:
         complement: Complement,
         window: Window,
         changed: Int[Tensor, " w"],
-        base: Sequence[Float[Tensor, "t h e"]],
-        new: Sequence[Float[Tensor, "w h e"]],
+        base: Sequence[Float[Tensor, "t _ e"]],
+        new: Sequence[Float[Tensor, "w _ e"]],
     ) -> Float[Tensor, "t h e"]:
         """``z`` of all rows from the complement of the lane's window.
 
@@ -220,11 +229,12 @@ class BidirectionalWalk:
         z, lost = complement.attend(window, k[start:end], v[start:end])
         lost[changed] = False
         again = lost.nonzero()[:, 0]
-        asking = torch.cat([new[0].to(q.dtype), q[again]])[None]
+        asking = torch.cat([changed, again])
         allowed = self._context(torch.tensor([clip], device=q.device)).allowed
-        z = z.to(q.dtype)
-        asked = attn.mix(asking, k[None], v[None], allowed)[0]
-        z[torch.cat([changed, again])] = asked.to(z.dtype)
+        if allowed is not None and allowed.shape[2] > 1:
+            allowed = allowed[:, :, asking]
+        z, q = z.to(q.dtype), torch.cat([new[0].to(q.dtype), q[again]])
+        z[asking] = attn.mix(q[None], k[None], v[None], allowed)[0].to(z.dtype)
         return z
 
     # ---------------------------------------------------------------- what lanes share
@@ -237,7 +247,12 @@ class BidirectionalWalk:
     def _shared(
         self, attn: Attention, layer: int, clip: int, changed: Int[Tensor, " w"]
     ) -> tuple[Complement, Window] | None:
-        """The complement that serves these changed rows, and the window of it."""
+        """The complement that serves these changed rows, and the window of it.
+
+        None where the softmax is rounded, which the complement's is not.
+        """
+        if attn.softmax_float32 and attn.attn_mode == "explicit":
+            return None
         bounds = int(changed.min()), int(changed.max()) + 1
         for number, batch in enumerate(self.batches[clip]):
             holding = [w for w in batch if w[0] <= bounds[0] and bounds[1] <= w[1]]
@@ -252,7 +267,7 @@ class BidirectionalWalk:
             layer, clip, number = key
             q, k, v = (x[clip] for x in self._base_projected(layer))
             allowed = self.base.context.allowed
-            own = None if allowed is None else allowed[clip % len(allowed), 0, 0]
+            own = None if allowed is None else allowed[clip % len(allowed), 0]
             made = Complement(attn, q, k, v, own, self.batches[clip][number])
             self._complement = key, made
         return self._complement[1]

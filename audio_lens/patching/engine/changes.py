@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.models.layers import Attention, GatedMLP, PreNormBlock, causal_mask, rotate
+from audio_lens.models.layers import MLP, Attention, Block, GatedMLP, causal_mask
 from audio_lens.patching.engine.trace import PackedRows, Source, Trace
 from audio_lens.patching.sites import Site
 
 Projected = tuple[Tensor, Tensor, Tensor]
 KEYS = ("k", "v", "rot_k")
+_ADDED = ("attn_out", "cross_attn_out", "mlp_out")
+_STAGES = ("resid_pre", "resid_mid", "resid_mid_cross", "normalized_resid_mid")
+_STAGES += ("resid_post", "normalized_resid_post")
 
 
 @dataclass(frozen=True)
@@ -104,23 +107,19 @@ class Changes(ABC):
         """Which sum of the residual stream this attention writes to."""
         return "resid_mid_cross" if self.site.sublayer == "cross_attn" else "resid_mid"
 
-    def before_mlp(self, layer: int) -> str:
-        """The residual stream that the MLP reads and adds to."""
-        has_cross = hasattr(self.base.block(layer), "cross_attn")
-        return "hook_resid_mid_cross" if has_cross else "hook_resid_mid"
-
     # ---------------------------------------------------------------- shared steps
 
+    def _base(self, layer: int, *names: str) -> list[Tensor]:
+        """Activations of the base run, by their names in a block."""
+        held = self.base.at(layer, names)
+        return [held[name] for name in names]
+
     def _onwards(
-        self, layer: int, stage: str, values: Float[Tensor, "m d"], prompts: Int[Tensor, " m"]
+        self, layer: int, values: Float[Tensor, "m d"], prompts: Int[Tensor, " m"]
     ) -> Float[Tensor, "m d"]:
-        """The rest of a block for packed rows of the stream that ``stage`` names."""
-        block = self.base.block(layer)
-        if stage == "resid_mid":
-            return block.after_attention(values[None], PackedRows.of(self.base, prompts))[0]
-        if stage == "resid_mid_cross":
-            return block.after_cross_attention(values[None])[0]
-        return values
+        """The rest of a block for packed rows of the stream that its attention has written to."""
+        context = PackedRows.of(self.base, prompts)
+        return self.base.block(layer).onwards(self.stage, values[None], context)[0]
 
     def _read(self, where: Bool[Tensor, "n t"], row: Tensor, entered: int) -> Bool[Tensor, "n t"]:
         """Without the rows that nobody reads any more."""
@@ -154,55 +153,46 @@ class RowChanges(Changes):
     """Sites whose new rows depend on the position alone: streams, outputs, all units at once."""
 
     def _make_tables(self, layer: int) -> _Table:
-        stage, values, differs = self._stream(layer)
-        block, context = self.base.block(layer), self.base.context
-        if stage == "resid_pre":
-            return self._table(layer, values, differs)
-        if stage == "resid_mid":
-            values = block.after_attention(values, context)
-        elif stage == "resid_mid_cross":
-            values = block.after_cross_attention(values)
-        return self._table(layer + 1, values, differs)
+        if self.site.sublayer:
+            return self._table(layer + 1, *self._written(layer))
+        new = self.source.at(layer, self.site.local_hook)
+        (old,) = self._base(layer, self.site.local_hook)
+        differs = (new != old).any(-1)
+        if self.site.last == "resid_pre":
+            return self._table(layer, new, differs)
+        return self._table(layer + 1, self._behind(layer, new), differs)
 
     def _table(self, layer: int, values: Tensor, differs: Tensor) -> _Table:
         is_block = layer < self.base.n_layers
         projected = self.base.projected(layer, values) if is_block else None
         return _Table(layer, values, differs, projected)
 
-    def _stream(self, layer: int) -> tuple[str, Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-        """The stream that is changed, its new rows, and where the source differs."""
-        if self.site.sublayer:
-            return self._written(layer)
-        new, old = (
-            self.source.at(layer, self.site.local_hook),
-            self.base.at(layer, [self.site.local_hook])[self.site.local_hook],
-        )
-        differs = (new != old).any(-1)
-        if self.site.last.startswith("resid"):
-            return self.site.last, new, differs
+    def _behind(self, layer: int, new: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The stream behind the block, from new values of the site."""
+        block, context = self.base.block(layer), self.base.context
+        if self.site.last == "mlp_out":
+            return block.after_mlp(*self._base(layer, f"hook_{block.mlp_stage}"), new)
         if self.site.last == "attn_out":
-            return "resid_mid", self.base.residuals[layer] + new, differs
+            return block.onwards("resid_mid", self.base.residuals[layer] + new, context)
         if self.site.last == "cross_attn_out":
-            return "resid_mid_cross", self._base_stream(layer, "hook_resid_mid") + new, differs
-        read = self._base_stream(layer, self.before_mlp(layer))
-        return "resid_post", self.base.block(layer).after_mlp(read, new), differs
+            (resid_mid,) = self._base(layer, "hook_resid_mid")
+            return block.onwards("resid_mid_cross", resid_mid + new, context)
+        return block.onwards(self.site.last, new, context)
 
-    def _base_stream(self, layer: int, name: str) -> Float[Tensor, "b t d"]:
-        return self.base.at(layer, [name])[name]
-
-    def _written(self, layer: int) -> tuple[str, Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-        """The stream with what all units of a sublayer now write."""
+    def _written(self, layer: int) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+        """The stream behind the block with what all units now write, and where that is new."""
+        block = self.base.block(layer)
         if self.site.sublayer == "mlp":
             delta = _neuron_delta(self, layer)
-            written = F.linear(delta, self.base.block(layer).mlp.fc_out.weight)
-            base, stage = self.base.residuals[layer + 1], "resid_post"
+            resid, mlp_out = self._base(layer, f"hook_{block.mlp_stage}", "hook_mlp_out")
+            values = block.after_mlp(resid, mlp_out + F.linear(delta, block.mlp.W_out.T))
         else:
             delta = _head_delta(self, layer)
-            is_result = self.site.last == "result"
-            attn = self.attention(layer)
+            is_result, attn = self.site.last == "result", self.attention(layer)
             written = delta.sum(2) if is_result else torch.einsum("bthe,hed->btd", delta, attn.W_O)
-            base, stage = self._base_stream(layer, f"hook_{self.stage}"), self.stage
-        return stage, base + written, (delta != 0).flatten(2).any(-1)
+            (stream,) = self._base(layer, f"hook_{self.stage}")
+            values = block.onwards(self.stage, stream + written, self.base.context)
+        return values, (delta != 0).flatten(2).any(-1)
 
     def _entry(self, layer: int, lanes: Lanes, tables: _Table) -> Entry:
         lane, position = self._changed_rows(
@@ -219,21 +209,24 @@ class RowChanges(Changes):
 class UnitChanges(Changes):
     """Single heads or neurons whose new output depends on the position alone."""
 
-    def _make_tables(self, layer: int) -> tuple[Tensor, Bool[Tensor, "b t u"], Tensor]:
-        is_neuron = self.site.sublayer == "mlp"
-        delta = (_neuron_delta if is_neuron else _head_delta)(self, layer)
-        differs = delta != 0 if is_neuron else (delta != 0).any(-1)
-        name = "hook_resid_post" if is_neuron else f"hook_{self.stage}"
-        return delta, differs, self.base.at(layer, [name])[name]
+    def _make_tables(self, layer: int) -> tuple[Tensor, Bool[Tensor, "b t u"], list[Tensor]]:
+        if self.site.sublayer == "mlp":
+            delta, stage = _neuron_delta(self, layer), self.base.block(layer).mlp_stage
+            return delta, delta != 0, self._base(layer, f"hook_{stage}", "hook_mlp_out")
+        delta = _head_delta(self, layer)
+        return delta, (delta != 0).any(-1), self._base(layer, f"hook_{self.stage}")
 
     def _entry(self, layer: int, lanes: Lanes, tables: tuple) -> Entry:
-        delta, differs, stream = tables
+        delta, differs, streams = tables
         lane, position = self._changed_rows(lanes, differs, layer + 1)
         row, unit = lanes.row[lane], lanes.unit[lane]
-        written = self._write(layer, delta[row, position, unit], unit)
-        values = stream[row, position] + written
-        stage = "resid_post" if self.site.sublayer == "mlp" else self.stage
-        return Entry(layer + 1, lane, position, self._onwards(layer, stage, values, row))
+        *before, last = (stream[row, position] for stream in streams)
+        last = last + self._write(layer, delta[row, position, unit], unit)
+        if before:
+            values = self.base.block(layer).after_mlp(before[0][None], last[None])[0]
+        else:
+            values = self._onwards(layer, last, row)
+        return Entry(layer + 1, lane, position, values)
 
     def _write(self, layer: int, delta: Tensor, unit: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
         if self.site.last == "result":
@@ -247,10 +240,11 @@ def write_heads(
     attn: Attention, z: Float[Tensor, "m e"], head: Int[Tensor, " m"]
 ) -> Float[Tensor, "m d"]:
     """What each row's head writes to the residual stream."""
-    written = z.new_empty(len(z), attn.W_O.shape[-1])
+    W_O = attn.W_O
+    written = z.new_empty(len(z), W_O.shape[-1])
     for h in head.unique().tolist():
         own = head == h
-        written[own] = z[own] @ attn.W_O[h]
+        written[own] = z[own] @ W_O[h]
     return written
 
 
@@ -258,9 +252,9 @@ def _head_delta(of: Changes, layer: int) -> Float[Tensor, "b t h _"]:
     """By how much the heads' ``z`` (or ``result``) of every position changes."""
     attn, prefix, base = of.attention(layer), of.site.sublayer, of.base
     new = of.source.at(layer, of.site.local_hook)
-    z_name = f"{prefix}.hook_z"
     if of.site.last == "result":
         return new - base.at(layer, [of.site.local_hook])[of.site.local_hook]
+    z_name = f"{prefix}.hook_z"
     z = base.at(layer, [z_name])[z_name]
     if of.site.last == "z":
         return new - z
@@ -269,9 +263,9 @@ def _head_delta(of: Changes, layer: int) -> Float[Tensor, "b t h _"]:
         return attn.weigh(new, v) - z
     if of.site.last == "attn_scores":
         return attn.weigh(attn.pattern_of(new), v) - z
-    is_rotated = of.site.last == "rot_q" or attn.is_cross
-    q = new if is_rotated else rotate(new, base.context.rotary)
-    return attn.mix(q, k, v, None if attn.is_cross else base.context.allowed) - z
+    q = new if of.site.last == "rot_q" else attn.turned_queries(new, base.context.rotary)
+    allowed = None if attn.is_cross else base.context.allowed
+    return attn.mix(q, k, v, allowed, base.bias(attn, layer)) - z
 
 
 def _neuron_delta(of: Changes, layer: int) -> Float[Tensor, "b t f"]:
@@ -299,6 +293,7 @@ class _Attended:
     stream: Float[Tensor, "b t d"]
     base: tuple[Tensor, Tensor]
     new: tuple[Tensor, Tensor]
+    bias: Float[Tensor, "b h q k"] | None
 
 
 class KeyChanges(Changes):
@@ -306,17 +301,17 @@ class KeyChanges(Changes):
 
     def _make_tables(self, layer: int) -> _Attended:
         attn, prefix = self.attention(layer), self.site.sublayer
-        names = [f"{prefix}.hook_z", f"hook_{self.stage}"]
-        z, stream = (self.base.at(layer, names)[name] for name in names)
+        z, stream = self._base(layer, f"{prefix}.hook_z", f"hook_{self.stage}")
         if attn.is_cross:
-            q = self.base.at(layer, ["cross_attn.hook_q"])["cross_attn.hook_q"]
+            (q,) = self._base(layer, "cross_attn.hook_q")
         else:
             q = self.base.projected(layer, self.base.residuals[layer])[0]
         k, v = self.base.keys_values(attn)
         new = self.source.at(layer, self.site.local_hook)
-        if self.site.last == "k" and not attn.is_cross:
-            new = rotate(new, self.base.context.rotary)
-        return _Attended(q, z, stream, (k, v), (k, new) if self.site.last == "v" else (new, v))
+        if self.site.last == "k":
+            new = attn.turned_keys(new, self.base.context.rotary)
+        new = (k, new) if self.site.last == "v" else (new, v)
+        return _Attended(q, z, stream, (k, v), new, self.base.bias(attn, layer))
 
     def _entry(self, layer: int, lanes: Lanes, tables: _Attended) -> Entry:
         attn = self.attention(layer)
@@ -334,7 +329,7 @@ class KeyChanges(Changes):
         old = self._heads(attn, tables.z, some)[lane, position]
         written = self._write(attn, z - old, None if some.unit is None else some.unit[lane])
         values = tables.stream[row, position] + written
-        values = self._onwards(layer, self.stage, values, row)
+        values = self._onwards(layer, values, row)
         return Entry(layer + 1, patched[lane], position, values)
 
     def _differs(self, lanes: Lanes, tables: _Attended) -> Bool[Tensor, "n s"]:
@@ -362,19 +357,29 @@ class KeyChanges(Changes):
             for new, old in zip(tables.new, tables.base, strict=True)
         )
         q = self._heads(attn, tables.q, lanes)[:, first:]
-        return attn.mix(q, k, v, self._allowed(attn, lanes, first))
+        bias = self._bias(attn, lanes, tables.bias, first)
+        return attn.mix(q, k, v, self._allowed(attn, lanes, first), bias)
+
+    def _bias(
+        self, attn: Attention, lanes: Lanes, bias: Tensor | None, first: int
+    ) -> Float[Tensor, "n g t2 k"] | None:
+        """What is added to the scores of the lanes' heads."""
+        if bias is None:
+            return None
+        return self._heads(attn, bias.transpose(1, 2), lanes).transpose(1, 2)[:, :, first:]
 
     def _allowed(self, attn: Attention, lanes: Lanes, first: int) -> Tensor | None:
         if attn.is_cross:
             return None
         allowed = self.base.context.allowed
         if allowed is not None:
-            return allowed[lanes.row][:, :, first if allowed.shape[2] > 1 else 0 :]
+            own = allowed[lanes.row] if len(allowed) > 1 else allowed
+            return own[:, :, first if allowed.shape[2] > 1 else 0 :]
         n_keys = lanes.where.shape[1]
         return causal_mask(n_keys - first, n_keys, lanes.row.device) if attn.causal else None
 
-    def _heads(self, attn: Attention, x: Float[Tensor, "b t h e"], lanes: Lanes) -> Tensor:
-        """The query heads that a lane's key-value head serves, ``n t g e``."""
+    def _heads(self, attn: Attention, x: Float[Tensor, "b t h _"], lanes: Lanes) -> Tensor:
+        """The query heads that a lane's key-value head serves, ``n t g _``."""
         if lanes.unit is None:
             return x[lanes.row]
         grouped = x.unflatten(2, (attn.n_key_value_heads, attn.group))
@@ -406,23 +411,25 @@ def _of_head(x: Float[Tensor, "b s kv e"], lanes: Lanes) -> Float[Tensor, "n s k
     return x[lanes.row] if lanes.unit is None else x[lanes.row, :, lanes.unit][:, :, None]
 
 
-def kept_for(site: Site, base: PreNormBlock) -> tuple[list[str], list[str]]:
+def is_entered(site: Site, block: Block) -> bool:
+    """Whether patches of a block's site are known to be changes of its residual stream."""
+    if site.sublayer:
+        return site.sublayer in ("attn", "cross_attn") or type(block.mlp) in (MLP, GatedMLP)
+    return site.last in (*_ADDED, *_STAGES)
+
+
+def kept_for(site: Site, block: Block) -> tuple[list[str], list[str]]:
     """What to hold of every block, of the base run and of the source, so that no block runs twice.
 
     Patterns, scores, results and neurons are too large for that: those are made block by block.
     """
     if site.reads_attention or site.sublayer == "mlp" or site.last == "result":
         return [], []
-    has_cross = hasattr(base, "cross_attn")
-    of_stream = {
-        "attn_out": [],
-        "cross_attn_out": ["hook_resid_mid"],
-        "mlp_out": ["hook_resid_mid_cross" if has_cross else "hook_resid_mid"],
-    }
     if not site.sublayer:
-        is_held = site.last in ("resid_pre", "resid_post")
+        is_held = site.last in ("resid_pre", block.last_stage)
         own = [] if is_held else [site.local_hook]
-        return own + of_stream.get(site.last, []), own
+        of_stream = {"cross_attn_out": "resid_mid", "mlp_out": block.mlp_stage}
+        return [*own, *(f"hook_{of_stream[n]}" for n in [site.last] if n in of_stream)], own
     prefix = site.sublayer
     stage = "hook_resid_mid_cross" if prefix == "cross_attn" else "hook_resid_mid"
     is_memory = prefix == "cross_attn" and site.last in KEYS

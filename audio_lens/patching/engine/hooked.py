@@ -16,7 +16,7 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.routes import FromBase, Route, Run
-from audio_lens.patching.engine.trace import HeldSource, Source
+from audio_lens.patching.engine.trace import HeldSource, Source, crosses_of, encoder_context
 from audio_lens.patching.plan import CellTable
 from audio_lens.patching.sites import Site
 
@@ -49,13 +49,16 @@ class Overwrites:
         source = self.source.at(layer, site.local_hook)
         start = self.offset if site.positions_of == site.part else 0
         length = activation.shape[site.position_dim]
-        source = source.narrow(site.position_dim, start, length)
-        here = torch.tensor([layer in cell.layers for cell in self.cells], device=activation.device)
-        where = (self.where[..., start : start + length] & here[:, None, None]).flatten(0, 1)
+        device = activation.device  # a model may be split over several
+        source = source.narrow(site.position_dim, start, length).to(device)
+        here = torch.tensor([layer in cell.layers for cell in self.cells], device=device)
+        where = self.where[..., start : start + length].to(device)
+        where = (where & here[:, None, None]).flatten(0, 1)
         mask = _along(where, activation.ndim, site.position_dim)
         if self.units is not None:
-            units = torch.arange(activation.shape[site.unit_dim], device=activation.device)
-            own = (units == self.units[:, None]).repeat_interleave(self.where.shape[1], dim=0)
+            units = torch.arange(activation.shape[site.unit_dim], device=device)
+            own = units == self.units[:, None].to(device)
+            own = own.repeat_interleave(self.where.shape[1], dim=0)
             mask = mask & _along(own, activation.ndim, site.unit_dim)
         return torch.where(
             mask, repeat(source, "c ... -> (n c) ...", n=len(self.cells)), activation
@@ -90,29 +93,33 @@ class SuffixRoute(FromBase):
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         first = min(self.table.cells[cell].layers[0] for cell in cells)
-        is_encoder = self.table.part == "encoder"
-        hidden, start = (self._encoder if is_encoder else self._decoder)(cells, first)
-        rows = self._as_base(len(cells))
-        prompts = self._lane_prompts(len(cells))
+        read = self._encoder if self.table.part == "encoder" else self._decoder
+        return read(cells, first).unflatten(0, (len(cells), self.batch))
+
+    def _encoder(self, cells: Sequence[int], first: int) -> Float[Tensor, "nb r c"]:
+        trace, n = self.base.encoder, len(cells)
+        inputs = self.base.inputs.repeat(n)
+        context = encoder_context(self.model, inputs)
+        resid = repeat(trace.residuals[first], "c ... -> (n c) ...", n=n)
+        with self.model.hooks(Overwrites(self.table, self.source, cells).hooks()):
+            resid = trace.stack.run_blocks(resid, context, first, trace.n_layers)
+        hidden = self.model.send_rows(resid, inputs)
+        if self.base.decoder is not None:
+            hidden = self.model.decode(inputs, hidden)
+        return self.readout.of_sequences(hidden, self._lane_prompts(n))
+
+    def _decoder(self, cells: Sequence[int], first: int) -> Float[Tensor, "nb r c"]:
+        hidden, start = self._from_start(cells, first)
+        rows, prompts = self._as_base(len(cells)), self._lane_prompts(len(cells))
         index, position = self.readout.demanded[prompts].nonzero(as_tuple=True)
         seen = position >= start
         index, position = index[seen], position[seen]
         found = self.readout.logits(hidden[index, position - start], prompts[index])
         rows[index, self.readout.slots[prompts[index], position]] = found.to(rows.dtype)
-        return rows.unflatten(0, (len(cells), self.batch))
+        return rows
 
-    def _encoder(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
-        trace, n = self.base.encoder, len(cells)
-        context, allowed = trace.context, trace.context.allowed
-        if allowed is not None:
-            context = replace(context, allowed=allowed.repeat(n, 1, 1, 1))
-        context = replace(context, past=None)
-        resid = repeat(trace.residuals[first], "c ... -> (n c) ...", n=n)
-        with self.model.hooks(Overwrites(self.table, self.source, cells).hooks()):
-            resid = trace.stack.run_blocks(resid, context, first, trace.n_layers)
-        return self.model.decode(self.base.inputs.repeat(n), self.model.send(resid)), 0
-
-    def _decoder(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
+    def _from_start(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
+        """Final hidden states from the first position on that any of the cells changes."""
         trace, n = self.base.decoder, len(cells)
         start = self._start(cells)
         past = self._earlier(first, start, n)
@@ -133,8 +140,8 @@ class SuffixRoute(FromBase):
         trace, entries = self.base.decoder, {}
         for block in trace.stack.blocks[first:]:
             attentions = [(block.attn, slice(0, start))]
-            if hasattr(block, "cross_attn") and not self._patches_memory:
-                attentions.append((block.cross_attn, slice(None)))
+            if not self._patches_memory:
+                attentions += [(cross, slice(None)) for cross in crosses_of(block)]
             for attn, kept in attentions:
                 held = trace.keys_values(attn)
                 entries[attn.name] = tuple(
@@ -171,7 +178,7 @@ class HookedRoute(Route):
         self,
         model: HookedAudioTransformer,
         base: AudioInputs,
-        base_logits: Float[Tensor, "b t v"],
+        base_logits: Float[Tensor, "b *t v"],
         table: CellTable,
         readout: Readout,
         source: Source,

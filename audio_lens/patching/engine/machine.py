@@ -25,6 +25,7 @@ from audio_lens.patching.plan import CellTable
 from audio_lens.patching.record import batch_dims, provenance
 from audio_lens.patching.result import SweepResult
 
+PLURALS = {"frequency": "frequencies"}
 _GIGA = 1e9
 _SAVE_EVERY_S = 20.0
 
@@ -58,7 +59,9 @@ class Plan:
         request, schedule, table = self.request, self.schedule, self.table
         work, loop = schedule.flops(range(len(self))), schedule.loop
         together = len(schedule.next(schedule.queue(range(len(self))), schedule.budget))
-        sizes = " x ".join(f"{len(table.coords[axis])} {axis}s" for axis in table.axes)
+        sizes = " x ".join(
+            f"{len(table.coords[axis])} {PLURALS.get(axis, axis + 's')}" for axis in table.axes
+        )
         return "\n".join(
             [
                 f"{len(self)} cells: {table.site_name}, {sizes}; {request.direction}, "

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.inputs import AudioInputs
 from audio_lens.metrics import Reading, at_positions
-
-if TYPE_CHECKING:
-    from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.base import HookedAudioTransformer
 
 
 class Readout:
     """Several metrics of one run, reading the same rows of logits.
+
+    A model that pools has one row per prompt.
 
     Attributes:
         positions: the positions read in every prompt; every one, if a metric is a bare function.
@@ -28,16 +28,16 @@ class Readout:
         self,
         model: HookedAudioTransformer,
         measures: dict[str, Callable],
-        shape: tuple[int, int],
+        inputs: AudioInputs,
     ):
-        self.model, self.names = model, list(measures)
-        self.batch, self.width = shape
+        self.model, self.inputs, self.names = model, inputs, list(measures)
+        self.batch, self.width = model.output_attended(inputs).shape
         readings = list(measures.values())
         self.reads_all = not all(isinstance(one, Reading) for one in readings)
         if self.reads_all:
             everywhere = torch.arange(self.width, device=model.device)
             self.positions, self.tokens = everywhere.expand(self.batch, -1), None
-            self._measures = readings
+            self._measures = [self._whole(one) for one in readings]
         else:
             self._combine(readings)
 
@@ -56,6 +56,10 @@ class Readout:
         self._measures = [
             self._part(one, slice(starts[i], starts[i + 1])) for i, one in enumerate(readings)
         ]
+
+    def _whole(self, measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The metric as a function of all rows, of which it gets the output's own shape."""
+        return (lambda rows: measure(rows[:, 0])) if self.model.pools else measure
 
     def _part(self, reading: Reading, columns: slice) -> Callable[[Tensor], Tensor]:
         """The metric as a function of the rows and columns that are read."""
@@ -84,25 +88,49 @@ class Readout:
         self, hidden: Float[Tensor, "m d"], prompt: Int[Tensor, " m"]
     ) -> Float[Tensor, "m c"]:
         """The logits read of final hidden states of rows of given prompts."""
-        unembed = self.model.decoder.unembed
+        if self.tokens is None or not self._unembeds:
+            return self._columns(self.model.read_out(hidden[None], self.inputs)[0], prompt)
+        unembed, divisor = self.model.output_stack.unembed, self.model.cfg.output.logits_divisor
+        chosen = torch.einsum("md,mcd->mc", hidden, unembed.weight[self.tokens][prompt])
+        if unembed.bias is not None:
+            chosen = chosen + unembed.bias[self.tokens][prompt]
+        return chosen / divisor
+
+    @functools.cached_property
+    def _unembeds(self) -> bool:
+        """Whether the output is an unembedding of every position, so that columns suffice."""
+        is_plain = type(self.model).read_out is HookedAudioTransformer.read_out
+        return is_plain and self.model.cfg.head is not None
+
+    def _columns(
+        self, logits: Float[Tensor, "m *r v"], prompt: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m *r c"]:
+        """The columns read, of logits of given prompts."""
         if self.tokens is None:
-            return unembed(hidden)
-        columns = unembed.weight[self.tokens]
-        chosen = torch.einsum("md,mcd->mc", hidden, columns[prompt])
-        return chosen if unembed.bias is None else chosen + unembed.bias[self.tokens][prompt]
+            return logits
+        columns = self.tokens[prompt]
+        columns = columns if logits.ndim == 2 else columns[:, None].expand(-1, logits.shape[1], -1)
+        return logits.gather(-1, columns)
+
+    def of_sequences(
+        self, hidden: Float[Tensor, "n t d"], prompt: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n r c"]:
+        """What is read of the final hidden states of whole rows, each of a given prompt."""
+        if self.model.pools:
+            logits = self.model.read_out(hidden, self.inputs[prompt.tolist()])
+            return self._columns(logits[:, None], prompt)
+        rows = at_positions(hidden, self.positions[prompt])
+        prompts = prompt.repeat_interleave(rows.shape[1])
+        return self.logits(rows.flatten(0, 1), prompts).unflatten(0, rows.shape[:2])
 
     def of_run(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b r c"]:
         """What is read of the final hidden states of a whole batch."""
-        rows = at_positions(hidden, self.positions)
-        prompts = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
-        return self.logits(rows.flatten(0, 1), prompts).unflatten(0, rows.shape[:2])
+        return self.of_sequences(hidden, torch.arange(self.batch, device=hidden.device))
 
-    def of_logits(self, logits: Float[Tensor, "b t v"]) -> Float[Tensor, "b r c"]:
-        """What is read of the logits of a whole batch."""
-        rows = at_positions(logits, self.positions)
-        if self.tokens is None:
-            return rows
-        return rows.gather(-1, self.tokens[:, None].expand(-1, rows.shape[1], -1))
+    def of_logits(self, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, "b r c"]:
+        """What is read of the output of a whole batch."""
+        rows = logits[:, None] if self.model.pools else at_positions(logits, self.positions)
+        return self._columns(rows, torch.arange(self.batch, device=logits.device))
 
     def measure(self, rows: Float[Tensor, "b r c"]) -> Float[Tensor, "metrics *batch"]:
         """Every metric of one run: a scalar or one value per row each, alike for all metrics.

@@ -14,9 +14,12 @@ from torch import Tensor
 from audio_lens import metrics
 from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import HookedRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
+from audio_lens.patching.engine.trace import is_known
 from audio_lens.patching.plan import CellTable
+from audio_lens.patching.sites import parts_from
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -63,10 +66,23 @@ class Request:
     @property
     def route(self) -> type[Route]:
         """The way in which all cells are computed."""
-        if self.hooked:
+        if self.hooked or self.model.is_split:
             return HookedRoute
         is_single = len(self.table.sites) == 1 and all(len(c.layers) == 1 for c in self.table.cells)
-        return _OF_PART[self.table.part] if is_single else SuffixRoute
+        if is_single and not self.unknown:
+            return _OF_PART[self.table.part]
+        return HookedRoute if self.table.part == "connector" else SuffixRoute
+
+    @cached_property
+    def unknown(self) -> str:
+        """What, from the sites on, the engine cannot take apart; empty for nothing."""
+        parts, sites = parts_from(self.model, self.table.part), self.table.sites
+        for part in parts:
+            if not is_known(getattr(self.model, part)):
+                return f"the {part}"
+        in_blocks = [site for site in sites if site.n_layers is not None]
+        blocks = getattr(self.model, parts[0]).blocks if parts else ()
+        return ", ".join(str(s) for s in in_blocks if not all(is_entered(s, b) for b in blocks))
 
     @property
     def attn_mode(self) -> AttnMode:
@@ -79,7 +95,7 @@ class Request:
         """Whether a metric is a bare function of all logits."""
         return not all(isinstance(m, metrics.Metric) for m in metrics.named(self.metric).values())
 
-    def measures(self, clean_logits: Callable[[], Float[Tensor, "b t v"]]) -> dict[str, Callable]:
+    def measures(self, clean_logits: Callable[[], Float[Tensor, "b *t v"]]) -> dict[str, Callable]:
         """Every metric, bound; logits of the clean run are made only where one needs them."""
         return {
             name: metrics.bound(
@@ -93,7 +109,7 @@ class Request:
 
     def kept(
         self, inputs: AudioInputs, cells: Sequence[int]
-    ) -> tuple[Float[Tensor, "b t v"], dict[str, Tensor]]:
+    ) -> tuple[Float[Tensor, "b *t v"], dict[str, Tensor]]:
         """Logits of a whole run, and the activations that some cells patch in."""
         names = self.table.hook_names(cells)
         return self.model.run_with_cache(inputs, names_filter=names, return_cache_object=False)
@@ -107,6 +123,10 @@ class Request:
             notes.append(f"layer l stands for layers l to l+{last}, patched as one")
         if self.precision != "exact":
             notes.append(f"computed in {self.precision}: not exact")
+        if self.model.is_split:
+            notes.append("the model lies on several devices: every cell was a whole forward")
+        elif self.unknown and not self.hooked:
+            notes.append(f"{self.unknown} is of its own kind: run whole from the first patch on")
         if self.source is not None:
             notes.append("patched from a source of your own, not from the other run")
         return notes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from audio_lens.hooks import HookPoint, local_name
 from audio_lens.inputs import AudioInputs
+from audio_lens.models.layers import multiplied
 from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Window
 from audio_lens.patching.engine.causal import CausalWalk, Rows
 from audio_lens.patching.engine.changes import Changes, Entry, Lanes, changes_of
@@ -34,17 +35,17 @@ class Run:
     """One run of the model, as far as a sweep needs it.
 
     Attributes:
-        encoded: what the decoder received.
+        encoded: what the decoder received; the final hidden states where there is none.
         encoder: the encoder's run, for sites in there.
         connector: what went into the connector and came out, for sites there.
-        decoder: the decoder's run.
+        decoder: the decoder's run; None where there is none.
     """
 
     inputs: AudioInputs
     encoded: Tensor
     encoder: Trace | None
     connector: Mapping[str, Tensor]
-    decoder: Trace
+    decoder: Trace | None
 
     @staticmethod
     def of(
@@ -65,13 +66,15 @@ class Run:
         with _connector_kept(model, connector if part == "connector" else None):
             if part == "encoder":
                 encoder = Trace.of_encoder(model, inputs, keep)
-                encoded = model.send(encoder.residuals[-1])
+                encoded = model.send_rows(encoder.residuals[-1], inputs)
             elif part == "decoder" and heard is not None and _same_audio(inputs, heard.inputs):
                 encoded = heard.encoded
             else:
                 encoded = model.encode(inputs)
-        own = keep if part == "decoder" else ()
-        decoder = Trace.of_decoder(model, inputs, encoded, own)
+        decoder = None
+        if model.cfg.decoder is not None:
+            own = keep if part == "decoder" else ()
+            decoder = Trace.of_decoder(model, inputs, encoded, own)
         return Run(inputs, encoded, encoder, connector, decoder)
 
     def trace(self, part: str) -> Trace:
@@ -80,13 +83,15 @@ class Run:
     @property
     def hidden(self) -> Float[Tensor, "b t d"]:
         """The final hidden states."""
+        if self.decoder is None:
+            return self.encoded
         return self.decoder.stack.finish(self.decoder.residuals[-1])
 
     def keep(self, part: str) -> Run:
         """Drop what a source of this part's activations does not need."""
         if part == "decoder":
             self.decoder.forget_keys_values()
-        else:
+        elif self.decoder is not None:
             self.decoder.forget()
         return self
 
@@ -215,7 +220,7 @@ class _AudioRoute(FromBase):
     ):
         super().__init__(model, base, table, readout)
         self.by_cross_attention = model.decoder_needs_encoder
-        if not self.by_cross_attention:
+        if base.decoder is not None and not self.by_cross_attention:
             self.walk = CausalWalk(base.decoder, readout)
             self.places = model.audio_places(base.inputs)
 
@@ -227,7 +232,12 @@ class _AudioRoute(FromBase):
         changed: Bool[Tensor, "a s"] | None,
         encoded: Float[Tensor, "a s d"],
     ) -> Float[Tensor, "n b r c"]:
-        """What is read when the decoder receives other audio in some cells and clips."""
+        """What is read when the decoder receives other audio in some cells and segments."""
+        if self.base.decoder is None:
+            filled = self._as_base(n_cells)
+            lane = cell * self.batch + clip
+            filled[lane] = self.readout.of_sequences(encoded, clip).to(filled.dtype)
+            return filled.unflatten(0, (n_cells, self.batch))
         if self.by_cross_attention:
             return self._filled(self._read_by_attention(cell, clip, encoded), n_cells)
         merged = self._merged(cell, clip, changed, encoded)
@@ -242,7 +252,7 @@ class _AudioRoute(FromBase):
             kept = changed[place[:, 0], index]
             place, index = place[kept], index[kept]
         lane = cell[place[:, 0]] * self.batch + places.row[place[:, 1]]
-        values = encoded[place[:, 0], index]
+        values = multiplied(encoded[place[:, 0], index], self.model.cfg.decoder.embed_multiplier)
         return Entry(0, lane, places.position[place[:, 1]], values)
 
     def _read_by_attention(self, cell: Tensor, prompt: Tensor, encoded: Tensor) -> Rows:
@@ -274,22 +284,39 @@ class ConnectorRoute(_AudioRoute):
     ):
         super().__init__(model, base, table, readout)
         name = table.site.local_hook
-        given = source.at(None, name)
-        self.new = given if name == "hook_out" else model.connector(given)
-        self.differs = (given != base.connector[name]).any(-1)
+        self.given, self.old = source.at(None, name), base.connector[name]
+        self.differs = (self.given != self.old).any(-1)
+        self.is_local = table.site.positions_of == "connector"  # else positions become others
+        segments = torch.arange(len(self.given), device=self.given.device)
+        if self.is_local:
+            is_out = name == "hook_out"
+            self.new = self.given if is_out else self._carried(self.given, segments)
+
+    def _carried(
+        self, x: Float[Tensor, "a t d"], segment: Int[Tensor, " a"]
+    ) -> Float[Tensor, "a s d2"]:
+        """What the connector makes of its inputs, each of a given segment."""
+        cfg, length = self.model.cfg.encoder, self.model.encoder_length(self.base.inputs)
+        overwritten = x.new_zeros(len(x), length, cfg.d_model)
+        with self.model.hooks([("connector.hook_in", lambda _, hook: x)]):
+            return self.model.send_rows(overwritten, self.base.inputs, segment)
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         where = self.table.where(cells)[..., : self.differs.shape[1]] & self.differs
         cell, clip = where.any(-1).nonzero(as_tuple=True)
         if len(cell) == 0:
             return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
-        return self._heard(len(cells), cell, clip, where[cell, clip], self.new[clip])
+        where = where[cell, clip]
+        if self.is_local:
+            return self._heard(len(cells), cell, clip, where, self.new[clip])
+        mixed = torch.where(where[..., None], self.given[clip], self.old[clip])
+        return self._heard(len(cells), cell, clip, None, self._carried(mixed, clip))
 
 
 class EncoderRoute(_AudioRoute):
     """Sites in the blocks of the encoder."""
 
-    what = "encoder blocks from the patched one on, then the decoder"
+    what = "encoder blocks from the patched one on, then what lies behind them"
     left_out = "earlier encoder blocks, padding that nothing reads, the text before the audio"
 
     def __init__(
@@ -303,7 +330,7 @@ class EncoderRoute(_AudioRoute):
     ):
         super().__init__(model, base, table, readout)
         by_unit = table.site.unit in table.axes
-        self.reach = base.encoder.residuals[0].shape[1]
+        self.reach = base.encoder.n_positions
         self.changes = changes_of(table.site, base.encoder, source, by_unit)
         self.encoder_walk = BidirectionalWalk(base.encoder, self._windows(), n_held)
 
@@ -322,7 +349,8 @@ class EncoderRoute(_AudioRoute):
             return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
         n_clips = len(clips) // len(cells)
         cell, clip = active // n_clips, active % n_clips
-        return self._heard(len(cells), cell, clip, None, self.model.send(resid))
+        sent = self.model.send_rows(resid, self.base.inputs, clip)
+        return self._heard(len(cells), cell, clip, None, sent)
 
 
 def _bounds(where: Bool[Tensor, " t"]) -> Window:

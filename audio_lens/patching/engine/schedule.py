@@ -42,7 +42,8 @@ class Schedule:
         most: int | None,
         memory_gb: float | int | None,
     ):
-        self.model, self.table, self.explicit = model, table, explicit
+        self.model, self.table = model, table
+        self.explicit = explicit or _holds_bias(model)
         self.most, self.memory_gb = most, memory_gb
         self.shrunk = 1.0
         self.costs = Costs(model, table.part, _shape(model, inputs, reads_all), whole)
@@ -133,16 +134,24 @@ class Schedule:
         return free
 
 
+def _holds_bias(model: HookedAudioTransformer) -> bool:
+    """Whether the encoder adds to its attention scores, which then are as large as patterns."""
+    attentions = [getattr(block, "attn", None) for block in model.encoder.blocks]
+    return any(getattr(attn, "is_biased", False) for attn in attentions)
+
+
 def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) -> Shape:
     by_attention = model.decoder_needs_encoder
     frames = model.encoder_reach(inputs)
-    all_logits = inputs.tokens.numel() * model.cfg.decoder.d_vocab
+    is_merged = model.cfg.decoder is not None and not by_attention
+    output = model.cfg.output
+    all_logits = model.output_attended(inputs).numel() * (output.d_vocab or output.d_model)
     return Shape(
         prompts=len(inputs),
         clips=len(inputs.features),
         frames=frames,
         tokens=inputs.tokens.shape[1],
-        audio_start=0 if by_attention else int(model.audio_places(inputs).position.min()),
+        audio_start=int(model.audio_places(inputs).position.min()) if is_merged else 0,
         memory=frames if by_attention else 0,
         logits=all_logits if reads_all else 8 * len(inputs),
     )

@@ -13,15 +13,34 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from audio_lens.hooks import HookFn, HookPoint, local_name
 from audio_lens.inputs import AudioInputs
-from audio_lens.models.layers import Attention, Context, KVCache
+from audio_lens.models.layers import Attention, Block, Context, KVCache, Stack
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-    from audio_lens.models.layers import PreNormBlock, Stack
+
+
+def is_known(stack: Stack) -> bool:
+    """Whether all that its blocks do is what `Block` and `Attention` say, one after the other.
+
+    Only such stacks can be taken apart; others run from block to block.
+    """
+    blocks = list(stack.blocks)
+    attentions = [attn for block in blocks for attn in (block.attn, *crosses_of(block))]
+    return (
+        type(stack).run_blocks is Stack.run_blocks
+        and all(type(block).forward is Block.forward for block in blocks)
+        and all(type(attn).forward is Attention.forward for attn in attentions)
+        and all(type(attn).mix is Attention.mix for attn in attentions)
+    )
+
+
+def crosses_of(block: nn.Module) -> list[Attention]:
+    """The cross-attention of a block; none where it has none."""
+    return [block.cross_attn] if hasattr(block, "cross_attn") else []
 
 
 @dataclass
@@ -56,11 +75,12 @@ class Trace:
         """
         context = replace(context, past=KVCache())
         residuals, kept = [resid], {}
-        blocks = getattr(model, part).blocks
-        names = [f"{part}.blocks.{layer}.{name}" for layer in range(len(blocks)) for name in keep]
+        stack = getattr(model, part)
+        layers = range(len(stack.blocks))
+        names = [f"{part}.blocks.{layer}.{name}" for layer in layers for name in keep]
         with model.hooks([(name, _keeping(kept)) for name in names]):
-            for block in blocks:
-                residuals.append(block(residuals[-1], context))
+            for layer in layers:
+                residuals.append(stack.run_blocks(residuals[-1], context, layer, layer + 1))
         return Trace(model, part, context, residuals, kept)
 
     @staticmethod
@@ -68,12 +88,8 @@ class Trace:
         model: HookedAudioTransformer, inputs: AudioInputs, keep: Sequence[str] = ()
     ) -> Trace:
         """The encoder's run, cut to the positions that can matter."""
-        reach = model.encoder_reach(inputs)
-        resid = model.encoder.embed(inputs.features)[:, :reach]
-        context = model.encoder_context(inputs)
-        if context.allowed is not None:
-            context = replace(context, allowed=context.allowed[..., :reach])
-        return Trace.of(model, "encoder", resid, context, keep)
+        resid = model.enter_encoder(inputs)[:, : model.encoder_reach(inputs)]
+        return Trace.of(model, "encoder", resid, encoder_context(model, inputs), keep)
 
     @staticmethod
     def of_decoder(
@@ -94,7 +110,7 @@ class Trace:
     def n_layers(self) -> int:
         return len(self.stack.blocks)
 
-    def block(self, layer: int) -> PreNormBlock:
+    def block(self, layer: int) -> Block:
         return self.stack.blocks[layer]
 
     def keys_values(self, attn: Attention) -> tuple[Tensor, Tensor]:
@@ -104,7 +120,7 @@ class Trace:
     def projected(self, layer: int, resid: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a residual stream entering a block."""
         block = self.block(layer)
-        return block.attn.project(block.ln1(resid), self.context.rotary)
+        return block.attn.project(block.reads(resid), self.context.rotary)
 
     def projected_rows(
         self,
@@ -116,7 +132,13 @@ class Trace:
         """The same for packed rows, ``m h e`` each."""
         block = self.block(layer)
         rotary = self.rotary_of(row, position)
-        return tuple(x[0] for x in block.attn.project(block.ln1(resid[None]), rotary))
+        return tuple(x[0] for x in block.attn.project(block.reads(resid[None]), rotary))
+
+    def bias(self, attn: Attention, layer: int) -> Float[Tensor, "b h q k"] | None:
+        """What is added to the scores of a block's attention."""
+        if attn.is_cross:
+            return None
+        return attn.bias(self.block(layer).reads(self.residuals[layer]), self.context)
 
     def rotary_of(
         self, row: Int[Tensor, " m"], position: Int[Tensor, " m"]
@@ -130,12 +152,10 @@ class Trace:
 
     def at(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Activations of a block under its local names, ``attn.hook_z`` ..."""
-        held = {
-            "hook_resid_pre": self.residuals[layer],
-            "hook_resid_post": self.residuals[layer + 1],
-        }
-        cross = getattr(self.block(layer), "cross_attn", None)
-        if cross is not None:
+        held = {"hook_resid_pre": self.residuals[layer]}
+        if is_known(self.stack):
+            held[f"hook_{self.block(layer).last_stage}"] = self.residuals[layer + 1]
+        for cross in crosses_of(self.block(layer)):
             k, v = self.keys_values(cross)
             held |= {"cross_attn.hook_k": k, "cross_attn.hook_v": v}
         for name in names:
@@ -157,8 +177,8 @@ class Trace:
 
     def _context_again(self, layer: int) -> Context:
         """A context for running a block once more, which remembers what the memory gave."""
-        cross = getattr(self.block(layer), "cross_attn", None)
-        held = {} if cross is None else {cross.name: self.keys_values(cross)}
+        crosses = crosses_of(self.block(layer))
+        held = {cross.name: self.keys_values(cross) for cross in crosses}
         return replace(self.context, past=KVCache(held))
 
     @property
@@ -179,9 +199,21 @@ class Trace:
 
     def forget_keys_values(self) -> None:
         """Drop the keys and values of self-attention, which only a base run needs."""
-        crosses = [getattr(block, "cross_attn", None) for block in self.stack.blocks]
-        kept = {c.name: self.keys_values(c) for c in crosses if c is not None}
+        crosses = [attn for block in self.stack.blocks for attn in crosses_of(block)]
+        kept = {cross.name: self.keys_values(cross) for cross in crosses}
         self.context = replace(self.context, past=KVCache(kept))
+
+
+def encoder_context(model: HookedAudioTransformer, inputs: AudioInputs) -> Context:
+    """What the encoder's blocks need beside the residual stream, cut to what can matter."""
+    reach, context = model.encoder_reach(inputs), model.encoder_context(inputs)
+    allowed, rotary, bias = context.allowed, context.rotary, context.position_bias
+    return replace(
+        context,
+        allowed=None if allowed is None else allowed[..., :reach, :reach],
+        rotary=None if rotary is None else tuple(angle[:, :reach] for angle in rotary),
+        position_bias=None if bias is None else bias[:, :reach, :reach],
+    )
 
 
 def _keeping(kept: dict[str, Tensor]) -> HookFn:
@@ -295,7 +327,7 @@ class AbsorbedMemory(Context):
         if q.shape[1] >= attn.d_head or attn.group > 1:
             return super().read(attn, q)
         b, t, h, _ = q.shape
-        asked = torch.einsum("bthe,hde->bthd", q * attn.d_head**-0.5, attn.W_K)
+        asked = torch.einsum("bthe,hde->bthd", q * attn.scale, attn.W_K)
         scores = asked.reshape(b, t * h, -1) @ self.memory.transpose(-1, -2)
         found = (attn.pattern_of(scores) @ self.memory).view(b, t, h, -1)
         z = torch.einsum("bthd,hde->bthe", found, attn.W_V)

@@ -85,6 +85,8 @@ class Costs:
     def decoder(self) -> float | int:
         """Operations of the decoder's whole run."""
         cfg, memory = self.cfg.decoder, self.shape.memory
+        if cfg is None:
+            return 0
         formed = 4 * memory * cfg.d_model * cfg.n_heads * cfg.d_head * cfg.n_layers
         return self.shape.prompts * (self._decoder_from(0, 0) + formed)
 
@@ -95,6 +97,8 @@ class Costs:
 
     def _decoder_from(self, layer: int, start: int) -> float | int:
         cfg, shape = self.cfg.decoder, self.shape
+        if cfg is None:
+            return 0
         rows, layers = shape.tokens - start, cfg.n_layers - layer
         return stack_flops(cfg, rows, (shape.tokens + start) / 2, layers, shape.memory)
 
@@ -123,16 +127,25 @@ class Costs:
 
     def bytes(self, start: int, explicit: bool) -> int:
         """Memory that a cell takes while it runs."""
-        shape, cfg = self.shape, self.cfg
-        decoder_rows = shape.prompts * max(1, shape.tokens - (0 if self.whole else start))
-        d_q = cfg.decoder.n_heads * cfg.decoder.d_head
-        lane = shape.prompts * shape.tokens * (5 * d_q * self.itemsize + 5 * shape.tokens)
-        pairs = shape.prompts * cfg.decoder.n_heads * shape.tokens**2 if explicit else 0
-        total = decoder_rows * row_bytes(cfg.decoder, self.itemsize) + lane
-        total += 2 * pairs * self.itemsize + 3 * shape.logits * self.itemsize
+        total = 3 * self.shape.logits * self.itemsize
+        if self.cfg.decoder is not None:
+            total += self._decoder_bytes(start, explicit)
         if self.whole or self.part == "encoder":
-            total += shape.clips * shape.frames * row_bytes(cfg.encoder, self.itemsize)
-            total += shape.prompts * shape.memory * cfg.decoder.d_model * 2 * self.itemsize
-            heads = 2 * cfg.encoder.n_heads if explicit else 0
-            total += shape.clips * heads * shape.frames**2 * self.itemsize
+            total += self._encoder_bytes(explicit)
         return total
+
+    def _decoder_bytes(self, start: int, explicit: bool) -> int:
+        shape, cfg = self.shape, self.cfg.decoder
+        rows = shape.prompts * max(1, shape.tokens - (0 if self.whole else start))
+        d_q = cfg.n_heads * cfg.d_head
+        lane = shape.prompts * shape.tokens * (5 * d_q * self.itemsize + 5 * shape.tokens)
+        pairs = shape.prompts * cfg.n_heads * shape.tokens**2 if explicit else 0
+        return rows * row_bytes(cfg, self.itemsize) + lane + 2 * pairs * self.itemsize
+
+    def _encoder_bytes(self, explicit: bool) -> int:
+        """Also of what cross-attention makes of the encoder."""
+        shape, cfg = self.shape, self.cfg.encoder
+        total = shape.clips * shape.frames * row_bytes(cfg, self.itemsize)
+        total += shape.prompts * shape.memory * cfg.d_model * 2 * self.itemsize
+        heads = 2 * cfg.n_heads if explicit else 0
+        return total + shape.clips * heads * shape.frames**2 * self.itemsize

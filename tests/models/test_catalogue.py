@@ -1,0 +1,35 @@
+"""The shipped table of families: complete, within the tolerances, and as the README shows it."""
+
+from pathlib import Path
+
+from families import FAMILIES
+from typer.testing import CliRunner
+
+from audio_lens import HookedAudioTransformer
+from audio_lens.cli import app
+from audio_lens.models.catalogue import Catalogue
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_every_family_is_in_it_and_equal_to_hugging_face() -> None:
+    catalogue = Catalogue.load()
+    assert [entry.name for entry in catalogue.entries] == list(FAMILIES)
+    assert all(0 <= entry.float64 <= 1e-12 for entry in catalogue.entries)
+    assert all(0 <= entry.float32 <= 1e-5 for entry in catalogue.entries)
+
+
+def test_hooks_are_counted_as_they_are_now() -> None:
+    for entry in Catalogue.load().entries:
+        model = HookedAudioTransformer.from_hf(FAMILIES[entry.name].build())
+        for part, count in entry.hooks_per_block.items():
+            names = [name for name in model.hook_dict if name.startswith(f"{part}.blocks.0.")]
+            assert len(names) == count, entry.name
+
+
+def test_readme_and_command_show_it() -> None:
+    readme = README.read_text()
+    for row in Catalogue.load().rows():
+        assert f"| {' | '.join(row.values())} |" in readme
+    shown = CliRunner().invoke(app, ["models", "--json"])
+    assert shown.exit_code == 0 and "granite_speech" in shown.output
