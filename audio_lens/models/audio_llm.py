@@ -19,11 +19,23 @@ from torch import Tensor, nn
 
 from audio_lens.audio import AudioError
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import AudioConfig, AudioPlaces, HookedAudioTransformer, LoadingError
+from audio_lens.models.base import (
+    AudioConfig,
+    AudioPlaces,
+    HookedAudioTransformer,
+    LoadingError,
+    check_switches,
+)
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.timeline import Row, Timeline, Track
 
+_OF_ENCODERS = """
+    activation_function conv_chunksize d_model downsample_hidden_size encoder_attention_heads
+    encoder_ffn_dim encoder_layers hidden_act hidden_size intermediate_size max_position_embeddings
+    max_source_positions n_window n_window_infer num_attention_heads num_hidden_layers
+    num_key_value_heads num_mel_bins output_dim rope_parameters vocab_size
+"""
 FRAME_S = 0.02  # one encoder position of a Whisper-style encoder: two mel frames of 10 ms
 
 
@@ -473,10 +485,11 @@ def check_encoder(ear: Any, known: str) -> None:
     """Raise unless the config of an encoder is of the kind that is implemented.
 
     Raises:
-        LoadingError: naming both.
+        LoadingError: naming both, or the switches that are not implemented.
     """
     if ear.model_type != known:
         raise LoadingError(f"the encoder is a {ear.model_type!r}; implemented: {known!r}")
+    check_switches(ear, _OF_ENCODERS.split())
 
 
 def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:

@@ -110,20 +110,32 @@ class TokenError(ValueError):
     """Text that does not give the tokens that are needed."""
 
 
+_OF_TRAINING = """
+    activation_dropout apply_spec_augment attention_dropout begin_suppress_tokens bos_token_id
+    decoder_layerdrop decoder_start_token_id dropout encoder_layerdrop eos_token_id
+    feat_proj_dropout final_dropout hidden_dropout ignore_keys_at_rope_validation init_std
+    initializer_range layerdrop mask_feature_length mask_feature_min_masks mask_feature_prob
+    mask_time_length mask_time_min_masks mask_time_prob median_filter_width output_router_logits
+    pad_token_id pretraining_tp router_aux_loss_coef suppress_tokens tie_word_embeddings use_cache
+"""
+"""Switches of Hugging Face configs that matter to training, decoding and bookkeeping only."""
+
+
 def check_switches(hf_config: Any, known: Iterable[str]) -> None:
     """Raise if a Hugging Face config switches on what is not implemented.
 
-    Whatever its class declares must be known, or something every config has, or have its default.
+    Whatever its class declares must be known, or matter to training only, or be something every
+    config has, or have its default.
 
     Raises:
         LoadingError: naming the switches and their values.
     """
     usual = vars(type(hf_config)())
-    switches = usual.keys() - {*known, *vars(PreTrainedConfig())}
+    switches = usual.keys() - {*known, *_OF_TRAINING.split(), *vars(PreTrainedConfig())}
     unknown = [
         f"{name}={getattr(hf_config, name)!r}"
         for name in sorted(switches)
-        if getattr(hf_config, name) != usual[name]
+        if getattr(hf_config, name, usual[name]) != usual[name]
     ]
     if unknown:
         raise LoadingError(f"{hf_config.model_type} with {', '.join(unknown)} is not implemented")

@@ -18,14 +18,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig
 from transformers.audio_utils import mel_filter_bank
 
 from audio_lens.audio import AudioError
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import HookedAudioLLM, Segment
-from audio_lens.models.base import AudioConfig, LoadingError
+from audio_lens.models.base import AudioConfig, LoadingError, check_switches
 from audio_lens.models.language_model import (
     LanguageModel,
     language_model_config,
@@ -411,7 +410,8 @@ def _encoder_config(ear: Any, model_name: str) -> ConformerConfig:
     Raises:
         LoadingError: a feature that is not implemented.
     """
-    _check(ear, "granite_speech_encoder", _ENCODER)
+    _check_kind(ear, "granite_speech_encoder")
+    check_switches(ear, _ENCODER.split())
     if ear.input_dim % STACKED or ear.num_layers < 2:
         raise LoadingError(
             f"an encoder of {ear.num_layers} layers that reads {ear.input_dim} features is not "
@@ -446,7 +446,8 @@ def _connector_config(hf_config: Any) -> QFormerConfig:
         LoadingError: another connector than BLIP-2's Q-Former, or one that also reads text.
     """
     former = hf_config.projector_config
-    _check(former, "blip_2_qformer", _CONNECTOR)
+    _check_kind(former, "blip_2_qformer")
+    check_switches(former, _CONNECTOR.split())
     if hf_config.window_size % hf_config.downsample_rate:
         raise LoadingError(
             f"windows of {hf_config.window_size} positions cannot be read by one query for "
@@ -484,20 +485,6 @@ _CONNECTOR = """
 """
 
 
-def _check(config: Any, kind: str, known: str) -> None:
-    """Raise unless a config is of the kind that is implemented, and what else it declares is off.
-
-    Raises:
-        LoadingError: naming the kind, or the switches and their values.
-    """
+def _check_kind(config: Any, kind: str) -> None:
     if config.model_type != kind:
         raise LoadingError(f"{config.model_type!r} is not implemented; implemented: {kind!r}")
-    usual = vars(type(config)())
-    switches = usual.keys() - {*known.split(), *vars(PreTrainedConfig())}
-    unknown = [
-        f"{name}={getattr(config, name)!r}"
-        for name in sorted(switches)
-        if getattr(config, name) != usual[name]
-    ]
-    if unknown:
-        raise LoadingError(f"{kind} with {', '.join(unknown)} is not implemented")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.base import LoadingError
+from audio_lens.models.base import LoadingError, check_switches
 from audio_lens.models.layers import Block, PartConfig, PreNormBlock, Rotary, Stack, multiplied
 
 _QKV = ("q", "k", "v")
@@ -23,6 +23,13 @@ _KINDS: dict[str, dict[str, Any]] = {  # of transformers' text configs
     "qwen3_omni_moe_text": {"attn_biases": (), "qk_norm": True},
     "granite": {"attn_biases": ()},
 }
+_UNDERSTOOD = """
+    attention_bias attention_multiplier decoder_sparse_step embedding_multiplier head_dim hidden_act
+    hidden_size intermediate_size layer_types logits_scaling max_position_embeddings
+    max_window_layers mlp_bias mlp_only_layers moe_intermediate_size norm_topk_prob
+    num_attention_heads num_experts num_experts_per_tok num_hidden_layers num_key_value_heads
+    residual_multiplier rms_norm_eps rope_parameters sliding_window use_sliding_window vocab_size
+"""
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # do not depend on the length of a prompt
 
 
@@ -112,6 +119,7 @@ def weight_names(theirs: str, head: str) -> dict[str, str]:
 
 def _check_features(text: Any) -> None:
     """Raise on what this implementation does not know."""
+    check_switches(text, _UNDERSTOOD.split())
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     is_sliding = text.model_type == "mistral" and getattr(text, "sliding_window", None)
     if kinds or is_sliding:

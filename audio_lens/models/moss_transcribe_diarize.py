@@ -20,10 +20,10 @@ from audio_lens.models.connectors import (
     StackingConnector,
     connector_weight_names,
 )
-from audio_lens.models.language_model import language_model_config, weight_names
+from audio_lens.models.language_model import weight_names
 from audio_lens.models.layers import LayerNorm
-from audio_lens.models.voxtral import StackedAudioLLM
-from audio_lens.models.whisper import WhisperEncoder, encoder_config, encoder_weight_names
+from audio_lens.models.voxtral import StackedAudioLLM, whisper_stacked_config
+from audio_lens.models.whisper import WhisperEncoder, encoder_weight_names
 
 MARKER_S, TOKENS_PER_S = 2, 12.5  # of the released processor
 
@@ -57,23 +57,14 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
         Raises:
             LoadingError: another encoder, or a language model that is not implemented.
         """
-        ear, name = hf_config.audio_config, hf_config.name_or_path
-        check_encoder(ear, "moss_transcribe_diarize_audio")
-        decoder = language_model_config(hf_config.text_config, name)
-        n_stacked = hf_config.audio_merge_size
-        return ConnectedConfig(
-            family="moss_transcribe_diarize",
-            model_name=name,
-            encoder=encoder_config(ear, name),
-            decoder=decoder,
-            n_mels=ear.num_mel_bins,
-            n_frames=2 * ear.max_source_positions,
-            max_segments=decoder.n_ctx * n_stacked // ear.max_source_positions,
-            connector=ConnectorConfig(
-                d_mid=decoder.d_model,
+        check_encoder(hf_config.audio_config, "moss_transcribe_diarize_audio")
+        return whisper_stacked_config(
+            hf_config,
+            ConnectorConfig(
+                d_mid=hf_config.text_config.hidden_size,
                 act_fn=hf_config.projector_hidden_act,
                 bias=hf_config.projector_bias,
-                n_stacked=n_stacked,
+                n_stacked=hf_config.audio_merge_size,
             ),
         )
 

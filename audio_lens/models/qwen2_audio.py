@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.audio_llm import HookedAudioLLM
+from audio_lens.models.audio_llm import HookedAudioLLM, check_encoder
 from audio_lens.models.base import AudioConfig
 from audio_lens.models.language_model import language_model_config, weight_names
 from audio_lens.models.layers import PartConfig
@@ -85,6 +85,7 @@ class HookedQwen2Audio(PooledAudioLLM):
             LoadingError: a language model, or a feature of one, that is not implemented.
         """
         ear, name = hf_config.audio_config, hf_config.name_or_path
+        check_encoder(ear, "qwen2_audio_encoder")
         return AudioConfig(
             family="qwen2_audio",
             model_name=name,

@@ -48,6 +48,26 @@ class StackedAudioLLM(HookedAudioLLM):
         return FRAME_S * (first + (self.frames_per_token - 1) / 2)
 
 
+def whisper_stacked_config(hf_config: Any, connector: ConnectorConfig) -> ConnectedConfig:
+    """The shape of a model whose encoder is Whisper's, on windows of fixed length.
+
+    Raises:
+        LoadingError: for a language model that is not implemented.
+    """
+    ear, name = hf_config.audio_config, hf_config.name_or_path
+    decoder = language_model_config(hf_config.text_config, name)
+    return ConnectedConfig(
+        family=hf_config.model_type,
+        model_name=name,
+        encoder=encoder_config(ear, name),
+        decoder=decoder,
+        n_mels=ear.num_mel_bins,
+        n_frames=2 * ear.max_source_positions,
+        max_segments=decoder.n_ctx * connector.n_stacked // ear.max_source_positions,
+        connector=connector,
+    )
+
+
 def frames_stacked(ear: Any, n_frames: int) -> int:
     """How many frames of an encoder make up what the MLP of the connector reads.
 
@@ -93,23 +113,15 @@ class HookedVoxtral(StackedAudioLLM):
             LoadingError: another encoder, a connector that reads no whole number of its frames,
                 or a language model that is not implemented.
         """
-        ear, text, name = hf_config.audio_config, hf_config.text_config, hf_config.name_or_path
+        ear = hf_config.audio_config
         check_encoder(ear, "voxtral_encoder")
-        n_stacked = frames_stacked(ear, ear.max_source_positions)
-        decoder = language_model_config(text, name)
-        return ConnectedConfig(
-            family="voxtral",
-            model_name=name,
-            encoder=encoder_config(ear, name),
-            decoder=decoder,
-            n_mels=ear.num_mel_bins,
-            n_frames=2 * ear.max_source_positions,
-            max_segments=decoder.n_ctx * n_stacked // ear.max_source_positions,
-            connector=ConnectorConfig(
-                d_mid=text.hidden_size,
+        return whisper_stacked_config(
+            hf_config,
+            ConnectorConfig(
+                d_mid=hf_config.text_config.hidden_size,
                 act_fn=hf_config.projector_hidden_act,
                 bias=False,
-                n_stacked=n_stacked,
+                n_stacked=frames_stacked(ear, ear.max_source_positions),
             ),
         )
 

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import transformers
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.models.base import AudioConfig, LoadingError
+from audio_lens.models.base import AudioConfig, LoadingError, check_switches
 from audio_lens.models.heads import CTCConfig
 from audio_lens.models.layers import PartConfig
 
@@ -108,19 +107,16 @@ _UNDERSTOOD = """
     adapter_attn_dim num_buckets max_bucket_distance ctc_loss_reduction ctc_zero_infinity
     classifier_proj_size
 """
-_OF_TRAINING = """
-    hidden_dropout activation_dropout attention_dropout feat_proj_dropout feat_quantizer_dropout
-    final_dropout layerdrop initializer_range apply_spec_augment mask_time_prob mask_time_length
-    mask_time_min_masks mask_feature_prob mask_feature_length mask_feature_min_masks
-    num_codevectors_per_group num_codevector_groups contrastive_logits_temperature num_negatives
-    codevector_dim proj_codevector_dim diversity_loss_weight num_ctc_classes replace_prob
-    num_clusters
+_OF_PRETRAINING = """
+    feat_quantizer_dropout num_codevectors_per_group num_codevector_groups
+    contrastive_logits_temperature num_negatives codevector_dim proj_codevector_dim
+    diversity_loss_weight num_ctc_classes replace_prob num_clusters
 """
 _OF_WHAT_IS_REFUSED = """
     tdnn_dim tdnn_kernel tdnn_dilation xvector_output_dim adapter_kernel_size adapter_stride
     num_adapter_layers output_hidden_size
 """
-_KNOWN = {*_UNDERSTOOD.split(), *_OF_TRAINING.split(), *_OF_WHAT_IS_REFUSED.split()}
+_KNOWN = {*_UNDERSTOOD.split(), *_OF_PRETRAINING.split(), *_OF_WHAT_IS_REFUSED.split()}
 
 
 def speech_config(hf_config: Any) -> SpeechConfig:
@@ -129,9 +125,10 @@ def speech_config(hf_config: Any) -> SpeechConfig:
     Raises:
         LoadingError: naming what is switched on and not implemented.
     """
-    check_switches(hf_config)
     head = _head(hf_config)
     is_classifier = head == "classes"
+    sums = () if is_classifier else ("use_weighted_layer_sum",)  # of what a classifier reads
+    check_switches(hf_config, (*_KNOWN, *sums))
     sizes = {"ctc": hf_config.vocab_size, "classes": hf_config.num_labels, None: None}
     names = hf_config.id2label if is_classifier else {}
     return SpeechConfig(
@@ -148,29 +145,6 @@ def speech_config(hf_config: Any) -> SpeechConfig:
         ctc=ctc_config(hf_config) if head == "ctc" else None,
         d_classifier=hf_config.classifier_proj_size if is_classifier else None,
     )
-
-
-def check_switches(hf_config: Any) -> None:
-    """Raise if the configuration switches on what is not implemented.
-
-    Whatever its class declares and is not known here must have its default value.
-
-    Raises:
-        LoadingError: naming the switches and their values.
-    """
-    usual = vars(type(hf_config)())
-    known = {*vars(transformers.PreTrainedConfig()), *_KNOWN}
-    if _head(hf_config) != "classes":
-        known.add("use_weighted_layer_sum")  # of what a classifier reads
-    unknown = [
-        f"{name}={getattr(hf_config, name)!r}"
-        for name in usual.keys() - known
-        if getattr(hf_config, name) != usual[name]
-    ]
-    if unknown:
-        raise LoadingError(
-            f"{hf_config.model_type} with {', '.join(sorted(unknown))} is not implemented"
-        )
 
 
 def _head(hf_config: Any) -> Literal["ctc", "classes"] | None:

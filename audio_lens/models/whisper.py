@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError
+from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError, check_switches
 from audio_lens.models.layers import (
     Block,
     Context,
@@ -31,6 +31,11 @@ from audio_lens.models.layers import (
 )
 from audio_lens.timeline import Row, Timeline, Track
 
+_UNDERSTOOD = """
+    activation_function classifier_proj_size d_model decoder_attention_heads decoder_ffn_dim
+    decoder_layers encoder_attention_heads encoder_ffn_dim encoder_layers max_source_positions
+    max_target_positions num_mel_bins use_weighted_layer_sum vocab_size
+"""
 FRAME_S = 0.02  # one encoder position: two mel frames of 10 ms
 
 
@@ -138,7 +143,12 @@ class HookedWhisper(HookedAudioTransformer):
 
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> AudioConfig:
-        """The shape of a `WhisperConfig`."""
+        """The shape of a `WhisperConfig`.
+
+        Raises:
+            LoadingError: for a switch that is not implemented.
+        """
+        check_switches(hf_config, _UNDERSTOOD.split())
         encoder = encoder_config(hf_config, hf_config.name_or_path)
         decoder = replace(
             encoder,
