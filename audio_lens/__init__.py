@@ -6,15 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from audio_lens import metrics, patching, report
+    from audio_lens import corruptions, metrics, patching, report
+    from audio_lens.alignment import Alignment, AlignmentError, align, read_textgrid
     from audio_lens.audio import AudioError
     from audio_lens.cache import AudioCache
     from audio_lens.hooks import DeadHookError, HookNameError, HookPoint
     from audio_lens.inputs import AudioInputs, InputError
     from audio_lens.models import HookedAudioTransformer, LoadingError, TokenError
-    from audio_lens.timeline import Span, Timeline
+    from audio_lens.pairs import Pair, minimal_pair
+    from audio_lens.synthesis import Spoken, SynthesisError, can_speak, speak
+    from audio_lens.timeline import Band, Span, Timeline
 
 _HOME = {
+    "Alignment": "alignment",
+    "AlignmentError": "alignment",
+    "align": "alignment",
+    "read_textgrid": "alignment",
     "AudioError": "audio",
     "AudioCache": "cache",
     "DeadHookError": "hooks",
@@ -25,27 +32,46 @@ _HOME = {
     "HookedAudioTransformer": "models",
     "LoadingError": "models",
     "TokenError": "models",
+    "Pair": "pairs",
+    "minimal_pair": "pairs",
+    "Spoken": "synthesis",
+    "SynthesisError": "synthesis",
+    "can_speak": "synthesis",
+    "speak": "synthesis",
+    "Band": "timeline",
     "Span": "timeline",
     "Timeline": "timeline",
 }
-_MODULES = ("metrics", "patching", "report")
+_MODULES = ("corruptions", "metrics", "patching", "report")
 
 __all__ = [
+    "Alignment",
+    "AlignmentError",
     "AudioCache",
     "AudioError",
     "AudioInputs",
+    "Band",
     "DeadHookError",
     "HookNameError",
     "HookPoint",
     "HookedAudioTransformer",
     "InputError",
     "LoadingError",
+    "Pair",
     "Span",
+    "Spoken",
+    "SynthesisError",
     "Timeline",
     "TokenError",
+    "align",
+    "can_speak",
+    "corruptions",
     "metrics",
+    "minimal_pair",
     "patching",
+    "read_textgrid",
     "report",
+    "speak",
 ]
 
 

@@ -13,11 +13,11 @@ import pytest
 import soundfile
 import torch
 import transformers
-from tiny import PAD, START, tiny_whisper_hf
 
 from audio_lens import AudioError, AudioInputs, HookedAudioTransformer, InputError, TokenError
 from audio_lens.inputs import padded
 from audio_lens.models.loading import embedded_path
+from tiny import PAD, START, tiny_whisper_hf
 
 RATE = 16_000
 QUESTION = "which digit is first ?"

@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from audio_lens import HookedAudioTransformer, Span, Timeline
 
 RATE = 16_000
