@@ -127,9 +127,11 @@ class SweepResult:
         site: what was patched, as ``part.activation``.
         direction: "denoise" (clean activations into the corrupted run) or "noise" (the other way).
         report: notes, for instance about skipped work or a metric that tells nothing.
-        meta: model, versions, input hash, seed: what it takes to make the map again.
+        meta: model, hashes of weights and inputs, versions, seed, in words.
         widths: of a refined sweep, shaped as ``values`` without metric and stimulus: how wide a
             window, in seconds, each value was measured with (and is exact for).
+        recipe: what `patching.rerun` makes the map again from: the arguments, as JSON holds them,
+            where hooks were attached, and the files of the clips, where it came from files.
 
     Raises:
         ValueError: if dims, coords and the shapes do not fit together.
@@ -145,6 +147,7 @@ class SweepResult:
     report: list[str] = field(default_factory=list)
     meta: dict[str, str] = field(default_factory=dict)
     widths: Float[Tensor, "..."] | None = None
+    recipe: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -339,8 +342,8 @@ class SweepResult:
         Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
         ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a
         window has no label); along "frequency" the band's centre in Hz, beside ``frequency_low``,
-        ``frequency_high`` and labels as of time. Site, direction, meta and report (both JSON) are
-        attributes.
+        ``frequency_high`` and labels as of time. Site, direction, meta, report and recipe (these
+        three as JSON) are attributes.
         """
         batch_dims = self.dims[: self._n_batch_dims]
         variables = {
@@ -357,7 +360,7 @@ class SweepResult:
         if "frequency" in self.dims:
             coords |= _frequency_coords(self.coords["frequency"])
         attrs = {"site": self.site, "direction": self.direction}
-        attrs |= {"meta": json.dumps(self.meta), "report": json.dumps(self.report)}
+        attrs |= {name: json.dumps(getattr(self, name)) for name in ("meta", "report", "recipe")}
         return xr.Dataset(variables, coords, attrs)
 
     def save(self, path: str | Path) -> Path:
@@ -366,19 +369,33 @@ class SweepResult:
         self.to_xarray().to_netcdf(path, engine="h5netcdf")
         return path
 
-    def plot(self, quantity: str = "effect", metric: str | None = None) -> go.Figure:
+    def plot(
+        self,
+        quantity: str = "effect",
+        metric: str | None = None,
+        *,
+        audio: AudioSource | None = None,
+        words: Sequence[Span] = (),
+        phones: Sequence[Span] = (),
+        sampling_rate: int = 16_000,
+    ) -> go.Figure:
         """The map of one or two axes as a plotly figure; stimuli are averaged.
 
         Args:
             quantity: "effect", "recovery" or "value".
             metric: which metric, where there are several.
+            audio: the clip, to stand above the map: a path, or samples at ``sampling_rate`` Hz.
+            words, phones: labelled stretches of the clip, in seconds.
 
         Raises:
-            ValueError: for three axes (select one first), or several metrics and none named.
+            ValueError: for three axes (select one first), several metrics and none named, words
+                without audio, or audio that the windows do not fit.
         """
-        from audio_lens.report import figures  # stands above patching: a doorway only
+        from audio_lens.report import clips, figures  # stand above patching: a doorway only
 
-        return figures.sweep_figure(self, quantity, metric)
+        windows = self.coords.get("time", [])
+        clip = clips.clip_above(windows, audio, words, phones, sampling_rate)
+        return figures.sweep_figure(self, quantity, metric, clip)
 
     def figure(
         self,
@@ -472,6 +489,7 @@ def _from_xarray(data: xr.Dataset) -> SweepResult:
         report=json.loads(data.attrs["report"]),
         meta=json.loads(data.attrs["meta"]),
         widths=torch.tensor(data["width_s"].values) if "width_s" in data else None,
+        recipe=json.loads(data.attrs.get("recipe", "{}")),
     )
 
 

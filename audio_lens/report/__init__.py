@@ -1,5 +1,7 @@
 """Pictures of results that can be looked at and listened to."""
 
+from audio_lens.report.attention_page import attention_figure, attention_page
+from audio_lens.report.cache_page import cache_figure, cache_page
 from audio_lens.report.page import map_page
 
-__all__ = ["map_page"]
+__all__ = ["attention_figure", "attention_page", "cache_figure", "cache_page", "map_page"]

@@ -1,4 +1,4 @@
-"""Plotly figures: the map of a sweep, and a clip (words, waveform, log-mel) above it."""
+"""The map of a sweep as a plotly figure: heat map of two axes, bars of one."""
 
 from __future__ import annotations
 
@@ -6,33 +6,91 @@ import html
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float, Int8
+from jaxtyping import Float
 from plotly.colors import sample_colorscale
-from plotly.subplots import make_subplots
-from transformers.audio_utils import hertz_to_mel, mel_filter_bank, spectrogram
 
-from audio_lens.patching.result import Cell, SweepResult, describe_span
-from audio_lens.timeline import Span
+from audio_lens.patching.result import Cell, SweepResult
+from audio_lens.report.clips import Clip, mel_of
+from audio_lens.report.rows import DIVERGING, SECONDS, STYLE, Panel, Rows, mel_axis
 
-SCALE = "RdBu_r"  # diverging, safe for colour-blind readers, legible in grey
 QUANTITIES = {"effect": "effect", "recovery": "recovery", "value": "metric"}
-TITLES = {"time": "time in the clip (s)"}
-ACROSS = ("time", "position", "neuron", "head", "layer")  # the first that is there runs along x
+ACROSS = ("time", "position", "neuron", "head", "layer", "frequency")  # the first runs along x
 FAINTEST, STRONGEST = 0.25, 1.5  # ends of the colour scale of effect: no noise in full colour
 HOVER = (
-    "<b>%{customdata[0]}</b><br>effect %{customdata[1]:.3f}<br>"
-    "recovery %{customdata[2]:.3f}<br>metric %{customdata[3]:.4g}<extra></extra>"
+    "<b>%{customdata[0]}</b><br>effect %{customdata[1]:.3f}<br>recovery %{customdata[2]:.3f}<br>"
+    "%{meta.metric} %{customdata[3]:.4g} (clean %{meta.clean:.4g}, "
+    "corrupted %{meta.corrupted:.4g})<extra></extra>"
 )
+MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first
+ROW_PX, LEAST_PX, MOST_PX, BARS_PX, TITLE_PX = 26, 150, 560, 156, 40
+TOUCHING = 1e-6  # stretches closer than this meet
 
-N_MELS, DB_RANGE, TICKS_HZ = 80, 80, (500, 1000, 2000, 4000, 8000)
-MOST_FRAMES, ENVELOPE_BINS = 2000, 1500
-WORDS_PX, WAVE_PX, MEL_PX, MAP_ROW_PX, MAP_PX = 26, 76, 150, 26, (150, 560)
-BARS_AS_ROWS = 6
-GAP_PX, AXIS_PX, MARGIN_PX = 8, 52, {"l": 70, "r": 20, "t": 10, "b": 46}
+
+@dataclass(frozen=True)
+class Axis:
+    """One drawn axis of a map.
+
+    Attributes:
+        name: the axis of the sweep.
+        order: for every drawn column the index of its coordinate; None in a gap.
+        edges: bounds of the columns, of time in seconds and of frequency in mel; None for axes
+            of numbers, which are drawn as names.
+        coords: the coordinates of the sweep.
+    """
+
+    name: str
+    order: list[int | None]
+    edges: list[float] | None
+    coords: list
+
+    @staticmethod
+    def of(result: SweepResult, name: str) -> Axis:
+        """The axis of a result.
+
+        Raises:
+            ValueError: if its windows lie in several clips, which have no common seconds.
+        """
+        coords = result.coords[name]
+        if name == "time":
+            _check_one_clip(result)
+            edges, order = columns([(float(span.start_s), float(span.end_s)) for span in coords])
+        elif name == "frequency":
+            bounds = np.array([[band.low_hz, band.high_hz] for band in coords], dtype=float)
+            edges, order = columns([tuple(pair) for pair in mel_of(bounds).tolist()])
+        else:
+            edges, order = None, list(range(len(coords)))
+        return Axis(name, order, edges, coords)
+
+    @property
+    def drawn(self) -> list[float] | list[str]:
+        """What plotly places the columns by: their edges or names."""
+        return [str(at) for at in self.coords] if self.edges is None else self.edges
+
+    @property
+    def columns(self) -> list[tuple[int, float | str, float | None]]:
+        """Coordinate, place (centre or name) and width of the columns that are no gaps."""
+        if self.edges is None:
+            return [(index, name, None) for index, name in enumerate(self.drawn)]
+        bounds = zip(self.order, itertools.pairwise(self.edges), strict=True)
+        return [(i, (low + high) / 2, high - low) for i, (low, high) in bounds if i is not None]
+
+    @property
+    def shown(self) -> list:
+        """The coordinate of every drawn column; None in a gap."""
+        return [None if index is None else self.coords[index] for index in self.order]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plotly's settings: seconds and Hz as numbers, anything else as names."""
+        if self.name == "frequency":
+            return mel_axis()
+        title = {"title": {"text": SECONDS if self.name == "time" else self.name}}
+        return title if self.edges is not None else title | {"type": "category"}
 
 
 @dataclass(frozen=True)
@@ -40,41 +98,63 @@ class Map:
     """The drawn map of a sweep.
 
     Attributes:
-        trace: heat map for two axes, bars for one.
-        x, y: the axes of the sweep drawn across and upwards; y is "" for bars.
-        windows: for every drawn column the stretch of audio it stands for; None between windows
-            that do not touch; empty where the sweep has no time axis.
-        rows: how many rows of a heat map it is as high as.
+        trace: heat map for two axes, bars for one; ``customdata`` holds place, effect, recovery
+            and value of every cell, ``meta`` the stretch of audio and of the spectrum that each
+            column and row stand for (see `rows.Rows`), and the baselines.
+        x, y: the axes across and upwards; y is None for bars.
+        limits: where the colours of each quantity end, on both sides of zero.
+        shades: the colours of bars, for each quantity.
     """
 
     trace: go.Heatmap | go.Bar
-    x: str
-    y: str
-    windows: list[Span | None]
-    rows: int
+    x: Axis
+    y: Axis | None
+    limits: dict[str, float]
+    shades: dict[str, list[str]]
+
+    def panel(self, quantity: str) -> Panel:
+        """The row of a page or figure that holds the map."""
+        timed = self.x.name == "time"
+        if self.y is None:
+            yaxis = {"title": {"text": QUANTITIES[quantity]}, "zeroline": True}
+            return Panel(BARS_PX, self.x.settings, yaxis, timed)
+        height = max(LEAST_PX, min(ROW_PX * len(self.y.order), MOST_PX))
+        return Panel(height, self.x.settings, self.y.settings, timed)
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A named piece of audio to draw and to play, with what is said when."""
+def of_metric(result: SweepResult, metric: str | None) -> SweepResult:
+    """The result of one metric, which its ``meta`` then names.
 
-    name: str
-    samples: Float[np.ndarray, " samples"]
-    sampling_rate: int
-    words: Sequence[Span] = ()
+    Raises:
+        ValueError: if there are several and none is named, or there is no such metric.
+    """
+    if metric is None and "metric" not in result.dims:
+        return result
+    if metric is None:
+        raise ValueError(f"name one metric: metric= {', '.join(result.coords['metric'])}")
+    return replace(result.select(metric=metric), meta=result.meta | {"metric": metric})
 
-    @property
-    def seconds(self) -> float:
-        return len(self.samples) / self.sampling_rate
 
-
-def sweep_figure(result: SweepResult, quantity: str = "effect") -> go.Figure:
-    """The map of a result of one metric and one or two axes."""
-    drawn = draw_map(result, quantity)
-    figure = go.Figure(drawn.trace)
-    style_map_axes(figure.layout.xaxis, figure.layout.yaxis, drawn, quantity)
-    figure.update_layout(template="plotly_white", title=f"{result.site}, {result.direction}")
-    return figure
+def sweep_figure(
+    result: SweepResult,
+    quantity: str = "effect",
+    metric: str | None = None,
+    clip: Clip | None = None,
+) -> go.Figure:
+    """The map of a result of one or two axes, under its clip if there is one."""
+    drawn = draw_map(of_metric(result, metric), quantity)
+    panel = drawn.panel(quantity)
+    title = {"title": f"{result.site}, {result.direction}"}
+    if clip is None:
+        layout = STYLE | {"margin": None, "xaxis": panel.xaxis, "yaxis": panel.yaxis}
+        return go.Figure(drawn.trace, go.Layout(layout | title))
+    rows = Rows([clip])
+    layout = rows.layout([panel]).update(title, margin_t=TITLE_PX)
+    layout.height += TITLE_PX
+    trace = drawn.trace.update(rows.axes())
+    if drawn.y is not None:
+        trace.colorbar.update(rows.beside(layout))
+    return go.Figure([*rows.traces(0), trace], layout)
 
 
 def draw_map(result: SweepResult, quantity: str = "effect") -> Map:
@@ -92,11 +172,17 @@ def draw_map(result: SweepResult, quantity: str = "effect") -> Map:
         )
     cells = np.empty([len(result.coords[axis]) for axis in result.axes], dtype=object)
     cells.flat = result.cells()
-    x = next(axis for axis in ACROSS if axis in result.axes)
-    y = next((axis for axis in result.axes if axis != x), "")
-    if not y:
-        return _bars(cells, x, result, quantity)
-    return _heat(cells.T if result.axes[0] == x else cells, x, y, result, quantity)
+    across = next(axis for axis in ACROSS if axis in result.axes)
+    up = next((axis for axis in result.axes if axis != across), None)
+    x, y = Axis.of(result, across), up and Axis.of(result, up)
+    meta = _meta(result, x, y)
+    if y is None:
+        cells = cells[[index for index, _, _ in x.columns]]
+        limits, shades = _limits(cells), _shades(cells)
+        return Map(_bars(cells, x, meta, shades, quantity), x, None, limits, shades)
+    cells = cells.T if result.axes[0] == across else cells
+    limits = _limits(cells)
+    return Map(_heat(cells, x, y, meta, limits[quantity], quantity), x, y, limits, {})
 
 
 def _example_selection(result: SweepResult) -> str:
@@ -104,57 +190,115 @@ def _example_selection(result: SweepResult) -> str:
     return f"result.select({axis}={result.coords.get(axis, [0])[0]!r})"
 
 
-def _heat(cells: np.ndarray, x: str, y: str, result: SweepResult, quantity: str) -> Map:
-    edges, order = _columns(result, x)
-    z = _numbers(cells, quantity)
-    limit = colour_limit(z, quantity)
-    trace = go.Heatmap(
-        z=[[None if column is None else row[column] for column in order] for row in z.tolist()],
-        x=edges,
-        y=_names(result, y),
-        customdata=[[_hover(None if c is None else row[c]) for c in order] for row in cells],
-        colorscale=SCALE,
+def _check_one_clip(result: SweepResult) -> None:
+    clips = sorted({span.clip for span in result.coords["time"]})
+    if len(clips) > 1:
+        raise ValueError(
+            f"windows of clips {clips} cannot share an axis: select(time=[...]) those of one clip"
+        )
+
+
+def _meta(result: SweepResult, x: Axis, y: Axis | None) -> dict[str, Any]:
+    mean = result.mean()
+    bands = x if x.name == "frequency" else y if y and y.name == "frequency" else None
+    return {
+        "spans": [s and [s.start_s, s.end_s] for s in x.shown] if x.name == "time" else [],
+        "bands": [b and [b.low_hz, b.high_hz] for b in bands.shown] if bands else [],
+        "metric": html.escape(result.meta.get("metric", "metric"), quote=False),
+        "clean": _rounded(mean.clean.item()),
+        "corrupted": _rounded(mean.corrupted.item()),
+    }
+
+
+def _limits(cells: np.ndarray) -> dict[str, float]:
+    return {name: colour_limit(numbers(cells, name), name) for name in QUANTITIES}
+
+
+def _shades(cells: np.ndarray) -> dict[str, list[str]]:
+    """The colour of every bar, for each quantity."""
+    return {
+        name: sample_colorscale(
+            DIVERGING, np.clip(0.5 + np.nan_to_num(numbers(cells, name)) / limit / 2, 0, 1)
+        )
+        for name, limit in _limits(cells).items()
+    }
+
+
+def _heat(
+    cells: np.ndarray, x: Axis, y: Axis, meta: dict[str, Any], limit: float, quantity: str
+) -> go.Heatmap:
+    def arranged(table: np.ndarray) -> list[list]:
+        return [
+            [None if None in (row, column) else table[row, column] for column in x.order]
+            for row in y.order
+        ]
+
+    return go.Heatmap(
+        name="map",
+        x=x.drawn,
+        y=y.drawn,
+        z=arranged(numbers(cells, quantity)),
+        customdata=[[_hover(cell) for cell in row] for row in arranged(cells)],
+        text=[[str(rank or "") for rank in row] for row in arranged(ranks(cells))],
+        texttemplate="%{text}",
+        textfont={"size": 11},
+        colorscale=DIVERGING,
         zmin=-limit,
         zmax=limit,
         zmid=0,
         hovertemplate=HOVER,
         hoverongaps=False,
-        colorbar={"title": QUANTITIES[quantity]},
+        colorbar={"title": QUANTITIES[quantity], "thickness": 12},
+        meta=meta,
     )
-    return Map(trace, x, y, _windows(result, x, order), len(cells))
 
 
-def _bars(cells: np.ndarray, x: str, result: SweepResult, quantity: str) -> Map:
-    edges, order = _columns(result, x)
-    drawn = [at for at, column in enumerate(order) if column is not None]
-    kept = [order[at] for at in drawn]
-    z = _numbers(cells, quantity)[kept]
-    shades = np.clip(0.5 + np.nan_to_num(z) / colour_limit(z, quantity) / 2, 0, 1)
-    timed = x == "time"
-    trace = go.Bar(
-        x=[(edges[at] + edges[at + 1]) / 2 for at in drawn] if timed else edges,
-        width=[edges[at + 1] - edges[at] for at in drawn] if timed else None,
-        y=z,
-        customdata=[_hover(cells[column]) for column in kept],
-        marker={"color": sample_colorscale(SCALE, shades), "line": {"color": "#888", "width": 1}},
+def _bars(
+    cells: np.ndarray, x: Axis, meta: dict[str, Any], shades: dict[str, list[str]], quantity: str
+) -> go.Bar:
+    _, places, widths = zip(*x.columns, strict=True)
+    without_gaps = {
+        name: [at for at in meta[name] if at is not None] for name in ("spans", "bands")
+    }
+    return go.Bar(
+        name="map",
+        x=places,
+        width=None if x.edges is None else widths,
+        y=numbers(cells, quantity),
+        customdata=[_hover(cell) for cell in cells],
+        text=[str(rank or "") for rank in ranks(cells)],
+        textposition="outside",
+        cliponaxis=False,
+        marker={"color": shades[quantity], "line": {"color": "#888", "width": 1}},
         hovertemplate=HOVER,
+        meta=meta | without_gaps,
     )
-    return Map(trace, x, "", _windows(result, x, kept), BARS_AS_ROWS)
 
 
-def _numbers(cells: np.ndarray, quantity: str) -> Float[np.ndarray, "*rows columns"]:
+def numbers(cells: np.ndarray, quantity: str) -> Float[np.ndarray, "*axes"]:
+    """A quantity of every cell."""
     return np.vectorize(lambda cell: getattr(cell, quantity), otypes=[float])(cells)
+
+
+def ranks(cells: np.ndarray) -> np.ndarray:
+    """The ranks, from 1 on, of the cells of largest |effect|; 0 for all others."""
+    sizes = np.nan_to_num(np.abs(numbers(cells, "effect")))
+    order = np.argsort(-sizes, axis=None, kind="stable")[:MARKED]
+    strong = [cell for cell in order if sizes.flat[cell] > LEAST_MARKED * sizes.max()]
+    found = np.zeros(cells.shape, dtype=int)
+    found.flat[strong] = np.arange(1, len(strong) + 1)
+    return found
 
 
 def _hover(cell: Cell | None) -> list | None:
     if cell is None:
         return None
-    numbers = (cell.effect, cell.recovery, cell.value)
-    return [html.escape(cell.place, quote=False), *(_rounded(number) for number in numbers)]
+    figures = (cell.effect, cell.recovery, cell.value)
+    return [html.escape(cell.place, quote=False), *map(_rounded, figures)]
 
 
 def _rounded(number: float) -> float | None:
-    return float(f"{number:.5g}") if math.isfinite(number) else None
+    return float(f"{number:.4g}") if math.isfinite(number) else None
 
 
 def colour_limit(values: np.ndarray, quantity: str) -> float:
@@ -170,217 +314,29 @@ def colour_limit(values: np.ndarray, quantity: str) -> float:
     return min(max(largest, FAINTEST), STRONGEST)
 
 
-def _names(result: SweepResult, axis: str) -> list[str]:
-    return [str(number) for number in result.coords[axis]]
+def columns(
+    stretches: Sequence[tuple[float, float]],
+) -> tuple[list[float], list[int | None]]:
+    """Edges of the drawn columns and the index of the stretch in each, in order of their centres.
 
-
-def _columns(result: SweepResult, axis: str) -> tuple[list, list[int | None]]:
-    """Edges (time) or names of the columns, and which coordinate each column shows."""
-    if axis == "time":
-        return window_columns(result.coords["time"])
-    return _names(result, axis), list(range(len(result.coords[axis])))
-
-
-def _windows(result: SweepResult, axis: str, order: list[int | None]) -> list[Span | None]:
-    if axis != "time":
-        return []
-    return [None if column is None else result.coords["time"][column] for column in order]
-
-
-def window_columns(spans: Sequence[Span]) -> tuple[list[float], list[int | None]]:
-    """Edges in seconds of the drawn columns and the index of the window in each, by time.
-
-    Windows that do not overlap keep their bounds, with an empty column (None) between those that
-    do not touch. Overlapping ones meet half way between their centres.
-
-    Raises:
-        ValueError: if the windows lie in several clips, which have no common seconds.
+    Stretches that do not overlap keep their bounds, with an empty column (None) between those
+    that do not touch. Overlapping ones meet half way between their centres.
     """
-    clips = sorted({span.clip for span in spans})
-    if len(clips) > 1:
-        raise ValueError(
-            f"windows of clips {clips} cannot share an axis: select(time=[...]) those of one clip"
-        )
-    order = sorted(range(len(spans)), key=lambda i: (spans[i].centre_s, spans[i].start_s))
-    ordered = [spans[i] for i in order]
-    if any(b.start_s < a.end_s - 1e-6 for a, b in itertools.pairwise(ordered)):
+    order = sorted(range(len(stretches)), key=lambda i: (sum(stretches[i]), stretches[i]))
+    ordered = [stretches[i] for i in order]
+    if any(b[0] < a[1] - TOUCHING for a, b in itertools.pairwise(ordered)):
         return _edges_between_centres(ordered), list(order)
-    edges, columns = [ordered[0].start_s], []
-    for index, span in zip(order, ordered, strict=True):
-        if span.start_s > edges[-1] + 1e-6:
-            edges.append(span.start_s)
-            columns.append(None)
-        edges.append(span.end_s)
-        columns.append(index)
-    return edges, columns
+    edges, indices = [ordered[0][0]], []
+    for index, (low, high) in zip(order, ordered, strict=True):
+        if low > edges[-1] + TOUCHING:
+            edges.append(low)
+            indices.append(None)
+        edges.append(high)
+        indices.append(index)
+    return edges, indices
 
 
-def _edges_between_centres(ordered: list[Span]) -> list[float]:
-    centres = [span.centre_s for span in ordered]
+def _edges_between_centres(ordered: list[tuple[float, float]]) -> list[float]:
+    centres = [sum(stretch) / 2 for stretch in ordered]
     between = [(a + b) / 2 for a, b in itertools.pairwise(centres)]
     return [2 * centres[0] - between[0], *between, 2 * centres[-1] - between[-1]]
-
-
-def style_map_axes(xaxis, yaxis, drawn: Map, quantity: str) -> None:
-    """Titles and ticks of the map's axes: seconds as numbers, layers and heads as names."""
-    xaxis.title = TITLES.get(drawn.x, drawn.x)
-    yaxis.title = drawn.y or QUANTITIES[quantity]
-    if drawn.x != "time":
-        xaxis.type = "category"
-    if drawn.y:
-        yaxis.type = "category"
-
-
-def page_figure(drawn: Map, quantity: str, clips: Sequence[Clip]) -> go.Figure:
-    """Words, waveform and log-mel of the clips (the first one visible) above the map.
-
-    Traces are named "words", "wave", "mel" and "map"; the ``meta`` of the first three is the
-    index of their clip. All rows share the seconds axis, except a map without time, which has
-    its own. Dotted lines continue the words of the first clip through everything in time.
-    """
-    figure = make_subplots(rows=4, cols=1)
-    for index, clip in enumerate(clips):
-        for row, trace in enumerate([_words(clip), _waveform(clip), _mel(clip)], start=1):
-            figure.add_trace(trace.update(meta=index, visible=index == 0), row=row, col=1)
-    figure.add_trace(drawn.trace.update(name="map"), row=4, col=1)
-    figure.update_layout(
-        template="plotly_white",
-        margin=MARGIN_PX,
-        showlegend=False,
-        dragmode="pan",
-        plot_bgcolor="#f4f4f2",
-        font={"family": "system-ui, sans-serif", "size": 12},
-    )
-    timed = drawn.x == "time"
-    words_px = WORDS_PX if any(clip.words for clip in clips) else 1
-    heights = [words_px, WAVE_PX, MEL_PX, _map_px(drawn.rows)]
-    domains = _stack_rows(figure, heights, GAP_PX if timed else AXIS_PX)
-    _style_clip_axes(figure, 4 if timed else 3, max(clip.seconds for clip in clips))
-    style_map_axes(figure.layout.xaxis4, figure.layout.yaxis4, drawn, quantity)
-    bottom = domains[-1 if timed else -2][0]
-    figure.update_layout(shapes=_word_edges(clips[0].words, bottom))
-    bar = {"thickness": 12, "len": domains[-1][1], "y": 0, "yanchor": "bottom"}
-    figure.update_traces(colorbar=bar, selector={"type": "heatmap", "name": "map"})
-    return figure
-
-
-def _map_px(rows: int) -> int:
-    least, most = MAP_PX
-    return max(least, min(MAP_ROW_PX * rows, most))
-
-
-def _stack_rows(figure: go.Figure, heights: list[int], last_gap: int) -> list[tuple]:
-    """Lay out the rows from the top, ``last_gap`` pixels above the last; their domains."""
-    gaps = [*[GAP_PX] * (len(heights) - 2), last_gap, 0]
-    total = sum(heights) + sum(gaps)
-    domains, top = [], total
-    for row, (height, gap) in enumerate(zip(heights, gaps, strict=True), start=1):
-        domains.append(((top - height) / total, top / total))
-        figure.update_yaxes(domain=domains[-1], row=row)
-        top -= height + gap
-    figure.update_layout(height=total + MARGIN_PX["t"] + MARGIN_PX["b"])
-    return domains
-
-
-def _style_clip_axes(figure: go.Figure, timed: int, seconds: float) -> None:
-    """The first ``timed`` rows share the axis of seconds, written under the last of them."""
-    for row in range(1, timed + 1):
-        figure.update_xaxes(
-            range=[0, seconds],
-            matches="x" if row > 1 else None,
-            showgrid=False,
-            showticklabels=row == timed,
-            row=row,
-        )
-    figure.update_xaxes(title=TITLES["time"], row=timed)
-    figure.update_yaxes(fixedrange=True, showgrid=False, zeroline=False)
-    figure.update_yaxes(showticklabels=False, row=1)
-    figure.update_yaxes(showticklabels=False, title="wave", row=2)
-    ticks = hertz_to_mel(np.array(TICKS_HZ, dtype=float), mel_scale="slaney")
-    names = [f"{hz / 1000:g}k" for hz in TICKS_HZ]
-    figure.update_yaxes(tickvals=ticks, ticktext=names, title="Hz", row=3)
-
-
-def _words(clip: Clip) -> go.Bar:
-    return go.Bar(
-        name="words",
-        orientation="h",
-        base=[word.start_s for word in clip.words],
-        x=[word.end_s - word.start_s for word in clip.words],
-        y=[0] * len(clip.words),
-        width=1,
-        text=[html.escape(word.label or "", quote=False) for word in clip.words],
-        textposition="inside",
-        insidetextanchor="middle",
-        customdata=[[word.start_s, word.end_s] for word in clip.words],
-        hovertext=[html.escape(describe_span(word), quote=False) for word in clip.words],
-        hovertemplate="%{hovertext}<extra></extra>",
-        marker={"color": "#e3dccb", "line": {"color": "#8a7f66", "width": 1}},
-    )
-
-
-def _word_edges(words: Sequence[Span], bottom: float) -> list[dict]:
-    line = {"color": "rgba(60, 50, 30, 0.45)", "width": 1, "dash": "dot"}
-    return [
-        {"type": "line", "x0": at, "x1": at, "y0": bottom, "y1": 1, "yref": "paper", "line": line}
-        for word in words
-        for at in (word.start_s, word.end_s)
-    ]
-
-
-def _waveform(clip: Clip) -> go.Scatter:
-    seconds, levels = envelope(clip.samples, clip.sampling_rate)
-    line = {"color": "#3b4a54", "width": 1}
-    return go.Scatter(name="wave", x=seconds, y=levels, mode="lines", line=line, hoverinfo="skip")
-
-
-def envelope(
-    samples: Float[np.ndarray, " samples"], sampling_rate: int
-) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Seconds and levels to draw a waveform by: lowest and highest sample of short stretches."""
-    size = math.ceil(len(samples) / ENVELOPE_BINS)
-    padded = np.pad(samples, (0, -len(samples) % size), mode="edge").reshape(-1, size)
-    levels = np.stack([padded.min(axis=1), padded.max(axis=1)], axis=1).ravel()
-    seconds = np.repeat((np.arange(len(padded)) + 0.5) * size / sampling_rate, 2)
-    return seconds.astype(np.float32), levels.astype(np.float32)
-
-
-def _mel(clip: Clip) -> go.Heatmap:
-    hop = max(clip.sampling_rate // 100, math.ceil(len(clip.samples) / MOST_FRAMES))
-    low, high = hertz_to_mel(np.array([0.0, clip.sampling_rate / 2]), mel_scale="slaney")
-    return go.Heatmap(
-        name="mel",
-        z=log_mel(clip, hop),
-        x0=0,
-        dx=hop / clip.sampling_rate,
-        y=np.linspace(low, high, N_MELS + 2)[1:-1],
-        colorscale="Greys",
-        zmin=-DB_RANGE,
-        zmax=0,
-        showscale=False,
-        hovertemplate="%{x:.2f} s: %{z} dB<extra></extra>",
-    )
-
-
-def log_mel(clip: Clip, hop: int) -> Int8[np.ndarray, "mels frames"]:
-    """Log-mel spectrogram in whole dB below its loudest point, 25 ms windows every ``hop``."""
-    length = clip.sampling_rate // 40
-    mel = spectrogram(
-        np.pad(clip.samples, (0, max(0, length - len(clip.samples)))),
-        np.hanning(length + 1)[:-1],
-        frame_length=length,
-        hop_length=hop,
-        power=2.0,
-        mel_filters=mel_filter_bank(
-            num_frequency_bins=length // 2 + 1,
-            num_mel_filters=N_MELS,
-            min_frequency=0.0,
-            max_frequency=clip.sampling_rate / 2,
-            sampling_rate=clip.sampling_rate,
-            norm="slaney",
-            mel_scale="slaney",
-        ),
-        log_mel="dB",
-        db_range=DB_RANGE,
-    )
-    return (mel - mel.max()).round().astype(np.int8)

@@ -1,27 +1,21 @@
-"""One self-contained HTML page: see a clip and its map on one seconds axis, and listen to it."""
+"""The page of maps: see a clip and what patching it did on one seconds axis, and listen."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import gzip
-import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import soundfile
-from jaxtyping import Float
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
-
-from audio_lens import audio as audio_io
 from audio_lens.audio import AudioSource
-from audio_lens.patching.result import SweepResult
-from audio_lens.report.figures import Clip, draw_map, page_figure
+from audio_lens.patching.result import Cell, SweepResult
+from audio_lens.report.clips import Clip
+from audio_lens.report.figures import MARKED, QUANTITIES, Map, draw_map, of_metric
+from audio_lens.report.html import traces_json, write_page
+from audio_lens.report.rows import Rows
 from audio_lens.timeline import Span
 
-ROUNDING_S = 0.05  # windows end on frames, a little after the audio
 SENTENCES = {
     "denoise": (
         "Activations of the clean run were put into the corrupted run. Effect 0: still answers as "
@@ -33,124 +27,196 @@ SENTENCES = {
     ),
 }
 
+Results = SweepResult | Sequence[SweepResult] | Mapping[str, SweepResult]
+
 
 def map_page(
-    result: SweepResult,
+    results: Results,
     audio: AudioSource,
     path: str | Path,
     *,
     words: Sequence[Span] = (),
+    phones: Sequence[Span] = (),
     corrupted_audio: AudioSource | None = None,
     corrupted_words: Sequence[Span] = (),
+    corrupted_phones: Sequence[Span] = (),
     title: str = "Where the model listens",
     sampling_rate: int = 16_000,
     quantity: str = "effect",
     metric: str | None = None,
 ) -> Path:
-    """Write the map of a sweep under its clip's waveform and spectrogram, with sound.
+    """Write the maps of sweeps under their clip's waveform and spectrogram, with sound.
 
     The file needs no network: plotly.js (compressed), sound and data are inside. Clicking a cell
-    plays its stretch of audio. Several stimuli are averaged; select one to see it alone.
+    plays its stretch of audio (and of the spectrum, where it has one). The page switches between
+    all sites, directions and metrics of the results, between effect, recovery and metric, and
+    between the clips and their difference. Several stimuli are averaged; select one to see it
+    alone.
 
     Args:
-        result: a sweep of one or two axes.
+        results: a sweep of one or two axes, several of the same clips, or a mapping from names
+            to these, which the page then shows in place of site and direction.
         audio: the clean clip: a path, or samples at ``sampling_rate`` Hz.
         path: the HTML file to write.
-        words: labelled stretches of the clean clip, in seconds.
-        corrupted_audio: the other clip of the pair; the page switches between both.
-        corrupted_words: labelled stretches of the other clip.
+        words, phones: labelled stretches of the clean clip, in seconds.
+        corrupted_audio: the other clip of the pair.
+        corrupted_words, corrupted_phones: labelled stretches of the other clip.
         title: headline of the page.
         sampling_rate: rate in Hz of the samples and of the sound in the page.
-        quantity: what the colours show: "effect", "recovery" or "value".
-        metric: which metric, where the sweep had several.
+        quantity: what the colours show at first: "effect", "recovery" or "value".
+        metric: the metric shown first, where the sweeps had several.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: for three axes or several metrics (select one), unreadable audio, or windows
-            that lie beyond its end.
+        ValueError: for three axes (select one), no results, results that the page could not tell
+            apart or that are of different clips, a metric that none has, unreadable audio, or
+            windows that lie beyond its end.
     """
-    sources = [("clean", audio, words), ("corrupted", corrupted_audio, corrupted_words)]
-    clips = [
-        Clip(name, _samples(source, sampling_rate), sampling_rate, spoken)
-        for name, source, spoken in sources
-        if source is not None
+    views = _views(results, quantity)
+    first = _first(views, metric)
+    said = {"words": words, "phones": phones}
+    clips = [Clip.load("clean", audio, sampling_rate, said)]
+    if corrupted_audio is not None:
+        said = {"words": corrupted_words, "phones": corrupted_phones}
+        clips.append(Clip.load("corrupted", corrupted_audio, sampling_rate, said))
+    for view in views:
+        clips[0].check_windows(view.result.coords.get("time", ()))
+    rows = Rows(clips)
+    return write_page(
+        path,
+        "map.html",
+        rows,
+        {"views": [view.to_json(rows, quantity) for view in views], "first": first},
+        title=title,
+        views=views,
+        first=first,
+        facets=_choices(views),
+        quantities=QUANTITIES,
+        quantity=quantity,
+        seconds=rows.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class View:
+    """One map of the page: a result with one metric, and the choices that lead to it."""
+
+    facets: dict[str, str]
+    result: SweepResult
+    drawn: Map
+
+    @property
+    def sentence(self) -> str:
+        return SENTENCES[self.result.direction]
+
+    @property
+    def metric(self) -> str:
+        return self.facets["metric"]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return self.result.top(MARKED)
+
+    @property
+    def notes(self) -> list[str]:
+        return self.result.report
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the page says about the sweep, in the order shown."""
+        mean = self.result.mean()
+        facts = {
+            "site": self.result.site,
+            "direction": self.result.direction,
+            "axes": " by ".join(self.result.axes),
+            "metric, clean run": f"{mean.clean.item():.4g}",
+            "metric, corrupted run": f"{mean.corrupted.item():.4g}",
+        }
+        if "stimulus" in self.result.dims:
+            facts["mean of"] = f"{len(self.result.coords['stimulus'])} stimuli"
+        return facts | self.result.meta
+
+    def to_json(self, rows: Rows, quantity: str) -> dict[str, Any]:
+        """The view for map.js, which colours it: the numbers stand in ``customdata`` alone."""
+        (trace,) = traces_json([self.drawn.trace.update(rows.axes())])
+        trace.pop("z" if self.drawn.y else "y")
+        layout = rows.layout([self.drawn.panel(quantity)])
+        layout.meta["bar"] = rows.beside(layout)
+        return {
+            "facets": self.facets,
+            "trace": trace,
+            "layout": layout.to_plotly_json(),
+            "limits": self.drawn.limits,
+            "shades": self.drawn.shades,
+        }
+
+
+def _views(results: Results, quantity: str) -> list[View]:
+    views = [
+        View(facets, one, draw_map(one, quantity))
+        for name, result in _named(results)
+        for facets, one in _metrics(name, result)
     ]
-    one = result if metric is None else result.select(metric=metric)
-    drawn = draw_map(one, quantity)
-    _check_windows(drawn.windows, clips[0])
-    windows = [span and [span.start_s, span.end_s] for span in drawn.windows]
-    page = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            sentence=SENTENCES[result.direction],
-            facts=_facts(result, one),
-            notes=result.report,
-            cells=one.top(10),
-            clips=[(clip.name, wav_uri(clip)) for clip in clips],
-            figure=page_figure(drawn, quantity, clips).to_json(),
-            windows=windows,
-            plotly_gz=_plotly_gz(),
-        )
-    )
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+    _check_distinct(views)
+    return views
 
 
-def _samples(source: AudioSource, sampling_rate: int) -> Float[np.ndarray, " samples"]:
-    """Mono samples at the rate; arrays have it already, files know their own."""
-    is_file = isinstance(source, (str, Path))
-    return audio_io.load(source, sampling_rate, None if is_file else sampling_rate)
+def _named(results: Results) -> list[tuple[str | None, SweepResult]]:
+    """Results with their names, None for those without."""
+    if isinstance(results, Mapping):
+        named = list(results.items())
+    else:
+        several = [results] if isinstance(results, SweepResult) else results
+        named = [(None, result) for result in several]
+    if not named:
+        raise ValueError("no results: a page needs at least one")
+    return named
 
 
-def _check_windows(windows: Sequence[Span | None], clip: Clip) -> None:
-    """Raise if windows lie beyond the end of the clip: it is another one, or has another rate."""
-    last = max((span.end_s for span in windows if span and span.clip == 0), default=0.0)
-    if last > clip.seconds + ROUNDING_S:
-        raise ValueError(
-            f"the windows of the map reach to {last:.2f} s, but the audio is {clip.seconds:.2f} s "
-            f"long at {clip.sampling_rate} Hz: pass the clip of the sweep, and sampling_rate= of "
-            "its samples"
-        )
+def _metrics(name: str | None, result: SweepResult) -> list[tuple[dict[str, str], SweepResult]]:
+    """A result of one metric for each it has, with the choices that lead there."""
+    if name is None:
+        facets = {"site": result.site, "axes": " by ".join(result.axes)}
+        facets["direction"] = result.direction
+    else:
+        facets = {"map": name}
+    metrics = result.coords["metric"] if "metric" in result.dims else [None]
+    several = [of_metric(result, metric) for metric in metrics]
+    return [(facets | {"metric": one.meta.get("metric", "metric")}, one) for one in several]
 
 
-def wav_uri(clip: Clip) -> str:
-    """The clip as a 16-bit wav in a data URI."""
-    wav = io.BytesIO()
-    soundfile.write(wav, clip.samples, clip.sampling_rate, format="WAV", subtype="PCM_16")
-    return "data:audio/wav;base64," + base64.b64encode(wav.getvalue()).decode()
+def _check_distinct(views: Sequence[View]) -> None:
+    """Raise unless the page can tell the views apart and all are of the same clips."""
+    for one, two in itertools.combinations(views, 2):
+        if one.facets == two.facets:
+            raise ValueError(
+                f"two results are alike in {', '.join(one.facets)}, so that the page could not "
+                "tell them apart: name them, as in map_page({'first': a, 'second': b}, ...)"
+            )
+        for clip in ("clean_hash", "corrupted_hash"):
+            hashes = {view.result.meta.get(clip) for view in (one, two)} - {None}
+            if len(hashes) > 1:
+                raise ValueError(
+                    "the results are of different clips: a page shows one pair, write several"
+                )
 
 
-def _facts(result: SweepResult, one: SweepResult) -> dict[str, str]:
-    """What the page says about the sweep, in the order shown."""
-    baselines = one.mean()
-    facts = {
-        "site": result.site,
-        "direction": result.direction,
-        "axes": " by ".join(result.axes),
-        "metric, clean run": f"{baselines.clean.item():.4g}",
-        "metric, corrupted run": f"{baselines.corrupted.item():.4g}",
+def _first(views: Sequence[View], metric: str | None) -> int:
+    """The view shown first."""
+    names = [view.metric for view in views]
+    if metric is None:
+        return 0
+    if metric not in names:
+        raise ValueError(f"no metric {metric!r}; there is {', '.join(dict.fromkeys(names))}")
+    return names.index(metric)
+
+
+def _choices(views: Sequence[View]) -> dict[str, list[str]]:
+    """What can be chosen: the facets in which the views differ, and their names."""
+    facets = {
+        facet: list(dict.fromkeys(view.facets[facet] for view in views))
+        for facet in views[0].facets
     }
-    if "stimulus" in one.dims:
-        facts["mean of"] = f"{len(one.coords['stimulus'])} stimuli"
-    return facts | result.meta
-
-
-@functools.cache
-def _plotly_gz() -> str:
-    """plotly.js, compressed and in base64: 2 MB in place of 4.8."""
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("audio_lens.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return {facet: names for facet, names in facets.items() if len(names) > 1}
