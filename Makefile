@@ -1,5 +1,5 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv on a fresh machine.
-# `make test-slow` runs the long tests, which `make test` leaves out.
+# `make test-slow` runs the long tests, which `make test` leaves out; `make docs` builds the site.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow install
+.PHONY: demo test test-slow docs install
 
 demo: $(VENV)/.runtime
 	$(BIN)/audio-lens map --out map.html
@@ -22,6 +22,9 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m slow
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 install: $(VENV)/.dev
 
 $(VENV)/.runtime: setup.cfg
@@ -33,4 +36,8 @@ $(VENV)/.runtime: setup.cfg
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable '.[dev,docs]'
 	touch $@
