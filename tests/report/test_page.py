@@ -3,9 +3,7 @@
 import base64
 import gzip
 import io
-import json
 import math
-from html.parser import HTMLParser
 
 import numpy as np
 import plotly.offline
@@ -13,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from browsing import at, last_sound, until
+from pages import Page
 
 from audio_lens import audio
 from audio_lens.models.embedded import default_pair
@@ -44,30 +43,12 @@ def sweep(coords=None, direction="denoise", clean=1.0, site="decoder.resid_pre",
     )  # fmt: skip
 
 
-class Page(HTMLParser):
-    """The elements of a page: tags with attributes, and the text inside by element id or tag."""
+class MapPage(Page):
+    """A map page, with its views and the traces of its clips."""
 
-    def __init__(self, path):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.text, self._open = [], {}, []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.data = json.loads(unpacked(self.text["data-gz"]))
-        self.views = self.data["views"]
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._open.append(dict(attrs).get("id", tag))
-
-    def handle_endtag(self, tag):
-        if self._open:
-            self._open.pop()
-
-    def handle_data(self, data):
-        if self._open:
-            self.text[self._open[-1]] = self.text.get(self._open[-1], "") + data
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
+    @property
+    def views(self):
+        return self.data["views"]
 
     def trace(self, name, clip=0):
         return next(t for t in self.data["clips"][clip]["traces"] if t["name"] == name)
@@ -82,7 +63,7 @@ def write(tmp_path, results=None, **options):
 
 
 def page_of(tmp_path, results=None, **options):
-    return Page(write(tmp_path, results, **options))
+    return MapPage(write(tmp_path, results, **options))
 
 
 def sound_of(clip):
@@ -104,7 +85,7 @@ def test_both_clips_are_inside_sample_by_sample(tmp_path):
 
 def test_audio_files_are_read_and_resampled(tmp_path):
     soundfile.write(tmp_path / "clip.wav", np.stack([CLEAN[::2]] * 2, axis=1), RATE // 2)
-    page = Page(map_page(sweep(), tmp_path / "clip.wav", tmp_path / "map.html"))
+    page = MapPage(map_page(sweep(), tmp_path / "clip.wav", tmp_path / "map.html"))
     heard, rate = sound_of(page.data["clips"][0])
     assert (len(heard), rate) == (RATE // 2, RATE)
 

@@ -1,0 +1,343 @@
+"""What attention heads listen to: their patterns over the seconds of a clip."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.cache import AudioCache
+from audio_lens.hooks import HookPoint
+from audio_lens.inputs import InputError
+from audio_lens.report.prompts import Places, Prompt, chosen_numbers, token_label
+
+MOST_BINS, LEAST_BINS = 250, 50  # stretches that the seconds of a clip are cut into
+LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+TOP_LEVEL = len(LETTERS) - 1
+SITES = {
+    "decoder.cross_attn": "decoder, text to frames (cross)",
+    "decoder.attn": "decoder, text to audio",
+    "encoder.attn": "encoder, frames to frames",
+}
+
+Edges = Float[np.ndarray, " edges"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What attends: a token, or a stretch of the clip."""
+
+    label: str
+    span: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class HeadSummary:
+    """What a head does on average over the queries shown.
+
+    Attributes:
+        on_audio: share of its attention that falls on the clip (the rest is on padding, text and
+            other clips).
+        entropy: of how it spreads over the positions of the clip, in bits.
+        peak_s: the second that gets most.
+    """
+
+    layer: int
+    head: int
+    on_audio: float
+    entropy: float
+    peak_s: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the heads of one site look at in a clip.
+
+    Attributes:
+        site: "encoder.attn", "decoder.cross_attn" or "decoder.attn".
+        layers, heads: what the first two axes of the arrays stand for.
+        share: share of the attention of a query that falls into each stretch of the clip; of
+            queries that are stretches themselves, the mean over their positions.
+        on_audio: share of the attention of a query that falls on the clip.
+        entropy: of the attention of a query within the clip, over its positions, in bits.
+        edges: bounds of the stretches in seconds.
+        queries: what attends.
+        skipped: layers that were left out to keep the file small.
+    """
+
+    site: str
+    layers: list[int]
+    heads: list[int]
+    share: Float[np.ndarray, "layers heads queries bins"]
+    on_audio: Float[np.ndarray, "layers heads queries"]
+    entropy: Float[np.ndarray, "layers heads queries"]
+    edges: Edges
+    queries: list[Query]
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether queries are stretches of the clip, not tokens."""
+        return self.site.startswith("encoder")
+
+    def summary(self) -> list[HeadSummary]:
+        """One line for every head."""
+        centres = (self.edges[1:] + self.edges[:-1]) / 2
+        peaks = centres[self.share.mean(2).argmax(-1)]
+        return [
+            HeadSummary(
+                layer,
+                head,
+                float(self.on_audio[l, h].mean()),
+                float(self.entropy[l, h].mean()),
+                float(peaks[l, h]),
+            )
+            for l, layer in enumerate(self.layers)
+            for h, head in enumerate(self.heads)
+        ]
+
+    def of_head(self, layer: int, head: int) -> Float[np.ndarray, "queries bins"]:
+        """The pattern of one head.
+
+        Raises:
+            ValueError: if it is not here.
+        """
+        if layer not in self.layers or head not in self.heads:
+            raise ValueError(
+                f"no head {head} of layer {layer} in {self.site}: layers {self.layers}, heads "
+                f"{self.heads}"
+            )
+        return self.share[self.layers.index(layer), self.heads.index(head)]
+
+    def peaks(self) -> Float[np.ndarray, "layers heads"]:
+        """The largest share of every head."""
+        return self.share.max((-1, -2))
+
+    def letters(self) -> list[list[str]]:
+        """Every head's pattern as text: the square root of the share in 64 steps up to its peak."""
+        peaks = np.maximum(self.peaks(), np.finfo(np.float32).tiny)[..., None, None]
+        levels = np.sqrt(self.share / peaks) * TOP_LEVEL
+        alphabet = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
+        written = alphabet[levels.round().astype(np.uint8)]
+        return [[head.tobytes().decode() for head in layer] for layer in written]
+
+    # ---------------------------------------------------------------- smaller
+
+    def coarser(self) -> Attention:
+        """With stretches joined by twos: attention to them adds up, that of them is averaged."""
+        edges = _every_second(self.edges)
+        share = _joined(self.share, -1)
+        if not self.is_timed:
+            return replace(self, share=share, edges=edges)
+        n = len(self.queries)
+        sizes = np.add.reduceat(np.ones(n, dtype=np.float32), np.arange(0, n, 2))
+        return replace(
+            self,
+            share=_joined(share, -2) / sizes[:, None],
+            on_audio=_joined(self.on_audio, -1) / sizes,
+            entropy=_joined(self.entropy, -1) / sizes,
+            edges=edges,
+            queries=timed_queries(edges),
+        )
+
+    def fewer_layers(self) -> Attention:
+        """With every second layer, the last one among them."""
+        n = len(self.layers)
+        kept = list(range((n - 1) % 2, n, 2))
+        skipped = {*self.skipped, *(self.layers[l] for l in range(n) if l not in kept)}
+        return replace(
+            self,
+            layers=[self.layers[l] for l in kept],
+            share=self.share[kept],
+            on_audio=self.on_audio[kept],
+            entropy=self.entropy[kept],
+            skipped=tuple(sorted(skipped)),
+        )
+
+
+def _every_second(edges: Edges) -> Float[np.ndarray, " fewer"]:
+    return np.append(edges[:-1:2], edges[-1])
+
+
+def _joined(values: np.ndarray, axis: int) -> np.ndarray:
+    return np.add.reduceat(values, np.arange(0, values.shape[axis], 2), axis=axis)
+
+
+def fitted(found: Sequence[Attention], room: int, keeps_layers: bool) -> list[Attention]:
+    """The attention of several sites in at most so many compressed bytes.
+
+    The largest is made coarser first; then every second layer is left out.
+
+    Raises:
+        ValueError: if that is not enough, or would leave out layers that were asked for.
+    """
+    fitting = list(found)
+    sizes = [_packed_size(one) for one in fitting]
+    while sum(sizes) > room:
+        largest = sizes.index(max(sizes))
+        fitting[largest] = _smaller(fitting[largest], keeps_layers)
+        sizes[largest] = _packed_size(fitting[largest])
+    return fitting
+
+
+def _packed_size(attention: Attention) -> int:
+    return len(gzip.compress("".join("".join(l) for l in attention.letters()).encode()))
+
+
+def _smaller(attention: Attention, keeps_layers: bool) -> Attention:
+    if len(attention.edges) - 1 >= 2 * LEAST_BINS:
+        return attention.coarser()
+    if keeps_layers or len(attention.layers) == 1:
+        raise ValueError(
+            f"{len(attention.layers)} layers of {len(attention.heads)} heads of {attention.site} "
+            "are too much for one page: choose fewer with layers=, heads= or sites="
+        )
+    return attention.fewer_layers()
+
+
+def timed_queries(edges: Edges) -> list[Query]:
+    """Stretches of the clip as what attends."""
+    pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    return [Query(f"{start:.2f}\N{EN DASH}{end:.2f} s", (start, end)) for start, end in pairs]
+
+
+# -------------------------------------------------------------------------------- reading
+
+
+def sites_of(prompt: Prompt, wanted: str | Sequence[str] | None = None) -> list[str]:
+    """The sites whose heads can look at the clip; all, or those wanted.
+
+    Raises:
+        InputError: for one that the model does not have.
+    """
+    hooks = prompt.model.hook_dict
+    there = [site for site in SITES if pattern_name(site, 0) in hooks]
+    if "decoder.attn" in there and not len(prompt.places("decoder")):
+        there.remove("decoder.attn")  # tokens only
+    chosen = there if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [site for site in chosen if site not in there]
+    if unknown or not chosen:
+        raise InputError(
+            f"no attention to audio at {', '.join(unknown) or 'no site'}: in this model there is "
+            f"{', '.join(there) or 'none'}"
+        )
+    return chosen
+
+
+def pattern_name(site: str, layer: int) -> str:
+    """The hook name of a layer's patterns."""
+    part, sublayer = site.split(".")
+    return f"{part}.blocks.{layer}.{sublayer}.hook_pattern"
+
+
+@torch.no_grad()
+def read_attention(
+    prompt: Prompt,
+    sites: Sequence[str],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    cache: AudioCache | None = None,
+) -> list[Attention]:
+    """Patterns of some sites, from a cache or else by running the model on the prompt.
+
+    Raises:
+        InputError: layers or heads that a site does not have, or a cache of another batch.
+        HookNameError: a cache without these patterns.
+    """
+    readers = [Reader(prompt, site, layers, heads) for site in sites]
+    if cache is None:
+        hooks = [(name, reader) for reader in readers for name in reader.names]
+        prompt.model.run_with_hooks(prompt.inputs, fwd_hooks=hooks, return_type=None)
+    else:
+        for reader in readers:
+            for layer, name in zip(reader.layers, reader.names, strict=True):
+                pattern = cache[name]
+                reader.take(layer, pattern if cache.has_batch_dim else pattern[None])
+    return [reader.attention() for reader in readers]
+
+
+class Reader:
+    """Takes in the patterns of a site, and keeps of them what falls on the clip."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        site: str,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ):
+        self.prompt, self.site = prompt, site
+        self.part = site.split(".")[0]
+        cfg = prompt.model.cfg.parts[self.part]
+        self.layers = chosen_numbers("layers", layers, cfg.n_layers, self.part)
+        self.heads = chosen_numbers("heads", heads, cfg.n_heads, self.part)
+        self.keys = prompt.places("decoder" if site == "decoder.attn" else "encoder")
+        self.edges, self.key_bins = self.keys.bins(prompt.heard.seconds, MOST_BINS)
+        self.queries = self.keys if self.part == "encoder" else self._tokens()
+        self._found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The hook names of the patterns, layer by layer."""
+        return [pattern_name(self.site, layer) for layer in self.layers]
+
+    def __call__(self, pattern: Float[Tensor, "b h q k"], hook: HookPoint) -> None:
+        self.take(hook.layer(), pattern)
+
+    def take(self, layer: int, pattern: Float[Tensor, "b h q k"]) -> None:
+        """Keep the pattern of a layer."""
+        own = self.prompt.own(self.part, pattern)[:, self.heads]
+        rows = [self._on_clip(own[row], row) for row in range(len(own))]
+        found = [torch.cat(of_rows, dim=1) for of_rows in zip(*rows, strict=True)]
+        if self.part == "encoder":
+            found = [_means(values, self.key_bins, len(self.edges) - 1) for values in found]
+        self._found[layer] = tuple(found)
+
+    def attention(self) -> Attention:
+        """What was taken in."""
+        found = [self._found[layer] for layer in self.layers]
+        arrays = (torch.stack(of_layers).numpy() for of_layers in zip(*found, strict=True))
+        queries = timed_queries(self.edges) if self.part == "encoder" else self._token_queries()
+        return Attention(self.site, self.layers, self.heads, *arrays, self.edges, queries)
+
+    def _on_clip(
+        self, pattern: Float[Tensor, "h q k"], row: int
+    ) -> tuple[Float[Tensor, "h n bins"], Float[Tensor, "h n"], Float[Tensor, "h n"]]:
+        """Shares per stretch, their sum and their entropy, for the queries of one row."""
+        device = pattern.device
+        queries, keys = self.queries.of_row(row).to(device), self.keys.of_row(row).to(device)
+        bins = self.key_bins[self.keys.row == row].to(device)
+        here = pattern[:, queries][..., keys].float()
+        share = here.new_zeros(*here.shape[:2], len(self.edges) - 1).index_add_(-1, bins, here)
+        on_audio = here.sum(-1)
+        spread = here / on_audio.clamp_min(torch.finfo(here.dtype).tiny)[..., None]
+        entropy = torch.special.entr(spread).sum(-1) / math.log(2)
+        return share.cpu(), on_audio.cpu(), entropy.cpu()
+
+    def _tokens(self) -> Places:
+        """The text that can look at the clip: in a language model, what stands behind its start."""
+        text = self.prompt.text_places()
+        if self.site == "decoder.cross_attn":
+            return text
+        behind = text.index > self.keys.index[0]
+        return Places(text.row[behind], text.index[behind], text.seconds[behind])
+
+    def _token_queries(self) -> list[Query]:
+        tokens, model = self.prompt.tokens, self.prompt.model
+        return [Query(token_label(model, tokens[at])) for at in self.queries.index.tolist()]
+
+
+def _means(
+    values: Float[Tensor, "h n *rest"], bins: Int[Tensor, " n"], n_bins: int
+) -> Float[Tensor, "h bins *rest"]:
+    """Means over the positions of every stretch."""
+    sums = values.new_zeros(len(values), n_bins, *values.shape[2:]).index_add_(1, bins, values)
+    counts = torch.bincount(bins, minlength=n_bins)
+    return sums / counts.reshape(-1, *[1] * (values.ndim - 2))
