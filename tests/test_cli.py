@@ -1,6 +1,9 @@
 """The command line: what it prints, what it writes, and how it says that something is wrong."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +13,11 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from audio_lens import HookedAudioTransformer, Span, cli, patching
+from audio_lens import HookedAudioTransformer, Span, cli, patching, report
+from audio_lens.cli import complete, shared
 from audio_lens.models import embedded as shipped
+from audio_lens.patching.clip_pair import ClipPair
+from audio_lens.patching.engine.readout import Readout
 
 RATE = 16_000
 RANDOM = np.random.default_rng(0)
@@ -51,8 +57,12 @@ def clips(tmp_path):
 def run(tmp_path, monkeypatch, embedded):
     """Runs a command with a terminal wide enough; the embedded model is loaded once."""
     monkeypatch.chdir(tmp_path)
-    load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda name: embedded if name == "embedded" else load(name))
+    load = shared.load
+
+    def load_once(name, **options):
+        return embedded if name == "embedded" else load(name, **options)
+
+    monkeypatch.setattr(shared, "load", load_once)
 
     def invoke(*arguments):
         words = [str(argument) for argument in arguments]
@@ -80,7 +90,7 @@ def test_map_prints_writes_and_saves(run, clips, tmp_path):
         assert part in result.stdout
     page = (tmp_path / "seven.html").read_text()
     assert "What decides &#39;seven&#39; against &#39;two&#39;" in page
-    assert page.count("<audio") == 2
+    assert "clean" in page and "corrupted" in page
     saved = patching.load(tmp_path / "seven.nc")
     assert saved.axes == ("time",) and len(saved.coords["time"]) == 3
     assert saved.meta["question"] == "which digit is first?"
@@ -112,17 +122,19 @@ def test_map_takes_overlapping_windows(run, clips, tmp_path):
     assert [(span.start_s, span.end_s) for span in spans[:2]] == [(0.0, 0.1), (0.2, 0.3)]
 
 
-def test_map_without_options_takes_the_shipped_pair(run, clips, monkeypatch, tmp_path):
+def test_map_without_options_takes_the_shipped_pair(run, clips, monkeypatch):
     pair = SimpleNamespace(
         clean=clips.clean, corrupted=clips.corrupted, question="which digit is last?",
         answer="seven", against="two", words=[Span(0.2, 0.4, "seven")],
         corrupted_words=[],
     )  # fmt: skip
     monkeypatch.setattr(shipped, "default_pair", lambda: pair, raising=False)
+    drawn = {}
+    monkeypatch.setattr(report, "map_page", lambda *arguments, **options: drawn.update(options))
     result = run("map", *QUICK)
     assert result.exit_code == 0, result.output
     assert "which digit is last?" in result.stdout
-    assert '"seven"' in (tmp_path / "map.html").read_text()
+    assert drawn["words"] == pair.words
 
 
 def test_map_on_the_clips_in_the_package(run, tmp_path):
@@ -166,7 +178,7 @@ def test_clips_of_unequal_length_are_lengthened(run, clips):
         (["--window", "0"], "positive"),
         (["--window", "0", "--stride", "0.5"], "positive"),
         (["--model", "no_such_directory/at_all/here"], "no_such_directory"),
-        (["--language", "en"], "takes no --language"),
+        (["--language", "en"], "takes no language"),
     ],
 )
 def test_bad_input_is_one_red_line(run, clips, options, complaint, monkeypatch):
@@ -177,7 +189,7 @@ def test_bad_input_is_one_red_line(run, clips, options, complaint, monkeypatch):
 @pytest.fixture
 def unloadable(monkeypatch, run):
     """Loading a model fails the test: what is wrong must be said before."""
-    monkeypatch.setattr(cli, "_load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(shared, "load", lambda name: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +256,7 @@ def test_other_failures_exit_with_one(run, monkeypatch):
     def fail(name):
         raise RuntimeError("boom [red]")
 
-    monkeypatch.setattr(cli, "_load", fail)
+    monkeypatch.setattr(shared, "load", fail)
     result = run("info")
     assert result.exit_code == 1 and result.stderr.strip() == "error: boom [red]"
 
@@ -292,7 +304,7 @@ def speaking_whisper(whisper, run, monkeypatch):
         encode=lambda word, add_special_tokens: {"seven": [5], "two": [6]}[word],
         unk_token_id=None,
     )
-    monkeypatch.setattr(cli, "_load", lambda name: model)
+    monkeypatch.setattr(shared, "load", lambda name: model)
 
 
 def test_transcribe_writes_what_whisper_says(run, clips, speaking_whisper):
@@ -306,7 +318,7 @@ def test_map_of_whisper_is_over_its_encoder(run, clips, speaking_whisper):
     assert encoder.exit_code == 0, encoder.output
     assert {cell["layer"] for cell in json.loads(encoder.stdout)["top"]} == {0}
     assert_one_red_line(run(*files, *words, "--site", "decoder.resid_pre"), "position")
-    assert_one_red_line(run(*files, *words, "--question", "what?"), "takes no --question")
+    assert_one_red_line(run(*files, *words, "--question", "what?"), "takes no question")
 
 
 def test_both_clips_of_a_pair_have_the_tokens_of_the_clean_one(whisper, clips, monkeypatch):
@@ -318,11 +330,11 @@ def test_both_clips_of_a_pair_have_the_tokens_of_the_clean_one(whisper, clips, m
         return written or [1, {"de": 3, "en": 4}[language or next(found)]]
 
     monkeypatch.setattr(model, "_prompt_of", prompt)
-    case = cli.Case(clips.clean, clips.corrupted, None, "seven", "two")
-    clean, corrupted = cli._prepare_pair(model, case, {"language": None})
+    pair = ClipPair(clips.clean, clips.corrupted)
+    clean, corrupted = pair.inputs(model)
     assert clean.tokens.tolist() == corrupted.tokens.tolist() == [[1, 3]]
     assert not torch.equal(clean.features, corrupted.features)
-    chosen, _ = cli._prepare_pair(model, case, {"language": "en"})
+    chosen, _ = replace(pair, language="en").inputs(model)
     assert chosen.tokens.tolist() == [[1, 4]] and "en" in asked
 
 
@@ -332,8 +344,179 @@ def test_each_command_names_the_other_for_the_other_kind(run, clips, whisper):
     assert_one_red_line(run("transcribe", clips.clean, "-m", "embedded"), "audio-lens ask")
 
 
-@pytest.mark.parametrize("command", ["map", "info", "transcribe", "ask"])
-def test_help_gives_an_example(run, command):
+COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_gives_examples_and_every_command_speaks_json(run, command):
     text = run(command, "--help").stdout
     assert "Example" in text and f"audio-lens {command}" in text
     assert "[green]" not in text
+    for option in ("--json", "--debug", "--verbose"):
+        assert option in text
+
+
+# -------------------------------------------------------------------------------- exit codes
+
+
+def test_exit_codes_are_those_of_the_help(run, monkeypatch):
+    text = run("--help").stdout
+    assert "0 done, 2 input that cannot be used, 1 anything else, 130 interrupted" in text
+    assert run("models").exit_code == 0
+    assert run("info", "no/such/folder").exit_code == run("map", "--nonsense").exit_code == 2
+    for error, code in ((RuntimeError, 1), (ValueError, 2), (OSError, 2), (KeyboardInterrupt, 130)):
+
+        def fail(name, error=error):
+            raise error("no")
+
+        monkeypatch.setattr(shared, "load", fail)
+        assert run("info").exit_code == code
+
+
+def test_an_interrupted_map_goes_on_from_its_checkpoint(run, clips, monkeypatch):
+    whole = json.loads(run(*own(clips, "--axes", "layer", "--json")).stdout)
+    command = own(clips, "--axes", "layer", "--checkpoint", "map.ckpt", "--json", "--verbose")
+    measured, measure = [], Readout.measure
+
+    def interrupt(readout, cell):
+        measured.append(cell)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure(readout, cell)
+
+    monkeypatch.setattr(Readout, "measure", interrupt)
+    stopped = run(*command)
+    assert stopped.exit_code == cli.INTERRUPTED and stopped.stdout == ""
+    assert "kept in map.ckpt; the same command goes on from there" in stopped.stderr
+    monkeypatch.setattr(Readout, "measure", measure)
+    rest = run(*command)
+    assert rest.exit_code == 0 and "of 6 cells were done before" in rest.stderr
+    assert json.loads(rest.stdout)["top"] == whole["top"]
+
+
+def test_an_interrupt_before_there_is_anything_says_so(run, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shared, "load", interrupt)
+    assert "nothing was kept" in run("info").stderr
+    assert "the same command starts again" in run("map", "--checkpoint", "map.ckpt").stderr
+
+
+# -------------------------------------------------------------------------------- what is said
+
+
+def test_verbose_tells_what_is_done(run, clips):
+    command = own(clips, *QUICK, "--json")
+    quiet, verbose = run(*command), run(*command, "--verbose")
+    assert "each cell runs:" in verbose.stderr and "each cell runs:" not in quiet.stderr
+    assert json.loads(verbose.stdout)["top"] == json.loads(quiet.stdout)["top"]
+
+
+def test_progress_is_for_terminals_and_for_who_asks(run, clips):
+    command = own(clips, *QUICK)
+    assert "3 of 3 cells" not in run(*command).stderr
+    assert "3 of 3 cells" in run(*command, "--progress").stderr
+
+
+def test_verified_cells_are_reported(run, clips):
+    told = json.loads(run(*own(clips, *QUICK, "--verify", "2", "--json")).stdout)
+    assert any("2 random cells verified" in note for note in told["report"])
+
+
+def test_json_holds_no_infinity(capsys):
+    shared.print_json({"a": [float("inf"), 1.5], "b": (float("nan"),)})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": [None]}
+
+
+# -------------------------------------------------------------------------------- reproduce
+
+
+def test_a_map_is_reproduced_from_its_file(run, clips, tmp_path):
+    run(*own(clips, *QUICK, "--save", "map.nc"))
+    result = run("reproduce", "map.nc", "--save", "again.nc")
+    assert result.exit_code == 0, result.output
+    assert "3 values agree" in result.stdout
+    again = [patching.load(tmp_path / name) for name in ("map.nc", "again.nc")]
+    torch.testing.assert_close(again[0].values, again[1].values)
+    told = json.loads(run("reproduce", "map.nc", "--json").stdout)
+    assert told["agrees"] and told["n_cells"] == 3 and told["changed"] == {}
+
+
+def test_changed_clips_are_noticed(run, clips, tmp_path):
+    run(*own(clips, *QUICK, "--save", "map.nc"))
+    moved = clips.clean.rename(tmp_path / "moved.wav")
+    assert_one_red_line(run("reproduce", "map.nc"), "clean clip is not at", "clean")
+    assert run("reproduce", "map.nc", "--clean", moved).exit_code == 0
+    soundfile.write(clips.corrupted, np.zeros(RATE), RATE)
+    assert_one_red_line(run("reproduce", "map.nc", "--clean", moved), "hash of the file differs")
+
+
+def test_values_that_do_not_agree_exit_with_one(run, clips):
+    run(*own(clips, *QUICK, "--save", "map.nc"))
+    saved = patching.load("map.nc")
+    saved.values += 1
+    saved.meta["torch"] = "1.0"
+    saved.save("map.nc")
+    result = run("reproduce", "map.nc")
+    assert result.exit_code == cli.FAILED
+    assert "do not agree" in result.stdout and "torch" in result.stdout
+
+
+def test_what_is_no_map_is_refused(run, clips, unloadable):
+    assert_one_red_line(run("reproduce", "nothing.nc"), "there is no file nothing.nc")
+    assert_one_red_line(run("reproduce", clips.clean), "does not hold a saved sweep")
+
+
+# -------------------------------------------------------------------------------- completion
+
+
+def completed(words):
+    """What bash is offered at the end of a line."""
+    count = len(words.split(" ")) - 1
+    environment = {
+        "COMP_WORDS": words, "COMP_CWORD": str(count), "_AUDIO_LENS_COMPLETE": "complete_bash",
+    }  # fmt: skip
+    result = CliRunner().invoke(cli.app, [], prog_name="audio-lens", env=environment)
+    return result.output.split()
+
+
+def test_completion_can_be_installed(run, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    shown = CliRunner().invoke(cli.app, ["--show-completion", "bash"], prog_name="audio-lens")
+    assert shown.exit_code == 0 and "_AUDIO_LENS_COMPLETE=complete_bash" in shown.output
+    assert "--install-completion" in run("--help").stdout
+
+
+def test_completion_offers_sites_axes_and_models():
+    assert "reproduce" in completed("audio-lens re")
+    assert "connector.out" in completed("audio-lens map --site conn")
+    assert not any("cross" in site for site in completed("audio-lens map --site decoder."))
+    whisper = completed("audio-lens map -m openai/whisper-tiny --site decoder.cross_attn.")
+    assert "decoder.cross_attn.z" in whisper
+    assert completed("audio-lens map --axes layer,t") == ["layer,time"]
+    assert completed("audio-lens info emb") == ["embedded"]
+
+
+def test_every_site_of_the_shipped_model_is_offered(embedded):
+    offered = completed("audio-lens map --site ")
+    assert {str(site) for site in patching.sites_of(embedded)} <= set(offered)
+    for site in offered:
+        if site.startswith("decoder."):
+            patching.Site.parse(site, embedded)
+
+
+def test_checkpoints_at_hand_are_offered(tmp_path, monkeypatch, whisper):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--someone--her-model").mkdir()
+    assert [name for name, _ in complete.models("some")] == ["someone/her-model"]
+    offered = [name for name, _ in complete.models(str(whisper))]
+    assert offered == [str(whisper)]
+
+
+def test_completion_and_help_import_nothing_heavy():
+    script = "import sys, audio_lens.cli; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

@@ -2,9 +2,11 @@
 
 from audio_lens.patching.attribution.attribute import Attribution, attribute
 from audio_lens.patching.attribution.confirm import Confirmation
+from audio_lens.patching.clip_pair import ChangedFileError, ClipPair
 from audio_lens.patching.engine.checkpoint import CheckpointError
 from audio_lens.patching.engine.machine import Plan, VerificationError
 from audio_lens.patching.patch import Patch, patch
+from audio_lens.patching.rerun import Rerun, RerunError, rerun
 from audio_lens.patching.result import Cell, SweepResult, load
 from audio_lens.patching.sites import Site, SiteError, sites_of
 from audio_lens.patching.sweep import plan, sweep
@@ -34,10 +36,14 @@ __all__ = [
     "Attribution",
     "Band",
     "Cell",
+    "ChangedFileError",
     "CheckpointError",
+    "ClipPair",
     "Confirmation",
     "Patch",
     "Plan",
+    "Rerun",
+    "RerunError",
     "Site",
     "SiteError",
     "Span",
@@ -65,6 +71,7 @@ __all__ = [
     "load",
     "patch",
     "plan",
+    "rerun",
     "sites_of",
     "sweep",
 ]

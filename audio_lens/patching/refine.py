@@ -16,6 +16,7 @@ from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.plan import Windows
 from audio_lens.patching.result import BATCH_DIMS, SweepResult
 from audio_lens.patching.sites import Site
+from audio_lens.progress import heading
 from audio_lens.timeline import Span, Timeline
 
 
@@ -46,7 +47,8 @@ def refined(
         raise ValueError("refine splits windows: it needs axis 'time'")
     spans = planned.table.coords["time"]
     _check_apart(spans)
-    rounds = [planned.run(**_numbered(options, 0))]
+    with heading("round 1"):
+        rounds = [planned.run(**_numbered(options, 0))]
     split = _Splitter(planned.request.model.timeline(planned.request.clean), planned.table.site)
     wanted = _strong(rounds[0], threshold)
     while True:
@@ -57,7 +59,8 @@ def refined(
         spans, cells = _next_cells(wanted, halves)
         planned = plan(spans)
         only = _along_axes(cells, axes).flatten().nonzero()[:, 0].tolist()
-        rounds.append(planned.run(only=only, **_numbered(options, len(rounds))))
+        with heading(f"round {len(rounds) + 1}"):
+            rounds.append(planned.run(only=only, **_numbered(options, len(rounds))))
         wanted = cells & _strong(rounds[-1], threshold)
     return _merged(rounds)
 

@@ -16,7 +16,7 @@ from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.engine.request import Direction, Precision, Request
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import Bands, CellTable, Windows
-from audio_lens.patching.record import check_pair
+from audio_lens.patching.record import check_pair, recorded
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
@@ -47,7 +47,7 @@ def sweep(
     refine: float | int | None = None,
     verify: int = 0,
     checkpoint: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> SweepResult:
     """Patch every cell of a site and measure what it does to the answer.
 
@@ -84,7 +84,8 @@ def sweep(
             value was measured with.
         verify: compare so many random cells with whole forwards.
         checkpoint: a file that keeps what is done; the same call goes on from there.
-        progress: show a progress bar with the time left.
+        progress: show progress with the time left: None where somebody looks (terminals and
+            notebooks), True everywhere, False nowhere.
 
     Your own hooks stay in force: every cell is then one whole forward, and ``report`` says so.
 
@@ -120,7 +121,9 @@ def sweep(
         planned = plan(model, windows=windows, **arguments)
         return planned.run(verify=verify, checkpoint=checkpoint, progress=progress)
     options = {"verify": verify, "checkpoint": checkpoint, "progress": progress}
-    return refined(lambda w: plan(model, windows=w, **arguments), windows, refine, options)
+    result = refined(lambda w: plan(model, windows=w, **arguments), windows, refine, options)
+    result.recipe["arguments"]["refine"] = refine
+    return result
 
 
 def plan(
@@ -165,13 +168,32 @@ def plan(
         precision=precision,
         layer_window=layer_window,
     )
-    return laid_out(request, cells_per_forward, memory_gb)
+    asked = {
+        "site": site,
+        "axes": axes,
+        "metric": metric,
+        "windows": windows,
+        "bands": bands,
+        "direction": direction,
+        "layers": layers,
+        "layer_window": layer_window,
+        "source": source,
+        "precision": precision,
+    }
+    return laid_out(request, cells_per_forward, memory_gb, recorded(asked))
 
 
 def laid_out(
-    request: Request, cells_per_forward: int | None = None, memory_gb: float | int | None = None
+    request: Request,
+    cells_per_forward: int | None = None,
+    memory_gb: float | int | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> Plan:
-    """A plan for a request; where cells are whole forwards, one per forward by default."""
+    """A plan for a request; where cells are whole forwards, one per forward by default.
+
+    Args:
+        arguments: what was asked, as results keep it.
+    """
     is_whole = request.route is HookedRoute
     schedule = Schedule(
         request.model,
@@ -183,7 +205,7 @@ def laid_out(
         most=1 if is_whole and cells_per_forward is None else cells_per_forward,
         memory_gb=memory_gb,
     )
-    return Plan(request, schedule)
+    return Plan(request, schedule, arguments or {})
 
 
 def _check_options(

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from families import FAMILIES
 from typer.testing import CliRunner
 
 from audio_lens import HookedAudioTransformer
 from audio_lens.cli import app
 from audio_lens.models.catalogue import Catalogue
+from families import FAMILIES
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -25,7 +25,7 @@ from audio_lens.patching.attribution.runs import (
 from audio_lens.patching.attribution.taps import QueryKeyTap
 from audio_lens.patching.engine.request import Direction
 from audio_lens.patching.plan import Bands, CellTable, Windows
-from audio_lens.patching.record import check_pair, provenance
+from audio_lens.patching.record import check_pair, provenance, recorded
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
 
@@ -68,7 +68,7 @@ class Attribution(SweepResult):
         metric: str | None = None,
         exact: Literal["top", "all"] = "top",
         seed: int = 0,
-        progress: bool = True,
+        progress: bool | None = None,
     ) -> Confirmation:
         """Exact values of the strongest cells beside their estimates, with controls.
 
@@ -84,7 +84,7 @@ class Attribution(SweepResult):
             exact: "top" measures those cells (and the random ones), "all" every cell, which costs
                 a whole sweep and makes rank correlation and overlap those of the whole map.
             seed: of noise and random cells.
-            progress: show a progress bar.
+            progress: as in `sweep`.
 
         Raises:
             ValueError: a control that does not exist or cannot be had, fewer than one cell, a
@@ -108,6 +108,7 @@ def attribute(
     layer_window: int = 1,
     method: Method = "atp",
     steps: int | None = None,
+    progress: bool | None = None,
 ) -> Attribution | dict[str, Attribution]:
     """Estimate every cell of a sweep at once, by gradients.
 
@@ -135,6 +136,7 @@ def attribute(
             magnitude, 0 or more.
             "atp*" (2403.00745): both of these; queries and keys get the QK-fix, other sites not.
         steps: of "ig", at the middles of as many equal pieces of the way; None is 5.
+        progress: as in `sweep`.
 
     Returns:
         `Attribution`; of several sites, a mapping from site to result.
@@ -165,15 +167,25 @@ def attribute(
     shared |= {"windows": windows, "direction": direction, "layers": layers}
     shared |= {"layer_window": layer_window, "bands": bands}
     with model.attention(_attention_mode(model, sites, method)), differentiable(model):
-        estimate = Estimate(model, tables, method, steps or DEFAULT_STEPS, shared)
-        results = {str(table.site): _result(model, estimate, table, shared) for table in tables}
+        estimate = Estimate(model, tables, method, steps or DEFAULT_STEPS, shared, progress)
+        results = {
+            str(table.site): _result(model, estimate, table, shared, method, steps)
+            for table in tables
+        }
     return results[str(sites[0])] if isinstance(site, str) else results
 
 
 def _result(
-    model: HookedAudioTransformer, estimate: Estimate, table: CellTable, request: dict[str, Any]
+    model: HookedAudioTransformer,
+    estimate: Estimate,
+    table: CellTable,
+    request: dict[str, Any],
+    method: Method,
+    steps: int | None,
 ) -> Attribution:
     pair = (request["clean"], request["corrupted"])
+    asked = {name: one for name, one in request.items() if name not in ("clean", "corrupted")}
+    asked |= {"site": str(table.site), "method": method, "steps": steps}
     attribution = Attribution(
         values=estimate.values(table),
         dims=(*estimate.dims, *table.axes),
@@ -184,6 +196,7 @@ def _result(
         direction=request["direction"],
         report=estimate.report,
         meta=provenance(model, *pair, estimate.names) | estimate.meta,
+        recipe={"arguments": recorded(asked), "hooks": list(model.list_hooks(dir="fwd"))},
     )
     attribution.request = request | {"site": str(table.site)}
     return attribution

@@ -16,6 +16,7 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.patching.result import Cell
 from audio_lens.patching.sites import Site
 from audio_lens.patching.sweep import plan
+from audio_lens.progress import heading
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -69,6 +70,7 @@ class Confirmation:
             effect, among all cells measured.
         precision: the share of the strongest by estimate that are among those.
         n_measured, n_cells: how many cells were measured exactly, of how many.
+        seed: of noise and random cells.
         report: what was left out, and why.
     """
 
@@ -78,6 +80,7 @@ class Confirmation:
     precision: float
     n_measured: int
     n_cells: int
+    seed: int = 0
     report: list[str] = field(default_factory=list)
 
     @property
@@ -104,6 +107,7 @@ class Confirmation:
             **{name: _plain(getattr(self, name)) for name in summary},
             "n_measured": self.n_measured,
             "n_cells": self.n_cells,
+            "seed": self.seed,
             "report": self.report,
         }
 
@@ -137,7 +141,7 @@ def confirm(
     metric: str | None,
     exact: str,
     seed: int,
-    progress: bool,
+    progress: bool | None,
 ) -> Confirmation:
     """See `Attribution.confirm`."""
     if top_k < 1:
@@ -161,7 +165,10 @@ def confirm(
         "norm_matched_noise": lambda: sweeps.effects(top, source=sweeps.noise(generator)),
         "random_sites": lambda: _of_partners(effects, partners),
     }
-    of_controls = {name: makers[name]() for name in chosen}
+    of_controls = {}
+    for name in chosen:
+        with heading(f"control {name}"):
+            of_controls[name] = makers[name]()
     rows = [
         ConfirmedCell(
             cell=sweeps.cells[i],
@@ -172,7 +179,8 @@ def confirm(
         for i in top
     ]
     truth = effects if attribution.is_signed else effects.abs()
-    return Confirmation(rows=rows, report=report, **_agreement(sweeps.estimates, truth, top))
+    agreement = _agreement(sweeps.estimates, truth, top)
+    return Confirmation(rows=rows, report=report, seed=seed, **agreement)
 
 
 def _strongest(effects: Float[Tensor, " cells"]) -> Int[Tensor, " known"]:
@@ -233,7 +241,7 @@ class _Sweeps:
         model: HookedAudioTransformer,
         site: Site,
         metric: str | None,
-        progress: bool,
+        progress: bool | None,
     ):
         if attribution.request is None:
             raise ValueError(

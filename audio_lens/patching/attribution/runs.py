@@ -19,6 +19,7 @@ from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.plan import CellTable
 from audio_lens.patching.record import batch_dims, check_finite
 from audio_lens.patching.sites import Site, parts_from
+from audio_lens.progress import track
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookPoint
@@ -78,6 +79,7 @@ class Estimate:
         method: str,
         steps: int,
         request: dict[str, Any],
+        progress: bool | None = None,
     ):
         self.model, self.method, self.steps = model, method, steps
         is_denoise = request["direction"] == "denoise"
@@ -98,7 +100,7 @@ class Estimate:
         with torch.set_grad_enabled(method != "ig"):  # that one has its gradients elsewhere
             base_hidden = self.run.hidden()
         self._measure(source_hidden, base_hidden.detach(), is_denoise)
-        self._differentiate(base_hidden)
+        self._differentiate(base_hidden, progress)
 
     def _tap(self, table: CellTable, layer: int | None, source: dict[str, Tensor]) -> Tap:
         if self.method not in FIXES_QUERIES_AND_KEYS or not QueryKeyTap.fits(self.model, table):
@@ -158,22 +160,40 @@ class Estimate:
 
     # ---------------------------------------------------------------- backwards
 
-    def _differentiate(self, base_hidden: Float[Tensor, "b t d"]) -> None:
+    def _differentiate(self, base_hidden: Float[Tensor, "b t d"], progress: bool | None) -> None:
         """Sum what every backward says about every tap, and about the entrances."""
         self.effects: dict[tuple, Float[Tensor, "sets rows units"] | float] = {}
         self.explained = self.base_values.new_zeros(len(self.names), self.n_rows)
-        for hidden, dropped in self._passes(base_hidden):
-            self.run.dropped = dropped
-            for i, name in enumerate(self.names):
-                slope = self._slope(name, hidden)
-                if hidden.requires_grad:
-                    hidden.backward(slope, retain_graph=True)
-                for place, tap in self.taps.items():
-                    effects = self._weight(tap, dropped) * self._taken(tap, tap.site.positions_of)
-                    self.effects[i, place] = self.effects.get((i, place), 0.0) + effects
-                for entrance in self.entrances:
-                    part = entrance.name.partition(".")[0]
-                    self.explained[i] += self._taken(entrance, part) / self.steps
+        with track("attribution", self._n_passes, "backwards", show=progress) as advance:
+            for count, (hidden, dropped) in enumerate(self._passes(base_hidden), start=1):
+                self._take_from(hidden, dropped)
+                advance(1, count)
+
+    def _take_from(self, hidden: Float[Tensor, "b t d"], dropped: Layer | None) -> None:
+        """Add one backward per metric to what is known."""
+        self.run.dropped = dropped
+        for i, name in enumerate(self.names):
+            slope = self._slope(name, hidden)
+            if hidden.requires_grad:
+                hidden.backward(slope, retain_graph=True)
+            for place, tap in self.taps.items():
+                effects = self._weight(tap, dropped) * self._taken(tap, tap.site.positions_of)
+                self.effects[i, place] = self.effects.get((i, place), 0.0) + effects
+            for entrance in self.entrances:
+                part = entrance.name.partition(".")[0]
+                self.explained[i] += self._taken(entrance, part) / self.steps
+
+    @property
+    def _n_passes(self) -> int:
+        if self.method == "ig":
+            return self.steps
+        return len(self._droppable) if self.method in UNSIGNED else 1
+
+    @property
+    def _droppable(self) -> list[Layer]:
+        """The layers whose outputs are left out in turn."""
+        layers = [layer for site in self.sites for layer in layers_from(self.model, site)]
+        return list(dict.fromkeys(layers))
 
     def _passes(
         self, hidden: Float[Tensor, "b t d"]
@@ -185,8 +205,7 @@ class Estimate:
                     entrance.share = (step + 0.5) / self.steps
                 yield self.run.hidden(), None
         elif self.method in UNSIGNED:
-            layers = [layer for site in self.sites for layer in layers_from(self.model, site)]
-            for layer in dict.fromkeys(layers):
+            for layer in self._droppable:
                 yield hidden, layer
         else:
             yield hidden, None

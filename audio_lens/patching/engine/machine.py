@@ -5,16 +5,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from audio_lens.patching.engine.baselines import State, literally, prepared
 from audio_lens.patching.engine.checkpoint import Checkpoint
@@ -22,12 +23,14 @@ from audio_lens.patching.engine.heap import freed_memory_kept
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import CellTable
-from audio_lens.patching.record import batch_dims, provenance
+from audio_lens.patching.record import SEED, batch_dims, provenance
 from audio_lens.patching.result import SweepResult
+from audio_lens.progress import track
 
 PLURALS = {"frequency": "frequencies"}
 _GIGA = 1e9
 _SAVE_EVERY_S = 20.0
+log = logging.getLogger(__name__)
 
 
 class VerificationError(RuntimeError):
@@ -39,10 +42,14 @@ class Plan:
     """A sweep laid out and not yet run; made by `patching.plan`.
 
     An interrupted `run` keeps what it has: running again goes on.
+
+    Attributes:
+        arguments: what was asked, as results keep it.
     """
 
     request: Request
     schedule: Schedule
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
     _state: State | None = field(default=None, repr=False)
 
     @property
@@ -89,7 +96,7 @@ class Plan:
     def run(
         self,
         only: Sequence[int] | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         checkpoint: str | Path | None = None,
         verify: int = 0,
     ) -> SweepResult:
@@ -108,13 +115,17 @@ class Plan:
         wanted = range(len(self)) if only is None else [int(cell) for cell in only]
         self._check(wanted, verify)
         file = None if checkpoint is None else Checkpoint(checkpoint, self.request.identity)
+        log.info("%s", self.explain())
         with self._in_force():
             state = self._started(file)
-            self._compute([cell for cell in wanted if not state.done[cell]], progress, file)
+            todo = [cell for cell in wanted if not state.done[cell]]
+            if len(todo) < len(wanted):
+                log.info("%d of %d cells were done before", len(wanted) - len(todo), len(wanted))
+            self._compute(todo, progress, file)
             notes = [self._verified(wanted, verify)] if verify else []
         return self._result(wanted, notes)
 
-    def values(self, progress: bool = True) -> Float[Tensor, "metrics *batch cells"]:
+    def values(self, progress: bool | None = None) -> Float[Tensor, "metrics *batch cells"]:
         """The metrics of every cell's run, without anything around them."""
         with self._in_force():
             state = self._started(None)
@@ -166,16 +177,15 @@ class Plan:
                 stack.callback(torch.set_float32_matmul_precision, before)
             yield
 
-    def _compute(self, todo: list[int], progress: bool, file: Checkpoint | None) -> None:
+    def _compute(self, todo: list[int], progress: bool | None, file: Checkpoint | None) -> None:
         state, queue = self._state, self.schedule.queue(todo)
-        saved_at = time.monotonic()
+        saved_at, work = time.monotonic(), self.schedule.flops(todo)
         try:
-            with _bar(self.schedule.flops(todo), progress) as bar:
+            with track(self.table.site_name, len(todo), "cells", work, progress) as advance:
                 while queue:
                     cells = self.schedule.next(queue, state.free_bytes)
                     if self._run_together(cells, queue):
-                        bar.set_postfix_str(f"{len(todo) - len(queue)}/{len(todo)} cells", False)
-                        bar.update(min(self.schedule.flops(cells) / _GIGA, bar.total - bar.n))
+                        advance(self.schedule.flops(cells), len(todo) - len(queue))
                     if file is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
                         file.save(state.values, state.done, state.baselines)
                         saved_at = time.monotonic()
@@ -219,7 +229,7 @@ class Plan:
             VerificationError: where one differs by more than rounding.
         """
         state = self._state
-        cells = random.Random(0).sample(list(wanted), min(count, len(wanted)))
+        cells = random.Random(SEED).sample(list(wanted), min(count, len(wanted)))
         base = state.clean if self.request.direction == "noise" else state.corrupted
         effects = (state.values - base[..., None])[..., state.done]
         largest = effects[effects.isfinite()].abs().amax() if effects.isfinite().any() else 0.0
@@ -263,13 +273,8 @@ class Plan:
             direction=request.direction,
             report=[*state.notes, *notes],
             meta=meta | {"attn_mode": request.attn_mode, "precision": request.precision},
+            recipe={"arguments": dict(self.arguments), "hooks": list(request.hooked)},
         )
-
-
-def _bar(total: float | int, progress: bool) -> tqdm:
-    """Progress by work, so that the time left is right although cells differ in cost."""
-    shape = "{l_bar}{bar}| {postfix} [{elapsed}<{remaining}]"
-    return tqdm(total=total / _GIGA, disable=not progress, bar_format=shape)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,94 @@
+"""`audio-lens models` and `audio-lens info`: what there is, and what it is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from audio_lens.cli import shared
+from audio_lens.cli.shared import AsJson, Debug, ModelArgument, Verbose, app, out, plain_errors
+
+
+@app.command()
+def models(as_json: AsJson = False, verbose: Verbose = False, debug: Debug = False) -> None:
+    """The families of models, their hooks and times, and how closely they match Hugging Face.
+
+    [bold]Examples[/]
+
+    [green]audio-lens models[/]
+
+    [green]audio-lens models --json[/]
+    """
+    with plain_errors(debug, verbose):
+        from audio_lens.models.catalogue import Catalogue
+
+        catalogue = Catalogue.load()
+        if as_json:
+            shared.print_json(asdict(catalogue))
+            return
+        rows = catalogue.rows()
+        table = Table(*rows[0], box=None, header_style="bold")
+        for row in rows:
+            table.add_row(*row.values())
+        out.print(table)
+        versions = ", ".join(f"{name} {version}" for name, version in catalogue.versions.items())
+        out.print(
+            "[dim]float32, float64: largest difference from Hugging Face in any output, residual "
+            f"stream or pattern, relative to the largest value ({escape(versions)})[/]"
+        )
+
+
+@app.command()
+def info(
+    model: ModelArgument = "embedded",
+    hooks: Annotated[bool, typer.Option("--hooks", help="List every hook with its shape.")] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Parts, sizes, hook names and the seconds per position of a model.
+
+    [bold]Examples[/]
+
+    [green]audio-lens info[/]
+
+    [green]audio-lens info openai/whisper-tiny --hooks[/]
+    """
+    with plain_errors(debug, verbose):
+        listener = shared.load(model)
+        from audio_lens.report.facts import describe
+
+        facts = describe(listener)
+        if as_json:
+            shared.print_json(facts)
+        else:
+            _print_info(facts, hooks)
+
+
+def _print_info(facts: dict[str, Any], hooks: bool) -> None:
+    out.print(f"[bold]{escape(facts['model'])}[/]: {facts['family']}")
+    longest = facts["longest_clip_s"]
+    clips = f"clips up to {longest:g} s" if math.isfinite(longest) else "clips of any length"
+    out.print(f"{facts['parameters']:,} parameters, {facts['sampling_rate']} Hz, {clips}")
+    parts = facts["parts"]
+    table = Table("", *parts, box=None, header_style="bold")
+    for what in dict.fromkeys(what for sizes in parts.values() for what in sizes):
+        row = (str(sizes.get(what, "")) for sizes in parts.values())
+        table.add_row(what.replace("_", " "), *row)
+    out.print(table)
+    out.print(f"{len(facts['hooks'])} hook points, shapes for {facts['shapes_for']}:")
+    shown = facts["hooks"] if hooks else _one_block_each(facts["hooks"])
+    for name, shape in shown.items():
+        out.print(f"  {name} [dim]{shape}[/]", highlight=False, soft_wrap=True)
+    if not hooks:
+        out.print("[dim]block 0 stands for all; --hooks lists every one[/]")
+
+
+def _one_block_each(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The hooks outside the blocks, and those of each part's first block."""
+    return {n: shape for n, shape in shapes.items() if ".blocks." not in n or ".blocks.0." in n}

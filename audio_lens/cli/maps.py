@@ -1,0 +1,312 @@
+"""`audio-lens map`: two clips, every layer and moment, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from audio_lens.cli import complete, shared
+from audio_lens.cli.shared import (
+    AsJson,
+    Debug,
+    Language,
+    ModelName,
+    ShowProgress,
+    Verbose,
+    app,
+    err,
+    out,
+    plain_errors,
+)
+
+if TYPE_CHECKING:
+    from audio_lens.patching.clip_pair import ClipPair
+
+
+class Direction(str, Enum):
+    """Which run is patched: the corrupted one (denoise) or the clean one (noise)."""
+
+    denoise = "denoise"
+    noise = "noise"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two clips, and the answer that tells them apart."""
+
+    clips: ClipPair
+    answer: str
+    against: str
+    words: Sequence[Any] = field(default=())
+    corrupted_words: Sequence[Any] = field(default=())
+
+
+@app.command("map")
+def map_command(
+    model: ModelName = "embedded",
+    clean: Annotated[
+        Path | None,
+        typer.Option(help="The clip the model answers rightly; default: a shipped one."),
+    ] = None,
+    corrupted: Annotated[
+        Path | None, typer.Option(help="The clip that differs in what is asked.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What an audio LLM is asked.")] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer to the clean clip: one token (mind a leading space), the name of a class, "
+            "or a transcript of a CTC model."
+        ),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Answer to the corrupted clip.")] = None,
+    language: Language = None,
+    site: Annotated[
+        str,
+        typer.Option(
+            help="What to patch: part.activation, e.g. decoder.attn.z, connector.out.",
+            autocompletion=complete.sites,
+        ),
+    ] = "resid_pre",
+    axes: Annotated[
+        str,
+        typer.Option(
+            help="One or two of layer, head, time, position, neuron, frequency.",
+            autocompletion=complete.axes,
+        ),
+    ] = "layer,time",
+    window: Annotated[
+        float | None, typer.Option(help="Width of the time windows in seconds; default: 0.1.")
+    ] = None,
+    stride: Annotated[
+        float | None, typer.Option(help="Seconds between windows; default: their width.")
+    ] = None,
+    direction: Annotated[
+        Direction, typer.Option(help="Put clean activations into the corrupted run, or reversed.")
+    ] = Direction.denoise,
+    verify: Annotated[
+        int, typer.Option(min=0, help="Compare so many random cells with whole forwards.")
+    ] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is done in this file; the same command goes on from there."),
+    ] = None,
+    html: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
+        "map.html"
+    ),
+    save: Annotated[Path | None, typer.Option(help="Also keep the numbers, as netCDF.")] = None,
+    progress: ShowProgress = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Patch every layer and moment between two clips and draw which of them decide the answer.
+
+    Without options it maps the model and the clips that come with the package.
+
+    [bold]Examples[/]
+
+    [green]audio-lens map[/]
+
+    [green]audio-lens map --clean seven.wav --corrupted two.wav --question "which digit is second?"
+    --answer seven --against two --site connector.out --axes time --window 0.05[/]
+
+    [green]audio-lens map --model openai/whisper-tiny.en --clean seven.wav --corrupted two.wav
+    --answer " seven" --against " two" --site encoder.resid_pre[/]
+
+    [green]audio-lens map --site decoder.attn.z --axes head,time --checkpoint heads.ckpt --verify 3
+    --save heads.nc[/]
+    """
+    with plain_errors(debug, verbose, checkpoint):
+        shared.check_there(clean, corrupted)
+        shared.check_outputs(html, save, checkpoint)
+        case = _case(clean, corrupted, question, answer, against, language)
+        wanted = _wanted_axes(axes)
+        shared.check_audio(case.clips.clean, case.clips.corrupted)
+        listener = shared.load(model)
+        from audio_lens import metrics, patching, report
+
+        patching.Site.parse(site, listener)  # a mistyped one raises before any work
+        replace(case.clips, question=question).check_options(listener)
+        if not listener.takes_question:
+            case = replace(case, clips=replace(case.clips, question=None))
+        _tell_lengths(case.clips, listener.cfg.sampling_rate)
+        pair = case.clips.inputs(listener)
+        is_ctc = listener.cfg.head == "ctc"
+        difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
+        metric = difference(case.answer, case.against)
+        before = _listen(listener, pair, metric)
+        if not as_json:
+            _print_baselines(case, before)
+        if before["alike"]:
+            raise ValueError(
+                "the metric is the same for both clips, so a map would be meaningless: choose "
+                "clips that differ in what is asked, or other answers"
+            )
+        result = patching.sweep(
+            listener,
+            clean=pair[0],
+            corrupted=pair[1],
+            site=site,
+            axes=wanted,
+            windows=_windows(window, stride),
+            metric=metric,
+            direction=direction.value,
+            verify=verify,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        result.meta = _told(case, before) | result.meta
+        result.recipe["clips"] = case.clips.record()
+        written = {"html": str(html)}
+        if save is not None:
+            written["netcdf"] = str(result.save(save))
+        report.map_page(
+            result,
+            pair[0].audio[0],
+            html,
+            words=case.words,
+            corrupted_words=case.corrupted_words,
+            corrupted_audio=pair[1].audio[0],
+            title=f"What decides {case.answer.strip()!r} against {case.against.strip()!r}",
+            sampling_rate=listener.cfg.sampling_rate,
+        )
+        if as_json:
+            top = [cell.to_dict() for cell in result.top(10)]
+            told = {"meta": result.meta, "report": result.report, "top": top}
+            shared.print_json(before | told | {"written": written})
+        else:
+            _print_map(result, written)
+
+
+def _case(
+    clean: Path | None,
+    corrupted: Path | None,
+    question: str | None,
+    answer: str | None,
+    against: str | None,
+    language: str | None,
+) -> Case:
+    """The user's clips with their answers, or the shipped pair with what is not overridden."""
+    shared.check_not_empty({"--question": question, "--answer": answer, "--against": against})
+    if clean is None and corrupted is None:
+        return _shipped_case(question, answer, against, language)
+    needed = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--against": against}
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise ValueError(f"your own clips also need {', '.join(missing)}")
+    from audio_lens.patching.clip_pair import ClipPair
+
+    return Case(ClipPair(clean, corrupted, question, language), answer, against)
+
+
+def _shipped_case(
+    question: str | None, answer: str | None, against: str | None, language: str | None
+) -> Case:
+    from audio_lens.models.embedded import default_pair
+    from audio_lens.patching.clip_pair import ClipPair
+
+    pair = default_pair()
+    asked = pair.question if question is None else question
+    return Case(
+        clips=ClipPair(pair.clean, pair.corrupted, asked, language),
+        answer=pair.answer if answer is None else answer,
+        against=pair.against if against is None else against,
+        words=pair.words,
+        corrupted_words=pair.corrupted_words,
+    )
+
+
+def _tell_lengths(clips: ClipPair, rate: int) -> None:
+    shorter, longer = sorted(clips.seconds(rate))
+    if shorter < longer:
+        err.print(f"the shorter clip is lengthened with silence to {longer:.2f} s")
+
+
+def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
+    """What the model answers to both clips, and the metric of both."""
+    import torch
+
+    from audio_lens import metrics
+    from audio_lens.patching.result import alike
+
+    with torch.inference_mode():
+        values = [metrics.bound(metric, model, inputs)(model(inputs)).mean() for inputs in pair]
+    answers = [shared.said(model, inputs) for inputs in pair]
+    return {
+        "model": model.cfg.model_name,
+        "answers": dict(zip(("clean", "corrupted"), answers, strict=True)),
+        "metric": dict(zip(("clean", "corrupted"), (v.item() for v in values), strict=True)),
+        "alike": bool(alike(*values)),
+    }
+
+
+def _wanted_axes(axes: str) -> list[str]:
+    from audio_lens.patching.result import AXES
+
+    wanted = [axis.strip() for axis in axes.split(",")]
+    if len(wanted) > 2:
+        raise ValueError(f"a map has one or two axes, got {', '.join(wanted)}")
+    unknown = [axis for axis in wanted if axis not in AXES]
+    if unknown:
+        raise ValueError(f"unknown axis {unknown[0]!r}: choose of {', '.join(AXES)}")
+    return wanted
+
+
+def _windows(window: float | None, stride: float | None) -> float | tuple[float, float] | None:
+    """Width, or width and stride, of the windows; None leaves the choice to the sweep."""
+    from audio_lens.patching.plan import DEFAULT_WINDOW_S
+
+    if stride is None:
+        return window
+    return (DEFAULT_WINDOW_S if window is None else window, stride)
+
+
+def _told(case: Case, before: dict[str, Any]) -> dict[str, str]:
+    """What the result should remember of the question."""
+    clips, answers = case.clips, before["answers"]
+    told = {
+        "question": clips.question,
+        "clean": f"{clips.clean.name}: {answers['clean']}",
+        "corrupted": f"{clips.corrupted.name}: {answers['corrupted']}",
+    }
+    return {name: text for name, text in told.items() if text is not None}
+
+
+def _print_baselines(case: Case, before: dict[str, Any]) -> None:
+    if case.clips.question:
+        out.print(f"question: [bold]{escape(case.clips.question)}[/]")
+    table = Table("clip", "file", "the model answers", "metric", box=None, header_style="dim")
+    for name, path in (("clean", case.clips.clean), ("corrupted", case.clips.corrupted)):
+        answer, value = before["answers"][name], before["metric"][name]
+        table.add_row(name, escape(path.name), f"[bold]{escape(answer)}[/]", f"{value:+.3f}")
+    out.print(table)
+    out.print(
+        f"[dim]metric: logit of {escape(case.answer)!r} minus logit of {escape(case.against)!r}[/]"
+    )
+    if before["answers"]["clean"] == before["answers"]["corrupted"]:
+        shared.warn("the model answers both clips the same: a map can hardly explain that")
+    elif before["metric"]["clean"] < before["metric"]["corrupted"]:
+        shared.warn(
+            "the metric is larger for the corrupted clip: are --answer and --against swapped?"
+        )
+
+
+def _print_map(result: Any, written: dict[str, str]) -> None:
+    table = Table("strongest cells", "effect", "recovery", "metric", box=None, header_style="dim")
+    for cell in result.top(10):
+        numbers = f"{cell.effect:+.3f}", f"{cell.recovery:+.3f}", f"{cell.value:+.3f}"
+        table.add_row(escape(cell.place), *numbers)
+    out.print()
+    out.print(table)
+    for note in result.report:
+        out.print(f"[dim]{escape(note)}[/]")
+    for kind, path in written.items():
+        out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)

@@ -1,0 +1,201 @@
+"""What all commands share: the app, common options, errors and exit codes, loading, JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from audio_lens.cli import complete
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+ANSWER_TOKENS = 16
+
+app = typer.Typer(
+    name="audio-lens",
+    help="See which layer, head and moment of audio decide what a model answers.",
+    epilog="Exit codes: 0 done, 2 input that cannot be used, 1 anything else, 130 interrupted.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+log = logging.getLogger(__name__)
+
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help='A hub id, a Hugging Face directory, or "embedded".',
+        autocompletion=complete.models,
+    ),
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help='A hub id, a Hugging Face directory, or "embedded".', autocompletion=complete.models
+    ),
+]
+AudioFiles = Annotated[list[Path], typer.Argument(help="Sound files (wav, flac, mp3 ...).")]
+Language = Annotated[
+    str | None, typer.Option(help='What Whisper hears, a code like "en"; default: found.')
+]
+ShowProgress = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Show progress and the time left; default: in terminals.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is done on the way.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def plain_errors(
+    debug: bool, verbose: bool = False, checkpoint: Path | None = None
+) -> Iterator[None]:
+    """Errors as one red line, and the exit codes of the help.
+
+    Args:
+        debug: let errors through, with their traceback.
+        verbose: show what the package logs, not only its warnings.
+        checkpoint: the file from which an interrupted command goes on.
+    """
+    try:
+        with _logging(logging.INFO if verbose else logging.WARNING):
+            yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        err.print(f"[yellow]interrupted[/]: {escape(_how_to_go_on(checkpoint))}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True)
+        is_bad_input = isinstance(error, (ValueError, OSError))
+        raise typer.Exit(BAD_INPUT if is_bad_input else FAILED) from None
+
+
+def _how_to_go_on(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "nothing was kept (map with --checkpoint FILE keeps what is done)"
+    if not checkpoint.is_file():
+        return f"before there was anything to keep in {checkpoint}; the same command starts again"
+    return f"what is done is kept in {checkpoint}; the same command goes on from there"
+
+
+@contextmanager
+def _logging(level: int) -> Iterator[None]:
+    """What the package logs goes to stderr."""
+    package = logging.getLogger("audio_lens")
+    handler = RichHandler(console=err, show_time=False, show_path=False)
+    before = package.level
+    package.addHandler(handler)
+    package.setLevel(level)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(before)
+
+
+def load(name: str, **options: Any) -> Any:
+    """The model, with progress of what takes long where somebody can see it."""
+    import transformers
+
+    from audio_lens import HookedAudioTransformer
+    from audio_lens.models.loading import EMBEDDED
+
+    started, is_quiet = time.monotonic(), name == EMBEDDED or not err.is_terminal
+    if is_quiet:
+        transformers.utils.logging.disable_progress_bar()
+    else:
+        transformers.utils.logging.enable_progress_bar()
+    waiting = err.status(f"loading {escape(name)}") if is_quiet else nullcontext()
+    try:
+        with waiting:
+            model = HookedAudioTransformer.from_pretrained(name, **options)
+    except OSError as error:
+        raise OSError(
+            f"{name} is no folder here, and the hub does not give it: check the name, or the way "
+            f"to the hub ({str(error).split('. ')[0]})"
+        ) from error
+    log.info("loaded %s in %.1f s", name, time.monotonic() - started)
+    return model
+
+
+def said(model: Any, inputs: Any, max_new_tokens: int = ANSWER_TOKENS) -> str:
+    """What the model says to one prompt; models without a decoder say all they can."""
+    options = {"max_new_tokens": max_new_tokens} if "decoder" in model.cfg.parts else {}
+    return model.generate(inputs, **options)[0]
+
+
+def check_not_empty(options: dict[str, str | None]) -> None:
+    """Raise for an option whose text is empty."""
+    for option, text in options.items():
+        if text == "":
+            raise ValueError(f"{option} is empty: write something or leave it out")
+
+
+def check_there(*paths: Path | None) -> None:
+    """Raise at once, before anything is imported, if a file is missing."""
+    for path in filter(None, paths):
+        if not path.exists():
+            raise ValueError(f"there is no file {path}: check its name and folder")
+
+
+def check_audio(*paths: Path) -> None:
+    """Raise before the work if a clip is missing or no sound file."""
+    check_there(*paths)
+    from audio_lens import audio
+
+    for path in paths:
+        audio.check(path)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise before the work if what it gives could not be written."""
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name the file to write")
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"there is no folder {path.parent} to write {path.name} to: make it, or name "
+                "another"
+            )
+
+
+def print_json(data: Any) -> None:
+    """The data, for programs; null for what is infinite or no number."""
+    text = json.dumps(_finite(data), indent=2, allow_nan=False)
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def warn(message: str) -> None:
+    """A line that people should not overlook."""
+    out.print(f"[yellow]{escape(message)}[/]")

@@ -1,0 +1,179 @@
+"""What results remember, and making them again from it."""
+
+import ast
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import audio_lens
+from audio_lens import Band, HookedAudioTransformer, Span, metrics, patching
+from audio_lens.patching.record import is_own, recalled, recorded, revision_of, weights_hash
+from tiny import hf_inputs, tiny_hf
+
+RATE = 16_000
+METRIC = metrics.logit_diff(5, 6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedAudioTransformer.from_hf(tiny_hf("qwen2_audio"))
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    clean = model.as_inputs(hf_inputs("qwen2_audio"))
+    noise = torch.randn(clean.features.shape, generator=torch.Generator().manual_seed(0))
+    return {"clean": clean, "corrupted": replace(clean, features=clean.features + noise)}
+
+
+def asked(**options):
+    usual = {"site": "decoder.resid_pre", "axes": ("layer", "time"), "metric": METRIC}
+    return usual | options
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, 0.1, "position", (0.2, 0.1), ["decoder.attn_out", "decoder.mlp_out"],
+        [Span(0.1, 0.2, "seven"), Span(0.2, 0.4)], [Band(100, 200)], METRIC,
+        {"a": metrics.kl(), "b": metrics.log_prob(["x", "y"], position=-2)},
+        metrics.forced_choice("a", ["a", "b"]), metrics.sequence_log_prob("two"),
+    ],
+)  # fmt: skip
+def test_arguments_survive_json(value):
+    held = json.loads(json.dumps(recorded({"it": value})))["it"]
+    assert not is_own(held)
+    assert json.dumps(recorded({"it": recalled(held)})["it"]) == json.dumps(held)
+    assert type(recalled(held)) is type(value)
+
+
+@pytest.mark.parametrize("value", [lambda x: x, metrics.read_at(torch.sum), torch.ones(2)])
+def test_what_no_file_holds_is_marked(value):
+    for one in (value, {"name": value}):
+        assert is_own(json.loads(json.dumps(recorded({"it": one})))["it"])
+
+
+def test_a_result_says_where_it_comes_from(model, pair):
+    result = patching.sweep(model, **pair, **asked())
+    for name in ("torch", "transformers", "audio_lens", "python", "clean_hash", "seed"):
+        assert result.meta[name]
+    assert result.meta["weights_hash"] == weights_hash(model)
+    assert result.recipe["arguments"]["axes"] == {"tuple": ["layer", "time"]}
+
+
+def test_weights_are_told_apart(model):
+    before = weights_hash(model)
+    weight = model.decoder.blocks[0].mlp.fc_in.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.01)
+    assert weights_hash(model) != before
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert weights_hash(model) == before != weights_hash(model.double())
+    model.float()
+
+
+def test_the_revision_of_a_cached_checkpoint(tmp_path, monkeypatch):
+    found = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
+    module = "audio_lens.patching.record.try_to_load_from_cache"
+    monkeypatch.setattr(module, lambda name, file: str(found))
+    assert revision_of("a/b") == "c0ffee"
+    assert revision_of("embedded") is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"axes": ("layer", "head"), "site": "decoder.attn.z", "direction": "noise", "layers": [0]},
+        {"windows": [Span(0.0, 0.2), Span(0.2, 0.5)], "metric": {"a": METRIC, "b": metrics.kl()}},
+        {"windows": 0.25, "refine": 0.01},
+        {"site": "decoder.attn.pattern", "axes": ("layer", "head")},
+    ],
+)  # fmt: skip
+def test_a_saved_map_is_made_again(model, pair, options, tmp_path):
+    result = patching.sweep(model, **pair, **asked(**options))
+    again = patching.rerun(patching.load(result.save(tmp_path / "map.nc")), model, **pair)
+    assert again.agrees and again.difference <= again.tolerance and again.changed == {}
+    assert again.result.values.shape == result.values.shape
+    json.dumps(again.to_dict())
+
+
+def test_only_the_cells_that_were_computed_are_made_again(model, pair):
+    result = patching.plan(model, **pair, **asked()).run(only=[1, 2])
+    again = patching.rerun(result, model, **pair)
+    assert again.agrees and again.n_cells == 2
+    assert again.result.values.isnan().sum() == result.values.isnan().sum()
+
+
+@pytest.mark.parametrize("method, steps", [("atp", None), ("ig", 2)])
+def test_an_attribution_is_made_again(model, pair, method, steps, tmp_path):
+    estimate = patching.attribute(model, **pair, **asked(), method=method, steps=steps)
+    saved = patching.load(estimate.save(tmp_path / "map.nc"))
+    assert patching.rerun(saved, model, **pair).agrees
+
+
+def test_other_values_do_not_agree(model, pair):
+    result = patching.sweep(model, **pair, **asked())
+    result.values[0, 0, 0] += 0.1
+    result.meta["torch"] = "1.0"
+    again = patching.rerun(result, model, **pair)
+    assert not again.agrees and again.difference == pytest.approx(0.1, rel=1e-3)
+    assert again.changed == {"torch": ("1.0", torch.__version__)}
+
+
+def test_what_cannot_be_made_again_says_why(model, pair):
+    result = patching.sweep(model, **pair, **asked())
+
+    def fails(match, saved=result, model=model, **given):
+        with pytest.raises(patching.RerunError, match=match):
+            patching.rerun(saved, model, **(pair | given))
+
+    fails("inputs in memory", clean=None)
+    fails("clean inputs are not those", clean=pair["corrupted"])
+    fails("part or a mean", result.select(layer=0))
+    fails(
+        "takes no source", source=pair["clean"], saved=patching.attribute(model, **pair, **asked())
+    )
+    fails("other weights", model=HookedAudioTransformer.from_hf(tiny_hf("whisper")))
+    model.add_hook("decoder.blocks.0.hook_resid_pre", lambda x, hook: x)
+    fails("hooks were attached to nothing")
+    model.reset_hooks()
+    own = patching.sweep(model, **pair, **asked(metric=lambda logits: logits[:, -1, 5]))
+    fails("metric of this map was your own", own)
+    assert patching.rerun(own, model, **pair, metric=lambda logits: logits[:, -1, 5]).agrees
+    result.recipe = {}
+    fails("recorded no arguments")
+
+
+def test_files_are_recognised_by_what_they_hold(tmp_path):
+    clips = {name: tmp_path / f"{name}.wav" for name in ("clean", "corrupted")}
+    for i, path in enumerate(clips.values()):
+        soundfile.write(path, np.full(RATE // 10, 0.1 * i + 0.1), RATE)
+    record = json.loads(json.dumps(patching.ClipPair(**clips, question="which?").record()))
+    assert patching.ClipPair.from_record(record).question == "which?"
+    moved = clips["clean"].rename(tmp_path / "moved.wav")
+    with pytest.raises(patching.ChangedFileError, match=r"not at .* any more"):
+        patching.ClipPair.from_record(record)
+    assert patching.ClipPair.from_record(record, clean=moved).clean == moved
+    soundfile.write(moved, np.zeros(RATE // 10), RATE)
+    with pytest.raises(patching.ChangedFileError, match="hash of the file differs"):
+        patching.ClipPair.from_record(record, clean=moved)
+
+
+def test_the_package_prints_nothing():
+    """Only the command line prints, and the process that speaks for espeak answers on stdout."""
+    root = Path(audio_lens.__file__).parent
+    printing = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"
+    }
+    assert printing <= {"espeak.py"}
