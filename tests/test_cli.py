@@ -115,6 +115,21 @@ def test_all_audio_at_once_recovers_the_clean_answer(run, clips):
     assert cell["value"] == pytest.approx(told["metric"]["clean"], abs=1e-4)
 
 
+def test_map_of_several_sites_and_both_directions_is_one_page(run, clips):
+    files = ["--clean", str(clips.clean), "--corrupted", str(clips.corrupted)]
+    several = ["--site", "connector.out, resid_pre", "--direction", "both", "--axes", "time"]
+    result = run("map", *files, *ASKED, *several, "--out", "several.html", "--json")
+    assert result.exit_code == 0, result.output
+    maps = [(one["site"], one["direction"]) for one in json.loads(result.stdout)["maps"]]
+    assert maps == [
+        (site, way)
+        for site in ("connector.out", "decoder.resid_pre")
+        for way in ("denoise", "noise")
+    ]
+    kept = run("map", *files, *ASKED, *several, "--save", "several.nc")
+    assert kept.exit_code == 2 and "keep one map" in kept.stderr
+
+
 def test_map_takes_overlapping_windows(run, clips, tmp_path):
     result = run(*own(clips, "--axes", "time", "--stride", "0.2", "--save", "map.nc"))
     assert result.exit_code == 0, result.output

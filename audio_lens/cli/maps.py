@@ -31,10 +31,18 @@ if TYPE_CHECKING:
 
 
 class Direction(str, Enum):
-    """Which run is patched: the corrupted one (denoise) or the clean one (noise)."""
+    """Which run is patched: the corrupted one (denoise), the clean one (noise), or each in turn."""
 
     denoise = "denoise"
     noise = "noise"
+    both = "both"
+
+
+_DIRECTIONS = {
+    Direction.denoise: ["denoise"],
+    Direction.noise: ["noise"],
+    Direction.both: ["denoise", "noise"],
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ def map_command(
     site: Annotated[
         str,
         typer.Option(
-            help="What to patch: part.activation, e.g. decoder.attn.z, connector.out.",
+            help="What to patch: part.activation, e.g. decoder.attn.z, connector.out; or several, "
+            "with commas, to switch between on the page.",
             autocompletion=complete.sites,
         ),
     ] = "resid_pre",
@@ -89,7 +98,8 @@ def map_command(
         float | None, typer.Option(help="Seconds between windows; default: their width.")
     ] = None,
     direction: Annotated[
-        Direction, typer.Option(help="Put clean activations into the corrupted run, or reversed.")
+        Direction,
+        typer.Option(help="Put clean activations into the corrupted run, reversed, or both."),
     ] = Direction.denoise,
     verify: Annotated[
         int, typer.Option(min=0, help="Compare so many random cells with whole forwards.")
@@ -123,17 +133,23 @@ def map_command(
 
     [green]audio-lens map --site decoder.attn.z --axes head,time --checkpoint heads.ckpt --verify 3
     --save heads.nc[/]
+
+    [green]audio-lens map --site encoder.resid_pre,decoder.resid_pre --direction both[/]
     """
     with plain_errors(debug, verbose, checkpoint):
         shared.check_there(clean, corrupted)
         shared.check_outputs(html, save, checkpoint)
         case = _case(clean, corrupted, question, answer, against, language)
-        wanted = _wanted_axes(axes)
+        wanted, sites = _wanted_axes(axes), _listed(site)
+        directions = _DIRECTIONS[direction]
+        if len(sites) * len(directions) > 1 and (save or checkpoint):
+            raise ValueError("--save and --checkpoint keep one map: name one site and direction")
         shared.check_audio(case.clips.clean, case.clips.corrupted)
         listener = shared.load(model)
         from audio_lens import metrics, patching, report
 
-        patching.Site.parse(site, listener)  # a mistyped one raises before any work
+        for one in sites:
+            patching.Site.parse(one, listener)  # a mistyped one raises before any work
         replace(case.clips, question=question).check_options(listener)
         if not listener.takes_question:
             case = replace(case, clips=replace(case.clips, question=None))
@@ -150,26 +166,31 @@ def map_command(
                 "the metric is the same for both clips, so a map would be meaningless: choose "
                 "clips that differ in what is asked, or other answers"
             )
-        result = patching.sweep(
-            listener,
-            clean=pair[0],
-            corrupted=pair[1],
-            site=site,
-            axes=wanted,
-            windows=_windows(window, stride),
-            metric=metric,
-            direction=direction.value,
-            verify=verify,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-        result.meta = _told(case, before) | result.meta
-        result.recipe["clips"] = case.clips.record()
+        results = [
+            patching.sweep(
+                listener,
+                clean=pair[0],
+                corrupted=pair[1],
+                site=one,
+                axes=wanted,
+                windows=_windows(window, stride),
+                metric=metric,
+                direction=way,
+                verify=verify,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+            for one in sites
+            for way in directions
+        ]
+        for result in results:
+            result.meta = _told(case, before) | result.meta
+            result.recipe["clips"] = case.clips.record()
         written = {"html": str(html)}
         if save is not None:
-            written["netcdf"] = str(result.save(save))
+            written["netcdf"] = str(results[0].save(save))
         report.map_page(
-            result,
+            results,
             pair[0].audio[0],
             html,
             words=case.words,
@@ -179,11 +200,29 @@ def map_command(
             sampling_rate=listener.cfg.sampling_rate,
         )
         if as_json:
-            top = [cell.to_dict() for cell in result.top(10)]
-            told = {"meta": result.meta, "report": result.report, "top": top}
+            maps = [_as_data(result) for result in results]
+            told = maps[0] if len(maps) == 1 else {"maps": maps}
             shared.print_json(before | told | {"written": written})
         else:
-            _print_map(result, written)
+            for result in results:
+                _print_map(result)
+            _print_written(written)
+
+
+def _listed(names: str) -> list[str]:
+    """Names with commas between, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(",")))
+
+
+def _as_data(result: Any) -> dict[str, Any]:
+    """A map as the command prints it in JSON."""
+    return {
+        "site": result.site,
+        "direction": result.direction,
+        "meta": result.meta,
+        "report": result.report,
+        "top": [cell.to_dict() for cell in result.top(10)],
+    }
 
 
 def _case(
@@ -299,8 +338,15 @@ def _print_baselines(case: Case, before: dict[str, Any]) -> None:
         )
 
 
-def _print_map(result: Any, written: dict[str, str]) -> None:
-    table = Table("strongest cells", "effect", "recovery", "metric", box=None, header_style="dim")
+def _print_map(result: Any) -> None:
+    table = Table(
+        f"strongest cells, {result.site}, {result.direction}",
+        "effect",
+        "recovery",
+        "metric",
+        box=None,
+        header_style="dim",
+    )
     for cell in result.top(10):
         numbers = f"{cell.effect:+.3f}", f"{cell.recovery:+.3f}", f"{cell.value:+.3f}"
         table.add_row(escape(cell.place), *numbers)
@@ -308,5 +354,8 @@ def _print_map(result: Any, written: dict[str, str]) -> None:
     out.print(table)
     for note in result.report:
         out.print(f"[dim]{escape(note)}[/]")
+
+
+def _print_written(written: dict[str, str]) -> None:
     for kind, path in written.items():
         out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)
