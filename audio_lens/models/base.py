@@ -149,6 +149,7 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
 
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
+    extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     hf_class: ClassVar[str | tuple[str, ...]]
     weight_names: ClassVar[dict[str, str]]
 
@@ -680,7 +681,7 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
         )
         return {
             "features": made["input_features"].to(self.device),
-            "mask": made["attention_mask"].bool().to(self.device),
+            "mask": made[self.extracted_mask].bool().to(self.device),
         }
 
     def need_tokenizer(self, purpose: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import transformers
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class NormedConnector(StackingConnector):
 class HookedMossTranscribeDiarize(StackedAudioLLM):
     """MOSS-Transcribe-Diarize with every activation hooked."""
 
+    extracted_mask = "input_features_mask"
     hf_class = "MossTranscribeDiarizeForConditionalGeneration"
     weight_names: ClassVar = {
         **encoder_weight_names("model.audio_tower"),
@@ -74,6 +76,12 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
     def make_connector(self, cfg: ConnectedConfig) -> NormedConnector:
         width, decoder = cfg.encoder.d_model, cfg.decoder
         return NormedConnector(cfg.connector, width, decoder.d_model, decoder.eps)
+
+    def make_feature_extractor(self) -> Any:
+        """The feature extractor that the configuration tells of."""
+        return transformers.MossTranscribeDiarizeFeatureExtractor(
+            feature_size=self.cfg.n_mels, chunk_length=round(self.cfg.segment_s)
+        )
 
     def token_count(self, n_valid: int) -> int:
         """One token per group of encoder frames; the last one is filled up with padding."""

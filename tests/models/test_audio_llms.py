@@ -47,6 +47,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A hundred words, with the special tokens of all four families."""
     special = {"<sound>": AUDIO_TOKEN, "<|sound_bos|>": BEGIN, "<|sound_eos|>": FINISH}
     words = ["<pad>", "<start>", "<end>", "<unknown>", "user", "assistant", "what", "is", "said"]
+    words += ["2", "4"]
     words += [f"w{index}" for index in range(len(words), 100)]
     ids = {word: index for index, word in enumerate(words) if index not in special.values()}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids | special, "<unknown>"))
@@ -112,6 +113,29 @@ def test_prepares_what_the_processor_does(family: Family, clips: list[np.ndarray
         assert same(inputs.feature_mask, theirs["input_features_mask"])
         assert inputs.clips_per_row == (1,) * len(clips)
         assert inputs.segments_per_row == tuple(-(-len(c) // WINDOW) for c in clips)
+
+
+@each_clips
+def test_moss_writes_seconds_between_the_audio(clips: list[np.ndarray]) -> None:
+    hf = FAMILIES["moss_transcribe_diarize"].build()
+    n_mels = HookedAudioTransformer.from_hf(hf).cfg.n_mels
+    processor = transformers.MossTranscribeDiarizeProcessor(
+        transformers.MossTranscribeDiarizeFeatureExtractor(feature_size=n_mels, chunk_length=2),
+        tokenizer(),
+        chat_template=TEMPLATE,
+        audio_token="<sound>",
+    )
+    model = HookedAudioTransformer.from_hf(hf, processor)
+    prompts = [f"user <sound> {QUESTION}"] * len(clips)
+    options = {"sampling_rate": RATE, "padding": True, "padding_side": "left"}
+    theirs = processor(text=prompts, audio=clips, return_tensors="pt", **options)
+    for inputs in (model.prepare(clips, prompts, RATE), model.as_inputs(dict(theirs))):
+        assert torch.equal(inputs.tokens, theirs["input_ids"])
+        assert same(inputs.attention_mask, theirs["attention_mask"])
+        assert torch.equal(inputs.features, theirs["input_features"])
+        assert inputs.segments_per_row == tuple(-(-len(c) // WINDOW) for c in clips)
+    two = processor.tokenizer.convert_tokens_to_ids("2")
+    assert (theirs["input_ids"] == two).sum() == sum(len(c) >= WINDOW for c in clips)
 
 
 @each_clips
