@@ -178,8 +178,16 @@ def clips(model: HookedAudioTransformer, waveforms: list[np.ndarray]) -> AudioIn
 WHOLE_ROWS = st.integers(40, CHUNK)  # mel frames of a last chunk, which sums in one order
 
 
-def draw(data: st.DataObject) -> tuple[dict, dict]:
-    """Any shape of model, with any number of clips of any length."""
+def drawn(
+    data: st.DataObject, segment: int, last: st.SearchStrategy, **more: st.SearchStrategy
+) -> tuple[dict, dict]:
+    """Any shape of model, with any number of clips of any length.
+
+    Args:
+        segment: mel frames of a row of the encoder.
+        last: those of the last row of a clip.
+        more: what else to draw of the model.
+    """
     heads = data.draw(st.sampled_from((4, 6)), "heads")
     divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
     model = {
@@ -190,11 +198,16 @@ def draw(data: st.DataObject) -> tuple[dict, dict]:
         "num_attention_heads": heads,
         "num_key_value_heads": data.draw(st.sampled_from(divisors), "kv_heads"),
         "head_dim": data.draw(st.sampled_from((6, 10)), "head_dim"),
+        **{name: data.draw(values, name) for name, values in more.items()},
     }
-    clip = st.builds(lambda chunks, rest: chunks * CHUNK + rest, st.integers(0, 2), WHOLE_ROWS)
+    clip = st.builds(lambda full, rest: full * segment + rest, st.integers(0, 2), last)
     prompt = st.lists(clip, min_size=1, max_size=2)
     lengths = data.draw(st.lists(prompt, min_size=1, max_size=2), "lengths")
     return model, {"lengths": lengths, "words": [3 + len(clips) for clips in lengths]}
+
+
+def draw(data: st.DataObject) -> tuple[dict, dict]:
+    return drawn(data, CHUNK, WHOLE_ROWS)
 
 
 # -------------------------------------------------------------------------------- references

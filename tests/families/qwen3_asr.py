@@ -124,23 +124,7 @@ WHOLE_ROWS = st.integers(130, WINDOW)  # mel frames of a last window, which sums
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
-    """Any shape of model, with any number of clips of any length."""
-    heads = data.draw(st.sampled_from((4, 6)), "heads")
-    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
-    model = {
-        "d_model": data.draw(st.sampled_from((8, 24)), "d_model"),
-        "encoder_layers": data.draw(st.integers(1, 3), "encoder_layers"),
-        "downsample_hidden_size": data.draw(st.integers(1, 6), "channels"),
-        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
-        "num_hidden_layers": data.draw(st.integers(1, 3), "decoder_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": data.draw(st.sampled_from(divisors), "kv_heads"),
-        "head_dim": data.draw(st.sampled_from((6, 10)), "head_dim"),
-    }
-    clip = st.builds(lambda windows, rest: windows * WINDOW + rest, st.integers(0, 2), WHOLE_ROWS)
-    prompt = st.lists(clip, min_size=1, max_size=2)
-    lengths = data.draw(st.lists(prompt, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(clips) for clips in lengths]}
+    return chunks.drawn(data, WINDOW, WHOLE_ROWS, downsample_hidden_size=st.integers(1, 6))
 
 
 def mask_of(name: str, tensor: Tensor, inputs: AudioInputs) -> Tensor:
