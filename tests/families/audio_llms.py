@@ -108,7 +108,7 @@ def enclosed(row: list[int], around: tuple[int, ...], audio_token: int = 90) -> 
         return row
     begin, end = around
     made: list[int] = []
-    for before, token, after in zip([None, *row], row, [*row[1:], None], strict=False):
+    for before, token, after in zip([None, *row[:-1]], row, [*row[1:], None], strict=True):
         is_audio = token == audio_token
         made += [begin] * (is_audio and before != audio_token) + [token]
         made += [end] * (is_audio and after != audio_token)

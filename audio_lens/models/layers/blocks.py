@@ -7,6 +7,7 @@ the rest of the block from any of them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from audio_lens.models.layers.mlp import MLP, GatedMLP
 from audio_lens.models.layers.norms import NORMS
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """Self-attention and MLP, each adding to the residual stream; where the norms stand differs.
 
     Attributes:
@@ -56,9 +57,9 @@ class Block(nn.Module):
         attn_out = self.hook_attn_out(self.attn(self.reads(resid_pre), context))
         return self.after_attention(resid_pre + attn_out, context)
 
+    @abstractmethod
     def reads(self, resid_pre: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """What attention reads of the residual stream."""
-        raise NotImplementedError
 
     def onwards(self, stage: str, resid: Float[Tensor, "b t d"], context: Context) -> Tensor:
         """What the next block reads, from the residual stream at a stage of this one.
@@ -74,9 +75,9 @@ class Block(nn.Module):
         """The rest of the block, from the residual stream with self-attention added."""
         return self.feed_forward(self.hook_resid_mid(resid_mid))
 
+    @abstractmethod
     def feed_forward(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """The rest of the block, from the residual stream that the MLP adds to."""
-        raise NotImplementedError
 
     def after_mlp(self, resid: Float[Tensor, "b t d"], mlp_out: Float[Tensor, "b t d"]) -> Tensor:
         """The rest of the block, from the residual stream and what the MLP adds."""
