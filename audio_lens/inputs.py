@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 
@@ -27,7 +27,8 @@ class AudioInputs:
     the model cuts clips into windows.
 
     Attributes:
-        features: log-mel features, or waveforms, as the model takes them.
+        features: log-mel features, or waveforms, as the model takes them; token ids where the
+            encoder reads text.
         tokens: decoder token ids; for audio LLMs with one placeholder per audio position; none in
             models without a decoder.
         attention_mask: True at tokens, False at padding; None if nothing is padded. While
@@ -35,8 +36,12 @@ class AudioInputs:
         feature_mask: True at feature steps (mel frames or samples) that hold audio; None counts
             all as audio.
         position_ids: positions of the tokens; None counts them (left padding shifts nothing).
+        streams: further tokens that enter the decoder at the same positions (codes of audio).
+        audio_mask: True where audio stands in the prompts; None: at the model's placeholders.
         clips_per_row: how many clips each prompt holds.
         segments_per_clip: how many segments each clip is cut into; None means one.
+        extra: what else a family needs of every segment, by name: features for further encoders,
+            choices that are made once and held fixed.
         labels: what the loss of a model without a decoder compares with, padded with -100.
         audio: the waveforms, mono at `sampling_rate`, one per clip.
         text: what each row says, as ``model.prepare`` takes it: a whole prompt or its token ids.
@@ -44,12 +49,15 @@ class AudioInputs:
         remake: ``model.prepare`` with its options, for `with_audio` and `with_text`.
     """
 
-    features: Float[Tensor, "segments *shape"]
+    features: Shaped[Tensor, "segments *shape"]
     tokens: Int[Tensor, "b t"]
     clips_per_row: tuple[int, ...]
     attention_mask: Bool[Tensor, "b seen"] | None = None
     feature_mask: Bool[Tensor, "segments frames"] | None = None
     position_ids: Int[Tensor, "b t"] | None = None
+    streams: Int[Tensor, "b k t"] | None = None
+    audio_mask: Bool[Tensor, "b t"] | None = None
+    extra: Mapping[str, Shaped[Tensor, "segments *_"]] = field(default_factory=dict)
     segments_per_clip: tuple[int, ...] | None = None
     labels: Int[Tensor, "b n"] | None = None
     audio: list[np.ndarray] | None = None
@@ -113,7 +121,8 @@ class AudioInputs:
     def to(self, device: torch.device | str) -> AudioInputs:
         """The same inputs on another device."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
+        extra = {name: x.to(device) for name, x in self.extra.items()}
+        return replace(self, extra=extra, **{name: x.to(device) for name, x in tensors.items()})
 
     def _clips_of(self, rows: Sequence[int]) -> list[int]:
         starts = np.cumsum([0, *self.clips_per_row])
@@ -160,6 +169,9 @@ class AudioInputs:
             tokens=take(self.tokens, rows),
             attention_mask=take(self.attention_mask, rows),
             position_ids=take(self.position_ids, rows),
+            streams=take(self.streams, rows),
+            audio_mask=take(self.audio_mask, rows),
+            extra={name: take(x, segments) for name, x in self.extra.items()},
             text=take(self.text, rows),
             clips_per_row=tuple(self.clips_per_row[row] for row in rows),
         )
@@ -219,6 +231,12 @@ class AudioInputs:
                 f"features of {mine} are {tuple(self.features.shape)}, of {theirs} "
                 f"{tuple(other.features.shape)}: patching needs equal shapes"
             )
+        shapes = [x._further_shapes() for x in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{mine} brings {shapes[0]} beside tokens and features, {theirs} {shapes[1]}: "
+                "patching needs equal shapes"
+            )
         if not torch.equal(self.attended, other.attended):
             raise InputError(
                 f"rows of {mine} and {theirs} are padded differently, so their positions do not "
@@ -231,11 +249,28 @@ class AudioInputs:
                 "or cut them to equal length"
             )
 
+    def _further_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what stands beside tokens and features."""
+        given = {"streams": self.streams, **self.extra}
+        return {name: tuple(x.shape) for name, x in given.items() if x is not None}
+
+    def same_audio(self, other: AudioInputs) -> bool:
+        """Whether the encoders hear the same."""
+        masks = (self.feature_mask, other.feature_mask)
+        same_mask = masks[0] is masks[1] is None or (None not in masks and torch.equal(*masks))
+        return (
+            same_mask
+            and torch.equal(self.features, other.features)
+            and self.extra.keys() == other.extra.keys()
+            and all(torch.equal(x, other.extra[name]) for name, x in self.extra.items())
+        )
+
     def digest(self) -> str:
         """A hash of features, tokens and masks: a result can name what it was computed on."""
         digest = hashlib.sha256()
         masks = (self.attention_mask, self.feature_mask, self.position_ids)
-        for tensor in (self.features.float(), self.tokens, *masks):
+        further = (self.streams, self.audio_mask, *self.extra.values())
+        for tensor in (self.features.float(), self.tokens, *masks, *further):
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -35,7 +35,7 @@ from families.base import Family  # noqa: E402
 
 def entry_of(family: Family) -> Entry:
     """Everything the table says of a family, measured."""
-    model = HookedAudioTransformer.from_hf(family.build(dtype=torch.float32))
+    model = family.hooked(family.build(dtype=torch.float32))
     blocks = {
         part: sum(name.startswith(f"{part}.blocks.0.") for name in model.hook_dict)
         for part in model.cfg.parts

@@ -47,8 +47,8 @@ class Segment(NamedTuple):
     n_valid: int
 
 
-class HookedAudioLLM(HookedAudioTransformer):
-    """An audio LLM with every activation hooked.
+class AudioLLM(HookedAudioTransformer):
+    """An encoder, a connector and a language model into whose prompts the audio is merged.
 
     Attributes:
         mask_key: name of the mask of feature steps in a processor's mapping.
@@ -61,27 +61,17 @@ class HookedAudioLLM(HookedAudioTransformer):
     masks_padding: ClassVar[bool] = True
     frames_per_token: ClassVar[int] = 2
 
-    def __init__(self, cfg: AudioConfig):
+    def __init__(
+        self, cfg: AudioConfig, encoder: Stack, connector: nn.Module, decoder: LanguageModel
+    ):
         super().__init__(cfg)
         self.audio_token_id: int | None = None
-        self.encoder = self.make_encoder(cfg)
-        self.connector = self.make_connector(cfg)
-        self.decoder = self.make_decoder(cfg)
+        self.encoder = encoder
+        self.connector = connector
+        self.decoder = decoder
         self.setup()
 
     # ---------------------------------------------------------------- what a family defines
-
-    @abstractmethod
-    def make_encoder(self, cfg: AudioConfig) -> Stack:
-        """The encoder."""
-
-    @abstractmethod
-    def make_connector(self, cfg: AudioConfig) -> nn.Module:
-        """From the encoder's output to the width of the language model."""
-
-    def make_decoder(self, cfg: AudioConfig) -> LanguageModel:
-        """The language model."""
-        return LanguageModel(cfg.decoder)
 
     @abstractmethod
     def token_count(self, n_valid: int) -> int:
@@ -94,6 +84,19 @@ class HookedAudioLLM(HookedAudioTransformer):
     @abstractmethod
     def token_seconds(self, count: int) -> Float[Tensor, " t"]:
         """Centres of a segment's tokens in seconds from its start."""
+
+    def counts_of(self, lengths: Sequence[int], extra: Mapping[str, Tensor]) -> list[int]:
+        """Tokens of every segment, from its valid feature steps; what goes beside them is known."""
+        return [self.token_count(n) for n in lengths]
+
+    def extra_of(
+        self,
+        features: Tensor,
+        frames: Bool[Tensor, "segments frames"] | None,
+        extra: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        """What goes beside the features of segments into inputs: what was given, here."""
+        return extra
 
     def frame_count(self, n_valid: int) -> int:
         """Encoder positions of a segment with so many valid feature steps."""
@@ -153,12 +156,18 @@ class HookedAudioLLM(HookedAudioTransformer):
     ) -> Float[Tensor, "b t d"]:
         """Embedded tokens with the audio in its places."""
         is_later = past is not None and past.length > 0
-        is_audio = inputs.tokens == self.audio_token_id
+        is_audio = self.is_audio(inputs)
         if encoded is not None and not is_later:
             return self.decoder.merge(inputs.tokens, is_audio, self._audio_tokens(inputs, encoded))
         if inputs.tokens.shape[1] > 1 and is_audio.any():
             raise InputError("all audio must be in the first call with a cache, not a later one")
         return self.decoder.merge(inputs.tokens, is_audio, None)
+
+    def is_audio(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
+        """True where audio stands in the prompts."""
+        if inputs.audio_mask is not None:
+            return inputs.audio_mask
+        return inputs.tokens == self.audio_token_id
 
     def _audio_tokens(
         self, inputs: AudioInputs, encoded: Float[Tensor, "segments t d"]
@@ -169,7 +178,7 @@ class HookedAudioLLM(HookedAudioTransformer):
 
     def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
         """Where each connector position of each segment enters the language model."""
-        row, position = (inputs.tokens == self.audio_token_id).nonzero(as_tuple=True)
+        row, position = self.is_audio(inputs).nonzero(as_tuple=True)
         counts = torch.tensor(self._token_counts(inputs), device=inputs.device)
         segment = torch.arange(len(counts), device=inputs.device).repeat_interleave(counts)
         index = torch.cat([torch.arange(int(n), device=inputs.device) for n in counts])
@@ -179,11 +188,11 @@ class HookedAudioLLM(HookedAudioTransformer):
         return [inputs.n_valid(segment) for segment in range(len(inputs.features))]
 
     def _token_counts(self, inputs: AudioInputs) -> list[int]:
-        return [self.token_count(n) for n in self._lengths(inputs)]
+        return self.counts_of(self._lengths(inputs), inputs.extra)
 
     def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
-        """True at attended tokens that are not audio placeholders."""
-        return inputs.attended & (inputs.tokens != self.audio_token_id)
+        """True at attended tokens that are not audio."""
+        return inputs.attended & ~self.is_audio(inputs)
 
     # ---------------------------------------------------------------- inputs
 
@@ -208,6 +217,7 @@ class HookedAudioLLM(HookedAudioTransformer):
             features,
             frames,
             per_clip,
+            self.extra_given(given),
             position_ids=given["position_ids"],
         )
 
@@ -215,6 +225,10 @@ class HookedAudioLLM(HookedAudioTransformer):
     def known_keys(self) -> tuple[str, ...]:
         """What a processor's mapping may hold."""
         return ("input_ids", "attention_mask", self.features_key, self.mask_key, "position_ids")
+
+    def extra_given(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """What a processor's mapping holds beside the features of segments: nothing, here."""
+        return {}
 
     def segments_given(self, given: Mapping[str, Tensor | None]) -> tuple[int, ...] | None:
         """How many segments each clip has, where a processor's mapping says so: not here."""
@@ -236,13 +250,15 @@ class HookedAudioLLM(HookedAudioTransformer):
         features: Tensor,
         frames: Bool[Tensor, "segments frames"] | None,
         per_clip: tuple[int, ...] | None,
+        extra: Mapping[str, Tensor],
         position_ids: Tensor | None = None,
     ) -> AudioInputs:
         """Inputs of prompts and segments, with one placeholder per token of audio."""
         self.check_features(features)
         n_frames = features.shape[-1]
         lengths = [n_frames] * len(features) if frames is None else frames.sum(1).tolist()
-        counts = [self.token_count(n) for n in lengths]
+        extra = self.extra_of(features, frames, extra)
+        counts = self.counts_of(lengths, extra)
         per_clip = per_clip or self._segments_per_clip(tokens, counts, lengths, n_frames)
         of_clips = _summed(counts, per_clip)
         mask = torch.ones_like(tokens) if mask is None else mask
@@ -254,6 +270,7 @@ class HookedAudioLLM(HookedAudioTransformer):
             attention_mask=None if mask.all() else mask,
             feature_mask=frames,
             position_ids=self._positions_of(tokens, position_ids),
+            extra=extra,
             segments_per_clip=None if max(per_clip, default=1) == 1 else per_clip,
         )
 
@@ -301,8 +318,8 @@ class HookedAudioLLM(HookedAudioTransformer):
         if n_placeholders != len(counts):
             raise InputError(
                 f"the prompts hold {n_placeholders} audio placeholders; {len(counts)} clip(s) need "
-                f"one each, or {sum(counts)} (one per {1000 * self._token_s:.0f} ms). Put the "
-                "placeholder where each clip belongs"
+                f"one each, or {sum(counts)} (one per {self._token_ms}). Put the placeholder "
+                "where each clip belongs"
             )
         rows, remaining = [], iter(counts)
         for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True):
@@ -360,14 +377,21 @@ class HookedAudioLLM(HookedAudioTransformer):
         texts = _one_per_prompt(text, len(groups))
         prompts = [self._prompt_of(t, len(group)) for t, group in zip(texts, groups, strict=True)]
         clips = [self._checked_clip(c, sampling_rate) for group in groups for c in group]
-        encoded = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        segments = self.segments_of(clips)
         inputs = self._assembled(
-            encoded["input_ids"].to(self.device),
-            encoded["attention_mask"].to(self.device),
-            *self.segments_of(clips),
+            *self.encoded_prompts(prompts), *segments, self.heard_beside(clips)
         )
         rate = self.cfg.sampling_rate
         return replace(inputs, audio=clips, text=prompts, sampling_rate=rate, remake=self.prepare)
+
+    def encoded_prompts(self, prompts: list[str]) -> tuple[Int[Tensor, "b t"], Tensor]:
+        """Prompts as token ids, padded on the left, and the mask of what is no padding."""
+        made = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        return made["input_ids"].to(self.device), made["attention_mask"].to(self.device)
+
+    def heard_beside(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """What goes beside the features of these clips: nothing, here."""
+        return {}
 
     def segments_of(
         self, clips: list[Float[Any, " _"]]
@@ -388,17 +412,23 @@ class HookedAudioLLM(HookedAudioTransformer):
         if self.token_count(-(-len(clip) // self.cfg.hop)) < 1:
             raise AudioError(
                 f"the clip is {1000 * len(clip) / self.cfg.sampling_rate:.0f} ms long, too short "
-                f"for one audio token ({1000 * self._token_s:.0f} ms)"
+                f"for one audio token ({self._token_ms})"
             )
         return clip
 
     @property
-    def _token_s(self) -> float:
-        first, second = self.token_seconds(2).tolist()
-        return second - first
+    def _token_ms(self) -> str:
+        """How far tokens of audio lie apart, for people."""
+        steps = self.token_seconds(2).diff()
+        return f"{1000 * steps.item():.0f} ms" if steps.isfinite().any() else "of any length"
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for a clip in the text of a prompt."""
+        return self.tokenizer.convert_ids_to_tokens(self.audio_token_id)
 
     def _prompt_of(self, text: Any, n_clips: int) -> str:
-        placeholder = self.tokenizer.convert_ids_to_tokens(self.audio_token_id)
+        placeholder = self.placeholder
         if not (isinstance(text, str) or _is_conversation(text)):
             raise InputError(
                 "an audio LLM needs a question: pass text= (str, or a conversation), got "
@@ -426,16 +456,20 @@ class HookedAudioLLM(HookedAudioTransformer):
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """Positions of the encoder, the connector and the audio in the prompt, in seconds."""
         inputs = self.as_inputs(inputs)
-        is_audio = (inputs.tokens == self.audio_token_id).cpu()
+        is_audio = self.is_audio(inputs).cpu()
         attended = inputs.attended.cpu()
         length = self.encoder_length(inputs)
-        rows = []
+        rows, first = [], 0
         for row, segments in enumerate(self._segments(inputs)):
             tracks = {
-                "encoder": [self._encoder_track(length, s) for s in segments],
+                "encoder": [
+                    self.encoder_track(length, s.n_valid, s.clip, s.start_s) for s in segments
+                ],
                 "connector": [self._connector_track(length, s) for s in segments],
                 "decoder": [self._decoder_track(is_audio[row], attended[row], segments)],
             }
+            tracks |= self.tracks_beside(inputs, first, segments)
+            first += len(segments)
             durations = [0.0] * inputs.clips_per_row[row]
             for segment in segments:
                 durations[segment.clip] += segment.n_valid * self.cfg.step_s
@@ -455,10 +489,11 @@ class HookedAudioLLM(HookedAudioTransformer):
             first += n_clips
             yield made
 
-    def _encoder_track(self, length: int, segment: Segment) -> Track:
-        n_valid = min(length, self.frame_count(segment.n_valid))
-        seconds = self.frame_seconds(length)
-        return Track.of_segment(seconds, n_valid, segment.clip, segment.start_s)
+    def tracks_beside(
+        self, inputs: AudioInputs, first: int, segments: Sequence[Segment]
+    ) -> dict[str, list[Track]]:
+        """The positions of further parts, for segments from the first of them on: none here."""
+        return {}
 
     def _connector_track(self, length: int, segment: Segment) -> Track:
         seconds = self.token_seconds(length // self.frames_per_token)
@@ -479,6 +514,26 @@ class HookedAudioLLM(HookedAudioTransformer):
             track.seconds[here] = self.token_seconds(count) + segment.start_s
             track.clip[here] = segment.clip
         return track
+
+
+class HookedAudioLLM(AudioLLM):
+    """An audio LLM whose parts a configuration tells of: the families that transformers has."""
+
+    def __init__(self, cfg: AudioConfig):
+        parts = self.make_encoder(cfg), self.make_connector(cfg), self.make_decoder(cfg)
+        super().__init__(cfg, *parts)
+
+    @abstractmethod
+    def make_encoder(self, cfg: AudioConfig) -> Stack:
+        """The encoder."""
+
+    @abstractmethod
+    def make_connector(self, cfg: AudioConfig) -> nn.Module:
+        """From the encoder's output to the width of the language model."""
+
+    def make_decoder(self, cfg: AudioConfig) -> LanguageModel:
+        """The language model."""
+        return LanguageModel(cfg.decoder)
 
 
 def check_encoder(ear: Any, known: str) -> None:

@@ -7,9 +7,9 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, SupportsIndex, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ from audio_lens.models.layers import Context, KVCache, PartConfig, Stack, paddin
 from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
 from audio_lens.models.placement import Devices, Placed, moved
-from audio_lens.timeline import Timeline
+from audio_lens.timeline import Timeline, Track
+
+if TYPE_CHECKING:
+    from audio_lens.patching.sites import Site
 
 ReturnType = Literal["logits", "loss", "both", None]
 Head = Literal["tokens", "ctc", "classes", None]
@@ -39,6 +42,7 @@ class AudioConfig:
     """Shape of a model.
 
     Attributes:
+        encoder: None where the decoder itself reads the audio, as codes.
         decoder: None where the encoder itself makes the output.
         n_mels: mel bins of the features; None where the model hears waveforms.
         n_frames: feature steps (mel frames or samples) every segment is padded to; None where
@@ -48,11 +52,15 @@ class AudioConfig:
         head: what the output means: logits of the next token, of CTC labels at every position, of
             classes of the whole clip; None for bare hidden states.
         labels: names of the classes.
+        ears: encoders beside the encoder, by the name of their part.
+        speakers: stacks that make output beside or behind the decoder, by the name of their part.
+        streams: names and widths of the columns of the logits, where several streams are written
+            at once; empty for one.
     """
 
     family: str
     model_name: str
-    encoder: PartConfig
+    encoder: PartConfig | None
     decoder: PartConfig | None
     n_mels: int | None
     n_frames: int | None
@@ -61,12 +69,34 @@ class AudioConfig:
     max_segments: int = 1
     head: Head = "tokens"
     labels: tuple[str, ...] = ()
+    ears: dict[str, PartConfig] = field(default_factory=dict)
+    speakers: dict[str, PartConfig] = field(default_factory=dict)
+    streams: tuple[tuple[str, int], ...] = ()
 
     @property
     def parts(self) -> dict[str, PartConfig]:
         """The parts there are, in the order in which they run."""
-        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        parts = {"encoder": self.encoder, **self.ears, "decoder": self.decoder, **self.speakers}
         return {name: cfg for name, cfg in parts.items() if cfg is not None}
+
+    @property
+    def is_heard_in(self) -> tuple[str, ...]:
+        """The parts whose rows are segments of audio, not prompts."""
+        return () if self.encoder is None else ("encoder", *self.ears)
+
+    def columns(self, stream: str) -> slice:
+        """The columns of the logits that belong to a stream.
+
+        Raises:
+            InputError: if there is no such stream.
+        """
+        names = [name for name, _ in self.streams]
+        if stream not in names:
+            known = suggest(stream, names) if names else "it writes a single one"
+            raise InputError(f"{self.family} writes no stream {stream!r}; {known}")
+        index = names.index(stream)
+        start = sum(width for _, width in self.streams[:index])
+        return slice(start, start + self.streams[index][1])
 
     @property
     def output(self) -> PartConfig:
@@ -148,6 +178,7 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
     """
 
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
+    lends_encoder: ClassVar[bool] = False  # whether `compose` can build on its encoder
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
     extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     hf_class: ClassVar[str | tuple[str, ...]]
@@ -227,13 +258,13 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
         return take_over(hf_model, processor, merge)
 
     @classmethod
-    @abstractmethod
     def config_from_hf(cls, hf_config: Any) -> AudioConfig:
         """The configuration of a Hugging Face config.
 
         Raises:
             LoadingError: if it asks for something that is not implemented.
         """
+        raise LoadingError(f"{cls.__name__} is put together from parts, not read as one checkpoint")
 
     @classmethod
     def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> Mapping[str, Tensor]:
@@ -246,6 +277,34 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
 
     def take_special_tokens(self, hf_config: Any) -> None:
         """Remember token ids that mean something to the model: none here."""
+
+    def take_modules(self, hf_model: nn.Module) -> None:
+        """Keep what stays a module of Hugging Face's, such as a codec: nothing, here."""
+
+    @staticmethod
+    def compose(
+        encoder: Any, connector: nn.Module, decoder: Any, merge: Any = "<|audio|>", **options: Any
+    ) -> HookedAudioTransformer:
+        """An audio LLM put together from parts, with hooks, time and sweeps like any other.
+
+        Args:
+            encoder: a hub id or local directory, a Hugging Face model or a hooked model, whose
+                encoder is taken; or a mapping from names to these, whose first is the encoder and
+                whose others hear the same audio beside it.
+            connector: a `Connector` from the encoder's width to the language model's.
+            decoder: a hub id or local directory of a causal language model, such a Hugging Face
+                model, or a `LanguageModel`.
+            merge: the placeholder of a clip: its text in prompts, its token id (which may lie
+                outside the vocabulary), or a `Placeholder` with both.
+            options: see `audio_lens.models.composed.compose`.
+
+        Raises:
+            LoadingError: parts that are not implemented.
+            CompositionError: parts that do not fit together.
+        """
+        from audio_lens.models.composed import compose
+
+        return compose(encoder, connector, decoder, merge, **options)
 
     # ---------------------------------------------------------------- what a family defines
 
@@ -285,6 +344,19 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
         """The residual stream entering the encoder's block 0."""
         return self.encoder.embed(inputs.features)
 
+    def frame_count(self, n_valid: int) -> int:
+        """Encoder positions of a segment with so many valid feature steps."""
+        raise NotImplementedError(f"positions of the encoder of {self.cfg.family} have no time")
+
+    def frame_seconds(self, count: int) -> Float[Tensor, " t"]:
+        """Centres of a segment's encoder positions in seconds from its start."""
+        raise NotImplementedError(f"positions of the encoder of {self.cfg.family} have no time")
+
+    def encoder_track(self, length: int, n_valid: int, clip: int, start_s: float | int) -> Track:
+        """Where the encoder's positions of a segment lie that has so many valid feature steps."""
+        heard = min(length, self.frame_count(n_valid))
+        return Track.of_segment(self.frame_seconds(length), heard, clip, start_s)
+
     def encoder_length(self, inputs: AudioInputs) -> int:
         """Positions of every row of the encoder, padding included."""
         return self.cfg.encoder.n_ctx
@@ -299,6 +371,20 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
             return hidden
         logits, divisor = self.output_stack.unembed(hidden), self.cfg.output.logits_divisor
         return logits if divisor == 1 else logits / divisor
+
+    def stream(self, logits: Float[Tensor, "*b v"], name: str) -> Float[Tensor, "*b n"]:
+        """The columns of the logits that belong to one of the streams the model writes.
+
+        Raises:
+            InputError: if there is no such stream.
+        """
+        return logits[..., self.cfg.columns(name)]
+
+    def whole_because(self, site: Site) -> str:
+        """Why sweeps of a site run whole forwards with hooks; empty where they need not."""
+        if self.cfg.speakers:
+            return f"its output is also that of the {' and '.join(self.cfg.speakers)}"
+        return f"the {site.part} is a part of its own" if site.part in self.cfg.ears else ""
 
     @property
     def pools(self) -> bool:
@@ -345,11 +431,14 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
         resid: Float[Tensor, "segments frames d"] | None = None,
         start: int = 0,
         stop: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """What the decoder receives of the audio; with ``stop``, the residual entering that block.
 
         ``resid`` is the residual stream entering block ``start``; None starts from the features.
+        Without an encoder it is None.
         """
+        if self.cfg.encoder is None:
+            return None
         self.check_features(inputs.features)
         inputs = moved(inputs, self.device_of("encoder"))
         resid = self.enter_encoder(inputs) if resid is None else resid
@@ -439,10 +528,10 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
             return None
         part, _, index = str(layer).rpartition(".")
         part = part or self.output_part
-        if part not in self.cfg.parts or not index.removeprefix("-").isdigit():
+        parts = [name for name in ("encoder", "decoder") if name in self.cfg.parts]
+        if part not in parts or not index.removeprefix("-").isdigit():
             raise InputError(
-                f"a layer is an int or 'part.int' with a part of {', '.join(self.cfg.parts)}; "
-                f"got {layer!r}"
+                f"a layer is an int or 'part.int' with a part of {', '.join(parts)}; got {layer!r}"
             )
         n_layers = self.cfg.parts[part].n_layers
         if not -n_layers <= int(index) <= n_layers:

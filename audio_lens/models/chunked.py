@@ -38,6 +38,8 @@ class ChunkedAudioLLM(HookedAudioLLM):
     extracted one by one, so that what a clip gives does not depend on its batch.
     """
 
+    lends_encoder = False
+
     def cut(
         self,
         features: Float[Tensor, "clips mels frames"],

@@ -97,6 +97,7 @@ class GreedyDecoding:
             step,
             tokens=new[:, None],
             attention_mask=mask,
+            audio_mask=None if step.audio_mask is None else torch.zeros_like(new[:, None] > 0),
             position_ids=None if positions is None else positions[:, -1:] + 1,
         )
 

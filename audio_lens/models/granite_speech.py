@@ -25,6 +25,7 @@ from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import HookedAudioLLM, Segment
 from audio_lens.models.base import AudioConfig, LoadingError, check_switches
+from audio_lens.models.connectors import Connector
 from audio_lens.models.language_model import (
     LanguageModel,
     language_model_config,
@@ -84,23 +85,19 @@ class GraniteEncoder(Conformer):
         return self.hook_embed(self.linear(stacked))
 
 
-class QFormerConnector(QFormer):
+class QFormerConnector(Connector, QFormer):
     """A Q-Former over windows of encoder positions, and a map to the language model's width.
 
     The last window is filled up with zeros, which are read like everything else.
     """
 
-    reads_part: ClassVar[str] = "encoder"  # whose positions `hook_in` has
-
     def __init__(self, cfg: QFormerConfig, d_out: int):
         super().__init__(cfg)
-        self.hook_in = HookPoint(borrowed=True)  # the encoder's hook_out
         self.linear = nn.Linear(cfg.d_model, d_out)
 
-    def forward(self, x: Float[Tensor, "b s d_in"]) -> Float[Tensor, "b t d_out"]:
-        x = self.hook_in(x)
+    def carry(self, x: Float[Tensor, "b s d_in"]) -> Float[Tensor, "b t d_out"]:
         memory = F.pad(x, (0, 0, 0, -x.shape[1] % self.cfg.n_window))
-        return self.hook_out(self.linear(self.listen(memory)))
+        return self.linear(self.listen(memory))
 
 
 class GraniteLanguageModel(LanguageModel):
@@ -119,7 +116,7 @@ class HookedGraniteSpeech(HookedAudioLLM):
     """Granite-Speech with every activation hooked.
 
     All three tokens of a window have its middle as their time. What each listens to within the
-    window is a row of ``connector.blocks.{l}.cross_attn.hook_pattern``: see `token_profile`.
+    window `audio_lens.profile.time_profile` says.
 
     Logits are those of `GraniteSpeechForConditionalGeneration` in transformers 5.23, which does not
     divide them by the config's `logits_scaling`, as `GraniteForCausalLM` does: divide yourself
@@ -234,27 +231,6 @@ class HookedGraniteSpeech(HookedAudioLLM):
         heard = [self._heard_seconds(s.n_valid, self.token_count(s.n_valid)) for s in segments]
         track.seconds[is_audio] = torch.cat([track.seconds[:0], *heard])
         return track
-
-    @torch.no_grad()
-    def token_profile(
-        self, inputs: AudioInputs | Mapping[str, Any], layer: int = 0
-    ) -> Float[Tensor, "segments t frames"]:
-        """How much each token listens to each encoder position, in one block of the Q-Former.
-
-        The pattern of its cross-attention, averaged over heads; rows of a clip's last window sum to
-        less than 1 where it is filled up with zeros. ``profile @ timeline.seconds("encoder")`` is
-        where in its window a token listens.
-
-        Raises:
-            InputError: if that block reads nothing.
-        """
-        inputs, name = self.as_inputs(inputs), f"connector.blocks.{layer}.cross_attn.hook_pattern"
-        if name not in self.hook_dict:
-            raise InputError(f"block {layer} of the connector does not read the encoder")
-        found: list[Tensor] = []
-        with self.hooks([(name, lambda pattern, hook: found.append(pattern.mean(1)))]):
-            self.encode(inputs)
-        return found[0][..., : self.encoder_length(inputs)]
 
     # ---------------------------------------------------------------- forward
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +45,7 @@ from audio_lens.models.qwen3_omni import HookedQwen3Omni
 from audio_lens.models.voxtral import HookedVoxtral
 from audio_lens.models.wav2vec2 import HookedWav2Vec2
 from audio_lens.models.wavlm import HookedWavLM
+from audio_lens.models.weights import fill, renamed
 from audio_lens.models.whisper import HookedWhisper
 
 FAMILIES: dict[str, type[HookedAudioTransformer]] = {
@@ -117,11 +117,33 @@ def load_pretrained(
     if merge and found is None:
         raise LoadingError("merge=True merges an adapter: pass adapter=, or its directory as name")
     model = _built(hf_model, state, found, merge, devices if device is None else device)
-    processor, problem = _processor(source)
+    processor, problem = processor_of(source)
     _attach(model, processor)
     model.tokenizer_problem = model.tokenizer_problem or problem
     model.cfg.model_name = str(name)
     return model
+
+
+def read_model(
+    name: str | Path,
+    hf_class_of: Callable[[Any], Any],
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A Hugging Face model from a hub id or a local directory, with every weight from there.
+
+    Args:
+        hf_class_of: gives the class to read, or its name in transformers, from the config; and
+            raises if that is not implemented, before any weight is read.
+        dtype: of the weights; None keeps the checkpoint's.
+
+    Raises:
+        LoadingError: no such directory, missing, unexpected, quantised or corrupt weights.
+    """
+    source = str(name)
+    _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
+    hf_class = hf_class_of(_config(source))
+    named = getattr(transformers, hf_class) if isinstance(hf_class, str) else hf_class
+    return _read(named, source, dtype)
 
 
 def take_over(
@@ -166,12 +188,13 @@ def _built(
     if devices is not None:
         placed = layout(tensors, devices)
         tensors = {name: tensor.to(placed[unit_of(name)]) for name, tensor in tensors.items()}
-    _fill(model, tensors)
+    fill(model, tensors)
     if adapter is not None and not merge:
         _make_live(model, adapter.renamed(lambda key: _named_here(key, state, ours)))
     model.guard_borders()
     model.train(hf_model.training)
     model.take_special_tokens(hf_model.config)
+    model.take_modules(hf_model)
     model.generation_config = getattr(hf_model, "generation_config", None)
     return model
 
@@ -269,51 +292,6 @@ def family_of(hf_config: Any) -> type[HookedAudioTransformer]:
             + ", ".join(FAMILIES)
         )
     return FAMILIES[hf_config.model_type]
-
-
-def renamed(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors under our names; ``{l}`` in the table stands for a layer number.
-
-    Raises:
-        LoadingError: if a tensor has no entry in the table.
-    """
-    patterns = [
-        (re.compile(re.escape(theirs).replace(r"\{l\}", r"(\d+)")), ours)
-        for theirs, ours in table.items()
-    ]
-    found, unknown = {}, []
-    for key, tensor in state.items():
-        stem, _, kind = key.rpartition(".")
-        for pattern, ours in patterns:
-            if match := pattern.fullmatch(stem):
-                found[f"{ours.format(l=(*match.groups(), '')[0])}.{kind}"] = tensor
-                break
-        else:
-            unknown.append(key)
-    if unknown:
-        raise LoadingError(f"weights without a place in this model: {', '.join(unknown[:10])}")
-    return found
-
-
-def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
-    wanted = model.state_dict().keys()
-    missing, unexpected = wanted - state.keys(), state.keys() - wanted
-    if missing or unexpected:
-        raise LoadingError(
-            f"missing weights: {', '.join(sorted(missing)[:10]) or 'none'}; unexpected weights: "
-            f"{', '.join(sorted(unexpected)[:10]) or 'none'}"
-        )
-    model.load_state_dict(state, assign=True)
-    _tie_shared(model)
-
-
-def _tie_shared(model: nn.Module) -> None:
-    """Make parameters that share their memory one parameter, so that moving keeps them tied."""
-    by_memory: dict[tuple[int, torch.Size], nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            key = (parameter.data_ptr(), parameter.shape)
-            setattr(module, name, by_memory.setdefault(key, parameter))
 
 
 def _looks_like_path(source: str) -> bool:
@@ -418,7 +396,7 @@ def _check_tensors(state: Mapping[str, Tensor]) -> None:
         raise LoadingError(f"weights that are offloaded or empty: {', '.join(offloaded[:3])} ...")
 
 
-def _processor(source: str) -> tuple[Any, str]:
+def processor_of(source: str) -> tuple[Any, str]:
     """The checkpoint's processor or the pieces of it that load, and why a tokenizer does not."""
     processor, _ = _loaded(transformers.AutoProcessor, source)
     if processor is not None:

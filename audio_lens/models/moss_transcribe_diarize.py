@@ -36,8 +36,8 @@ class NormedConnector(StackingConnector):
         super().__init__(cfg, d_in, d_out)
         self.norm = LayerNorm(d_out, eps)
 
-    def leave(self, x: Float[Tensor, "segments t d_out"]) -> Float[Tensor, "segments t d_out"]:
-        return self.norm(x)
+    def carry(self, x: Float[Tensor, "segments t d_in"]) -> Float[Tensor, "segments t2 d_out"]:
+        return self.norm(super().carry(x))
 
 
 class HookedMossTranscribeDiarize(StackedAudioLLM):

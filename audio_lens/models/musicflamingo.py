@@ -59,11 +59,11 @@ class TimedConnector(MLPConnector):
         self.time = time
         self.hook_turned = HookPoint()
 
-    def forward(
+    def carry(
         self, x: Float[Tensor, "segments t d_in"], window: Int[Tensor, " segments"]
     ) -> Float[Tensor, "segments t d_out"]:
-        x = self.hook_in(x)
-        return self.mapped(self.hook_turned(turned(x, time_angles(self.time, window, x.shape[1]))))
+        angles = time_angles(self.time, window, x.shape[1])
+        return super().carry(self.hook_turned(turned(x, angles)))
 
 
 def time_angles(

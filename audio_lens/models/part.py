@@ -91,8 +91,11 @@ class Part:
         inputs = self.model.as_inputs(_unwrapped(inputs))
         if self.name == "decoder":
             return PartInputs(inputs, inputs.tokens.shape)
-        length = self.model.encoder_length(inputs)
-        return PartInputs(inputs, torch.Size([len(inputs.features), length]))
+        if self.name == "encoder":
+            length = self.model.encoder_length(inputs)
+            return PartInputs(inputs, torch.Size([len(inputs.features), length]))
+        tracks = [t for row in self.model.timeline(inputs).rows for t in row.segments(self.name)]
+        return PartInputs(inputs, torch.Size([len(tracks), len(tracks[0].seconds)]))
 
     # ---------------------------------------------------------------- names
 

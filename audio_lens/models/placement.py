@@ -22,6 +22,7 @@ Device = torch.device | str
 Devices = Device | Sequence[Device] | Mapping[str, Device | Sequence[Device]]
 Layout = dict[str, torch.device]  # by unit
 
+_WRITING = ("decoder", "depth", "speaker")  # parts that lie where the output comes from
 _BLOCK = re.compile(r"(encoder|decoder)\.blocks\.(?!0\b)\d+")
 
 
@@ -33,11 +34,12 @@ def unit_of(name: str) -> str:
     """The unit a weight or module belongs to, which is never split.
 
     Every block is one, but the first is of one unit with the rest of its part: embeddings, norms
-    and heads. What stands before or behind the encoder (stem, connector) counts to it.
+    and heads. What stands before, beside or behind the encoder (stem, connector) counts to it, what
+    writes beside or behind the decoder counts to that.
     """
     block = _BLOCK.match(name)
-    is_decoder = name.split(".")[0] == "decoder"
-    return block[0] if block else "decoder" if is_decoder else "encoder"
+    writes = name.split(".")[0] in _WRITING
+    return block[0] if block else "decoder" if writes else "encoder"
 
 
 def layout(tensors: Mapping[str, Tensor], devices: Devices) -> Layout:

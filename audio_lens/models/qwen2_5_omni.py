@@ -23,9 +23,10 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import check_encoder
 from audio_lens.models.base import AudioConfig, LoadingError
 from audio_lens.models.chunked import ChunkedAudioLLM, Sinusoids
+from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.language_model import language_model_config, weight_names
 from audio_lens.models.layers import PartConfig
-from audio_lens.models.qwen2_audio import LinearConnector, PooledAudioLLM, PoolingEncoder
+from audio_lens.models.qwen2_audio import PooledAudioLLM, PoolingEncoder
 from audio_lens.models.whisper import encoder_config, encoder_weight_names
 
 MAX_AUDIO_S = 300  # what the feature extractor of the released checkpoints takes

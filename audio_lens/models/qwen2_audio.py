@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from audio_lens.hooks import HookPoint
 from audio_lens.models.audio_llm import HookedAudioLLM, check_encoder
 from audio_lens.models.base import AudioConfig
+from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.language_model import language_model_config, weight_names
 from audio_lens.models.layers import PartConfig
 from audio_lens.models.whisper import WhisperEncoder, encoder_config, encoder_weight_names
@@ -26,6 +27,8 @@ TOKEN_S = 0.04  # one audio token: two encoder frames of 20 ms
 
 class PoolingEncoder(WhisperEncoder):
     """Whisper's encoder with pairs of frames averaged before the final norm."""
+
+    frames_pooled = 2
 
     def __init__(self, cfg: PartConfig, n_mels: int):
         super().__init__(cfg, n_mels)
@@ -39,21 +42,10 @@ class PoolingEncoder(WhisperEncoder):
         return super().finish(self.hook_pooled(self.pool(resid)))
 
 
-class LinearConnector(nn.Module):
-    """One linear map from encoder width to the width of the language model."""
-
-    def __init__(self, d_in: int, d_out: int):
-        super().__init__()
-        self.hook_in = HookPoint(borrowed=True)  # the encoder's hook_out
-        self.hook_out = HookPoint()
-        self.linear = nn.Linear(d_in, d_out)
-
-    def forward(self, x: Float[Tensor, "segments t d_in"]) -> Float[Tensor, "segments t d_out"]:
-        return self.hook_out(self.linear(self.hook_in(x)))
-
-
 class PooledAudioLLM(HookedAudioLLM):
     """Audio LLMs whose tokens are pairs of Whisper frames, pooled."""
+
+    lends_encoder = True
 
     def make_encoder(self, cfg: AudioConfig) -> PoolingEncoder:
         return PoolingEncoder(cfg.encoder, cfg.n_mels)

@@ -28,6 +28,7 @@ from audio_lens.models.whisper import WhisperEncoder, encoder_config, encoder_we
 class StackedAudioLLM(HookedAudioLLM):
     """Audio LLMs that mask nothing in the encoder, and stack several of its frames to a token."""
 
+    lends_encoder = True
     mask_key = "input_features_mask"
     masks_padding = False
 

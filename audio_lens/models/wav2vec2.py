@@ -208,6 +208,7 @@ class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
     holds: load another language there (``hf_model.load_adapter``) before `from_hf`.
     """
 
+    lends_encoder = True
     features_key = "input_values"
     hf_class = (
         *hf_classes("Wav2Vec2", "Hubert", "Data2VecAudio", "UniSpeech", "UniSpeechSat"),
@@ -303,13 +304,18 @@ class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
         """Which frames hold audio; None where all do."""
         if inputs.feature_mask is None or inputs.feature_mask.all():
             return None
-        counts = [self._n_frames(inputs, clip) for clip in range(len(inputs.features))]
+        counts = [self.frame_count(inputs.n_valid(i)) for i in range(len(inputs.features))]
         index = torch.arange(self.encoder_length(inputs), device=inputs.device)
         return index < torch.tensor(counts, device=inputs.device)[:, None]
 
-    def _n_frames(self, inputs: AudioInputs, clip: int) -> int:
-        """Frames of a clip that hold audio."""
-        return self.cfg.stem.n_frames(inputs.n_valid(clip))
+    def frame_count(self, n_valid: int) -> int:
+        """Frames of so many samples."""
+        return self.cfg.stem.n_frames(n_valid)
+
+    def frame_seconds(self, count: int) -> Float[Tensor, " t"]:
+        """Frame i sees 25 ms centred at 0.02 i + 0.01247 seconds (with the usual strides)."""
+        frames = torch.arange(count, dtype=torch.float64)
+        return self.cfg.stem.centre(frames) / self.cfg.sampling_rate
 
     # ---------------------------------------------------------------- inputs
 
@@ -391,6 +397,19 @@ class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
         sources = audio if isinstance(audio, (list, tuple)) else [audio]
         texts = texts_per_clip(text, len(sources))
         clips = [self.load_audio(source, sampling_rate) for source in sources]
+        made = self.extract_features(clips)
+        return self._inputs(
+            made["features"],
+            made["mask"],
+            None if text is None else self.labels_of(texts),
+            audio=clips,
+            text=None if text is None else texts,
+            sampling_rate=self.cfg.sampling_rate,
+            remake=self.prepare,
+        )
+
+    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """Waveforms as the model takes them, padded, and the mask of samples with audio."""
         self._check_lengths([len(clip) for clip in clips])
         made = self.feature_extractor(
             clips,
@@ -399,15 +418,7 @@ class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
-        return self._inputs(
-            made["input_values"],
-            made["attention_mask"].bool(),
-            None if text is None else self.labels_of(texts),
-            audio=clips,
-            text=None if text is None else texts,
-            sampling_rate=self.cfg.sampling_rate,
-            remake=self.prepare,
-        )
+        return {"features": made["input_values"], "mask": made["attention_mask"].bool()}
 
     def _check_lengths(self, lengths: list[int]) -> None:
         if min(lengths) < self.cfg.stem.reach:
@@ -420,16 +431,16 @@ class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
             )
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
-        """Frame i sees 25 ms centred at 0.02 i + 0.01247 seconds (with the usual strides)."""
-        inputs, stem = self.as_inputs(inputs), self.cfg.stem
-        frames = torch.arange(self.encoder_length(inputs), dtype=torch.float64)
-        seconds = stem.centre(frames) / self.cfg.sampling_rate
+        """Where the frames of every clip lie."""
+        inputs = self.as_inputs(inputs)
+        seconds = self.frame_seconds(self.encoder_length(inputs))
+        lengths = [inputs.n_valid(clip) for clip in range(len(inputs))]
         return Timeline(
             [
                 Row(
-                    {"encoder": [Track.of_clip(seconds, self._n_frames(inputs, clip), clip=0)]},
-                    [inputs.n_valid(clip) / self.cfg.sampling_rate],
+                    {"encoder": [Track.of_clip(seconds, self.frame_count(n), clip=0)]},
+                    [n / self.cfg.sampling_rate],
                 )
-                for clip in range(len(inputs))
+                for n in lengths
             ]
         )

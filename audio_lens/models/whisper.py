@@ -88,7 +88,7 @@ class WhisperEncoder(ConvEncoder):
     def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
         """The residual stream entering block 0."""
         x = super().embed(features)
-        positions = self.pos_embed.weight.repeat(len(x), 1, 1)
+        positions = self.pos_embed.weight[: x.shape[1]].repeat(len(x), 1, 1)
         return x + self.hook_pos_embed(positions)
 
 
@@ -113,6 +113,7 @@ class WhisperDecoder(Stack):
 class HookedWhisper(HookedAudioTransformer):
     """Whisper with every activation hooked."""
 
+    lends_encoder = True
     hf_class = "WhisperForConditionalGeneration"
     weight_names: ClassVar = {
         **encoder_weight_names("model.encoder"),
@@ -138,7 +139,8 @@ class HookedWhisper(HookedAudioTransformer):
     def __init__(self, cfg: AudioConfig):
         super().__init__(cfg)
         self.encoder = WhisperEncoder(cfg.encoder, cfg.n_mels)
-        self.decoder = WhisperDecoder(cfg.decoder)
+        if cfg.decoder is not None:  # else it is what hears, in a composed model
+            self.decoder = WhisperDecoder(cfg.decoder)
         self.setup()
 
     @classmethod
@@ -203,6 +205,14 @@ class HookedWhisper(HookedAudioTransformer):
         if mask is not None and not mask[:, 0].all():  # padding on the left shifts nothing
             return (mask.long().cumsum(1) - 1).clamp(min=0)[:, earlier:]
         return torch.arange(earlier, last, device=inputs.device).expand(inputs.tokens.shape)
+
+    def frame_count(self, n_valid: int) -> int:
+        """Pairs of mel frames, the last one begun included."""
+        return (n_valid - 1) // 2 + 1
+
+    def frame_seconds(self, count: int) -> Float[Tensor, " t"]:
+        """Frame i is centred at 0.02 i seconds."""
+        return FRAME_S * torch.arange(count, dtype=torch.float64)
 
     # ---------------------------------------------------------------- inputs
 
@@ -332,8 +342,9 @@ class HookedWhisper(HookedAudioTransformer):
         rows = []
         for row in range(len(inputs)):
             n_mel = inputs.n_valid(row)
+            seconds = self.frame_seconds(self.cfg.encoder.n_ctx)
             tracks = {
-                "encoder": [encoder_track(self.cfg, n_mel, clip=0)],
+                "encoder": [Track.of_clip(seconds, self.frame_count(n_mel), clip=0)],
                 "decoder": [Track.of_tokens(inputs.attended[row].cpu())],
             }
             rows.append(Row(tracks, [n_mel / 100]))
@@ -373,12 +384,6 @@ def encoder_config(ear: Any, model_name: str, n_ctx: int | None = None) -> PartC
         scales_queries=True,
         model_name=model_name,
     )
-
-
-def encoder_track(cfg: AudioConfig, n_mel: int, clip: int) -> Track:
-    """Encoder positions of a clip with ``n_mel`` valid mel frames."""
-    seconds = FRAME_S * torch.arange(cfg.encoder.n_ctx, dtype=torch.float64)
-    return Track.of_clip(seconds, (n_mel - 1) // 2 + 1, clip)
 
 
 def _chosen(known: Mapping[str, int], key: str, what: str) -> int:

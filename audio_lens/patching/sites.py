@@ -111,8 +111,9 @@ def _spellings(text: str, output_part: str) -> list[str]:
 
 def parts_from(model: HookedAudioTransformer, part: str) -> list[str]:
     """The part, if it has blocks, and those that run behind it."""
-    order = ["encoder", "connector", "decoder"]
-    return [name for name in model.cfg.parts if order.index(name) >= order.index(part)]
+    cfg = model.cfg
+    order = [*cfg.is_heard_in, "connector", *(p for p in cfg.parts if p not in cfg.is_heard_in)]
+    return [name for name in cfg.parts if order.index(name) >= order.index(part)]
 
 
 def sites_of(model: HookedAudioTransformer) -> list[Site]:

@@ -52,6 +52,7 @@ class Family:
         build: ``build(seed=0, dtype=torch.float32, attn="eager", **overrides)``: a random Hugging
             Face model, every parameter by `randomise`, in eval mode.
         batch: ``batch(seed=0, dtype=torch.float32, **options)``: what the processor would return.
+        hooked: our model of what ``build`` made, sharing its weights.
         reference: ``reference(hf, batch)``: Hugging Face's activations under our hook names: the
             logits (or the output of a bare encoder), resid_pre of every block, hook_out of every
             part, and every pattern (not with fused attention); see `run_hf`.
@@ -86,6 +87,7 @@ class Family:
     build: Callable[..., nn.Module]
     batch: Callable[..., dict[str, Any]]
     reference: Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]]
+    hooked: Callable[[nn.Module], HookedAudioTransformer] = HookedAudioTransformer.from_hf
     models: Mapping[str, dict] = field(default_factory=lambda: {"tiny": {}})
     model_batches: Mapping[str, dict] = field(default_factory=dict)
     batches: Mapping[str, dict] = field(default_factory=lambda: {"default": {}})
@@ -110,6 +112,11 @@ class Family:
     segment_s: float | None = None
     chunk_s: float | None = None
     is_local: bool = True
+
+    @property
+    def is_hf(self) -> bool:
+        """Whether the reference is a Hugging Face model, with checkpoints of its own."""
+        return self.hooked == HookedAudioTransformer.from_hf
 
 
 # -------------------------------------------------------------------------------- models

@@ -194,7 +194,7 @@ def test_clips_too_short_or_too_long_are_refused(family: Family) -> None:
 
 @pytest.mark.parametrize("name, minutes", [("audioflamingo3", 10), ("musicflamingo", 20)])
 def test_released_sizes_hear_minutes(name: str, minutes: int) -> None:
-    model = HookedAudioTransformer.from_hf(FAMILIES[name].build(ear_max_source_positions=1500))
+    model = FAMILIES[name].hooked(FAMILIES[name].build(ear_max_source_positions=1500))
     assert model.cfg.max_audio_s == 60 * minutes
 
 
@@ -234,7 +234,7 @@ def test_generates_what_hugging_face_does(family: Family, lengths: Sequence[int]
 
 @torch.no_grad()
 def test_cached_equals_full(family: Family) -> None:
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     whole = model.as_inputs(family.batch(lengths=[210], words=[9]))
     full, past, logits = model(whole), KVCache(), []
     n = whole.tokens.shape[1]
@@ -312,7 +312,7 @@ def test_unknown_features_are_refused_by_name(name: str, field: str, value: Any,
 )
 def test_times_of_released_windows(name: str, tokens: int, first: float, second: float) -> None:
     size = "ear_max_position_embeddings" if name == "glmasr" else "ear_max_source_positions"
-    model = HookedAudioTransformer.from_hf(FAMILIES[name].build(**{size: 1500}))
+    model = FAMILIES[name].hooked(FAMILIES[name].build(**{size: 1500}))
     assert model.token_count(3000) == tokens
     assert model.token_seconds(tokens)[:2].tolist() == pytest.approx([first, second])
     features = torch.zeros(2, 20, 3000)
@@ -330,7 +330,7 @@ def test_times_of_released_windows(name: str, tokens: int, first: float, second:
 @torch.no_grad()
 def test_windows_of_music_are_counted_within_their_clip() -> None:
     family = FAMILIES["musicflamingo"]
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     ends_in_a_frame = family.batch(lengths=[201, 173], words=[5, 5])
     inputs = model.as_inputs(ends_in_a_frame)
     assert inputs.segments_per_clip == (2, 1)
@@ -341,7 +341,7 @@ def test_windows_of_music_are_counted_within_their_clip() -> None:
 
 @torch.no_grad()
 def test_what_music_sends_depends_on_the_window() -> None:
-    model = HookedAudioTransformer.from_hf(FAMILIES["musicflamingo"].build())
+    model = FAMILIES["musicflamingo"].hooked(FAMILIES["musicflamingo"].build())
     inputs = model.as_inputs(FAMILIES["musicflamingo"].batch(lengths=[350], words=[5]))
     resid = model.encode(inputs, stop=model.cfg.encoder.n_layers)
     sent = model.send_rows(resid, inputs)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from audio_lens import HookedAudioTransformer
 from audio_lens.cli import app
 from audio_lens.models.catalogue import Catalogue
 from families import FAMILIES
@@ -21,7 +20,7 @@ def test_every_family_is_in_it_and_equal_to_hugging_face() -> None:
 
 def test_hooks_are_counted_as_they_are_now() -> None:
     for entry in Catalogue.load().entries:
-        model = HookedAudioTransformer.from_hf(FAMILIES[entry.name].build())
+        model = FAMILIES[entry.name].hooked(FAMILIES[entry.name].build())
         for part, count in entry.hooks_per_block.items():
             names = [name for name in model.hook_dict if name.startswith(f"{part}.blocks.0.")]
             assert len(names) == count, entry.name

@@ -64,7 +64,7 @@ class Scene(NamedTuple):
 def model_of(name: str) -> HookedAudioTransformer:
     """In float64, so that what is not touched does not move."""
     family = FAMILIES[name]
-    return HookedAudioTransformer.from_hf(family.build(dtype=torch.float64, **family.impulse_model))
+    return family.hooked(family.build(dtype=torch.float64, **family.impulse_model))
 
 
 def scene_of(family: Family, waveforms: list[np.ndarray]) -> Scene:

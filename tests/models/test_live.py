@@ -23,7 +23,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda fa
 
 def model_and_inputs(family: Family) -> tuple[HookedAudioTransformer, AudioInputs]:
     """In float64, so that what is not touched does not move."""
-    model = HookedAudioTransformer.from_hf(family.build(dtype=torch.float64))
+    model = family.hooked(family.build(dtype=torch.float64))
     return model, model.as_inputs(family.batch(dtype=torch.float64))
 
 
@@ -33,11 +33,11 @@ def block_of(name: str) -> int | None:
     return match and int(match[1])
 
 
-def of_first_prompt(name: str, inputs: AudioInputs) -> slice:
+def of_first_prompt(model: HookedAudioTransformer, name: str, inputs: AudioInputs) -> slice:
     """The entries of an activation, along its first axis, that belong to the first prompt."""
     if is_flat(name):
         return slice(0, 1)
-    is_segment = name.startswith(("encoder.", "connector."))
+    is_segment = name.split(".")[0] in (*model.cfg.is_heard_in, "connector")
     return slice(0, inputs.segments_per_row[0] if is_segment else 1)
 
 
@@ -82,7 +82,7 @@ def test_every_hook_point_is_live(family: Family, mode: str) -> None:
         found = gradients(model, inputs, names, weights)
     dead, leaking = [], []
     for name, gradient in found.items():
-        own = of_first_prompt(name, inputs)
+        own = of_first_prompt(model, name, inputs)
         dead += [] if gradient[own].abs().max() > 1e-6 else [name]
         leaking += [name] if gradient[own.stop :].any() and not is_flat(name) else []
     assert not dead

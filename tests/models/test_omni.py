@@ -52,7 +52,7 @@ def clip(n_samples: int, seed: int = 0) -> np.ndarray:
 
 
 def test_pieces_become_as_many_tokens_as_the_whole(family: Family) -> None:
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     width = model.cfg.n_frames
     for n_mel in range(1, 3 * width + 2):
         pieces = [min(width, n_mel - start) for start in range(0, n_mel, width)]
@@ -60,16 +60,16 @@ def test_pieces_become_as_many_tokens_as_the_whole(family: Family) -> None:
 
 
 def test_released_sizes() -> None:
-    ear = HookedAudioTransformer.from_hf(FAMILIES["qwen3_asr"].build(n_window_infer=800))
+    ear = FAMILIES["qwen3_asr"].hooked(FAMILIES["qwen3_asr"].build(n_window_infer=800))
     assert [ear.token_count(n) for n in (100, 800, 3000)] == [13, 104, 390]
     assert ear.cfg.encoder.n_ctx == 104
-    omni = HookedAudioTransformer.from_hf(FAMILIES["qwen2_5_omni"].build())
+    omni = FAMILIES["qwen2_5_omni"].hooked(FAMILIES["qwen2_5_omni"].build())
     assert omni.token_count(200) == 50
     assert omni.cfg.max_audio_s == 300
 
 
 def test_times_count_on_over_the_pieces(family: Family) -> None:
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     inputs = model.as_inputs(family.batch(lengths=[573], words=[4]))
     index = torch.arange(tokens_of(family.name)(573)).double()
     every_40_ms = 0.04 * index + 0.01
@@ -86,7 +86,7 @@ def test_times_count_on_over_the_pieces(family: Family) -> None:
 def test_what_stands_behind_a_clip_is_not_heard() -> None:
     """But by Qwen3-ASR, whose last convolutions hear it in Hugging Face too."""
     for name in ("qwen2_5_omni", "qwen3_omni"):
-        model = HookedAudioTransformer.from_hf(FAMILIES[name].build())
+        model = FAMILIES[name].hooked(FAMILIES[name].build())
         batch = FAMILIES[name].batch(lengths=[[230, 31], 173], words=[4, 3])
         noisy = dict(batch)
         behind = ~batch["feature_attention_mask"].bool()[:, None]
@@ -96,7 +96,7 @@ def test_what_stands_behind_a_clip_is_not_heard() -> None:
 
 @torch.no_grad()
 def test_chunks_do_not_hear_each_other() -> None:
-    model = HookedAudioTransformer.from_hf(FAMILIES["qwen2_5_omni"].build())
+    model = FAMILIES["qwen2_5_omni"].hooked(FAMILIES["qwen2_5_omni"].build())
     batch = FAMILIES["qwen2_5_omni"].batch(lengths=[450], words=[4])
     changed = {**batch, "input_features": batch["input_features"].clone()}
     changed["input_features"][..., 200] += 1
@@ -105,7 +105,7 @@ def test_chunks_do_not_hear_each_other() -> None:
 
 
 def test_clips_without_audio_are_refused(family: Family) -> None:
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     batch = family.batch(lengths=[200, 150], words=[4, 4])
     batch[MASKS.get(family.name, "feature_attention_mask")][1] = 0
     with pytest.raises(InputError, match="clip 1 holds no audio"):
@@ -113,7 +113,7 @@ def test_clips_without_audio_are_refused(family: Family) -> None:
 
 
 def test_single_placeholders_are_expanded(family: Family) -> None:
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     options = {"lengths": [[230, 31], 473], "words": [4, 3], "padding": "left"}
     whole = model.as_inputs(family.batch(**options))
     made = model.as_inputs(family.batch(**options, single_placeholder=True))
@@ -244,7 +244,7 @@ def test_generates_what_hugging_face_does(family: Family, lengths: tuple[int, ..
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["explicit", "sdpa"])
 def test_cached_equals_full(family: Family, mode: str) -> None:
-    model = HookedAudioTransformer.from_hf(family.build())
+    model = family.hooked(family.build())
     model.attn_mode = mode
     whole = model.as_inputs(family.batch(lengths=[201, 473], words=[9, 8], padding="left"))
     full, past, logits = model(whole), KVCache(), []
@@ -353,7 +353,7 @@ def test_speech_recognisers_load(tmp_path: Path) -> None:
 
 @each_omni
 def test_images_and_video_are_refused(name: str) -> None:
-    model = HookedAudioTransformer.from_hf(FAMILIES[name].build())
+    model = FAMILIES[name].hooked(FAMILIES[name].build())
     batch = FAMILIES[name].batch()
     for key in ("pixel_values", "pixel_values_videos", "video_grid_thw"):
         with pytest.raises(InputError, match=f"without images and video: leave out {key}"):
@@ -408,7 +408,7 @@ def test_forced_aligners_are_refused(tmp_path: Path) -> None:
 def experts() -> tuple[HookedAudioTransformer, AudioInputs]:
     """Two of four experts at a time, in float64, and a prompt."""
     family = FAMILIES["qwen3_omni"]
-    model = HookedAudioTransformer.from_hf(family.build(dtype=torch.float64, num_experts_per_tok=2))
+    model = family.hooked(family.build(dtype=torch.float64, num_experts_per_tok=2))
     return model, model.as_inputs(family.batch(lengths=[180], words=[5], dtype=torch.float64))
 
 

@@ -39,7 +39,7 @@ def both(
 ) -> tuple[HookedAudioTransformer, AudioInputs, dict[str, Tensor]]:
     """Our model with Hugging Face's weights, the inputs, and Hugging Face's activations."""
     hf = family.build(dtype=dtype, attn=attn, **model_options)
-    model = HookedAudioTransformer.from_hf(hf)
+    model = family.hooked(hf)
     model.attn_mode = ATTN_MODES[attn]
     batch = family.batch(dtype=dtype, **batch_options)
     return model, model.as_inputs(batch), family.reference(hf, batch)
@@ -137,7 +137,7 @@ def test_float16_stays_finite_where_the_residual_stream_overflows(family: Family
     with torch.no_grad():
         for bias in family.float16_biases(hf):
             bias += 60_000
-    model = HookedAudioTransformer.from_hf(hf)
+    model = family.hooked(hf)
     name = "encoder.blocks.1.hook_resid_post"
     _, cache = model.run_with_cache(family.batch(dtype=torch.float16), names_filter=name)
     assert cache[name].max() == torch.tensor(64504.0).half()

@@ -33,7 +33,7 @@ EVERY_NTH = 6  # site of a family is tried, where tests are quick
 def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> HookedAudioTransformer:
     """Of three layers a part; 0.28 s of audio and 6 neurons where the family is tried in depth."""
     hf = FAMILIES[name].build(dtype=dtype, **SMALL.get(name, {}))
-    return HookedAudioTransformer.from_hf(hf)
+    return FAMILIES[name].hooked(hf)
 
 
 def layouts_of(name: str) -> tuple[str, ...]:

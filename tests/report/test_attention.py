@@ -8,7 +8,7 @@ import soundfile
 from browsing import at, last_sound, until
 from pages import Page
 
-from audio_lens import HookedAudioTransformer, InputError
+from audio_lens import InputError
 from audio_lens.hooks import HookNameError
 from audio_lens.models.embedded import default_pair
 from audio_lens.report import attention_figure, attention_page
@@ -56,7 +56,7 @@ def planted(embedded, inputs):
 def family_prompt(name, *seconds, **overrides):
     """A tiny random model of a family, hearing noise."""
     family = FAMILIES[name]
-    model = HookedAudioTransformer.from_hf(family.build(**family.impulse_model, **overrides))
+    model = family.hooked(family.build(**family.impulse_model, **overrides))
     waves = [rng.normal(0, 0.1, int(s * RATE)).astype(np.float32) for s in seconds]
     return model, family.clips(model, waves), waves
 

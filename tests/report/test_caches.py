@@ -6,7 +6,7 @@ import torch
 from browsing import at, last_sound, until
 from pages import Page
 
-from audio_lens import HookedAudioTransformer, InputError, TokenError
+from audio_lens import InputError, TokenError
 from audio_lens.hooks import HookNameError
 from audio_lens.models.embedded import default_pair
 from audio_lens.report import cache_figure, cache_page
@@ -29,7 +29,7 @@ def inputs(embedded):
 
 def family_prompt(name, seconds, **overrides):
     family = FAMILIES[name]
-    model = HookedAudioTransformer.from_hf(family.build(**family.impulse_model, **overrides))
+    model = family.hooked(family.build(**family.impulse_model, **overrides))
     wave = rng.normal(0, 0.1, int(seconds * RATE)).astype(np.float32)
     inputs = family.clips(model, [wave])
     return Prompt.of(model, inputs, audio=wave), wave

@@ -177,7 +177,13 @@ class CrossAttentionBlock(PreNormBlock):
 
 
 class Stack(nn.Module):
-    """Blocks and, in most, a final norm: the body of every encoder and decoder."""
+    """Blocks and, in most, a final norm: the body of every encoder and decoder.
+
+    Attributes:
+        frames_pooled: how many positions `finish` makes one of.
+    """
+
+    frames_pooled: ClassVar[int] = 1
 
     def __init__(self, cfg: PartConfig, block: type[Block]):
         super().__init__()

@@ -110,8 +110,9 @@ class Estimate:
 
     def _entrances(self) -> list[str]:
         """Where audio and text enter, no earlier than the sites need."""
-        if self.model.cfg.decoder is None:
-            return ["encoder.blocks.0.hook_resid_pre"]
+        cfg = self.model.cfg
+        if cfg.decoder is None or cfg.encoder is None:
+            return [f"{self.model.output_part}.blocks.0.hook_resid_pre"]
         heard = end_of_encoder(self.model)
         if any(site.part == "encoder" for site in self.sites):
             heard = "encoder.blocks.0.hook_resid_pre"
@@ -226,7 +227,8 @@ class Estimate:
         """The row that each entry of a part's batch axis belongs to: prompts, or segments."""
         segments = torch.tensor(self.base.segments_per_row, device=self.base.device)
         rows = torch.arange(len(segments), device=segments.device)
-        owner = rows if part == "decoder" else rows.repeat_interleave(segments)
+        heard = (*self.model.cfg.is_heard_in, "connector")
+        owner = rows.repeat_interleave(segments) if part in heard else rows
         return owner if self.n_rows > 1 else torch.zeros_like(owner)
 
     def _slope(self, name: str, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:

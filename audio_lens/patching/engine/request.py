@@ -66,12 +66,18 @@ class Request:
     @property
     def route(self) -> type[Route]:
         """The way in which all cells are computed."""
-        if self.hooked or self.model.is_split:
+        if self.hooked or self.model.is_split or self.whole_because:
             return HookedRoute
         is_single = len(self.table.sites) == 1 and all(len(c.layers) == 1 for c in self.table.cells)
         if is_single and not self.unknown:
             return _OF_PART[self.table.part]
         return HookedRoute if self.table.part == "connector" else SuffixRoute
+
+    @cached_property
+    def whole_because(self) -> str:
+        """Why the model cannot be taken apart for these sites; empty where it can."""
+        reasons = map(self.model.whole_because, self.table.sites)
+        return next(filter(None, reasons), "")
 
     @cached_property
     def unknown(self) -> str:
@@ -125,6 +131,8 @@ class Request:
             notes.append(f"computed in {self.precision}: not exact")
         if self.model.is_split:
             notes.append("the model lies on several devices: every cell was a whole forward")
+        elif self.whole_because:
+            notes.append(f"{self.whole_because}: every cell was a whole forward")
         elif self.unknown and not self.hooked:
             notes.append(f"{self.unknown} is of its own kind: run whole from the first patch on")
         if self.source is not None:

@@ -67,7 +67,7 @@ class Run:
             if part == "encoder":
                 encoder = Trace.of_encoder(model, inputs, keep)
                 encoded = model.send_rows(encoder.residuals[-1], inputs)
-            elif part == "decoder" and heard is not None and _same_audio(inputs, heard.inputs):
+            elif part == "decoder" and heard is not None and inputs.same_audio(heard.inputs):
                 encoded = heard.encoded
             else:
                 encoded = model.encode(inputs)
@@ -100,12 +100,6 @@ class Run:
         """Memory that is held."""
         traces = [t.n_bytes for t in (self.encoder, self.decoder) if t is not None]
         return sum(traces) + sum(x.nbytes for x in (self.encoded, *self.connector.values()))
-
-
-def _same_audio(one: AudioInputs, other: AudioInputs) -> bool:
-    masks = (one.feature_mask, other.feature_mask)
-    same_mask = masks[0] is masks[1] is None or (None not in masks and torch.equal(*masks))
-    return same_mask and torch.equal(one.features, other.features)
 
 
 @contextmanager

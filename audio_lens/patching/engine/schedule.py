@@ -136,15 +136,17 @@ class Schedule:
 
 def _holds_bias(model: HookedAudioTransformer) -> bool:
     """Whether the encoder adds to its attention scores, which then are as large as patterns."""
-    attentions = [getattr(block, "attn", None) for block in model.encoder.blocks]
+    blocks = () if model.cfg.encoder is None else model.encoder.blocks
+    attentions = [getattr(block, "attn", None) for block in blocks]
     return any(getattr(attn, "is_biased", False) for attn in attentions)
 
 
 def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) -> Shape:
     by_attention = model.decoder_needs_encoder
-    frames = model.encoder_reach(inputs)
-    is_merged = model.cfg.decoder is not None and not by_attention
-    output = model.cfg.output
+    cfg = model.cfg
+    frames = 0 if cfg.encoder is None else model.encoder_reach(inputs)
+    is_merged = len(cfg.is_heard_in) > 0 and cfg.decoder is not None and not by_attention
+    output = cfg.output
     all_logits = model.output_attended(inputs).numel() * (output.d_vocab or output.d_model)
     return Shape(
         prompts=len(inputs),
@@ -154,4 +156,14 @@ def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) 
         audio_start=int(model.audio_places(inputs).position.min()) if is_merged else 0,
         memory=frames if by_attention else 0,
         logits=all_logits if reads_all else 8 * len(inputs),
+        beside=_beside(model, inputs),
     )
+
+
+def _beside(model: HookedAudioTransformer, inputs: AudioInputs) -> dict[str, int]:
+    """Positions of the whole batch in every part that is neither encoder nor decoder."""
+    rows = model.timeline(inputs).rows
+    return {
+        part: sum(len(track.seconds) for row in rows for track in row.segments(part))
+        for part in (*model.cfg.ears, *model.cfg.speakers)
+    }

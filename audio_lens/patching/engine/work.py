@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import ItemsView, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from audio_lens.models.layers import PartConfig
@@ -52,6 +53,7 @@ class Shape:
         audio_start: where the first clip enters an audio LLM's decoder; 0 with cross-attention.
         memory: encoder positions that cross-attention reads; 0 without.
         logits: numbers read behind the last block, of every cell.
+        beside: positions of every part that is neither encoder nor decoder, by its name.
     """
 
     prompts: int
@@ -61,6 +63,7 @@ class Shape:
     audio_start: int
     memory: int
     logits: int
+    beside: Mapping[str, int] = field(default_factory=dict)
 
 
 class Costs:
@@ -79,6 +82,8 @@ class Costs:
         """Operations of the encoder's whole run."""
         frames = self.shape.frames
         cfg = self.cfg.encoder
+        if cfg is None:
+            return 0
         return self.shape.clips * stack_flops(cfg, frames, frames, cfg.n_layers)
 
     @property
@@ -93,7 +98,13 @@ class Costs:
     @property
     def loop(self) -> float | int:
         """Operations of one whole forward."""
-        return self.encoder + self.decoder
+        parts = self.cfg.parts
+        beside = (stack_flops(parts[p], n, n, parts[p].n_layers) for p, n in self._beside)
+        return self.encoder + self.decoder + sum(beside)
+
+    @property
+    def _beside(self) -> ItemsView[str, int]:
+        return self.shape.beside.items()
 
     def _decoder_from(self, layer: int, start: int) -> float | int:
         cfg, shape = self.cfg.decoder, self.shape
@@ -119,7 +130,8 @@ class Costs:
         """Positions that run for a cell."""
         shape = self.shape
         if self.whole:
-            return shape.clips * shape.frames + shape.prompts * shape.tokens
+            own = shape.clips * shape.frames + shape.prompts * shape.tokens
+            return own + sum(n for _, n in self._beside)
         if self.part == "encoder":
             return shape.clips * shape.frames
         first = start if self.part == "decoder" else shape.audio_start
@@ -130,9 +142,10 @@ class Costs:
         total = 3 * self.shape.logits * self.itemsize
         if self.cfg.decoder is not None:
             total += self._decoder_bytes(start, explicit)
-        if self.whole or self.part == "encoder":
+        if self.cfg.encoder is not None and (self.whole or self.part == "encoder"):
             total += self._encoder_bytes(explicit)
-        return total
+        parts = self.cfg.parts
+        return total + sum(n * row_bytes(parts[p], self.itemsize) for p, n in self._beside)
 
     def _decoder_bytes(self, start: int, explicit: bool) -> int:
         shape, cfg = self.shape, self.cfg.decoder

@@ -1,0 +1,562 @@
+"""Audio LLMs put together from parts: an encoder of one model, a connector, a language model.
+
+For models that are published as pieces, and for one's own. The parts are taken over, not copied.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from audio_lens.hooks import HookPoint
+from audio_lens.inputs import AudioInputs, InputError, padded
+from audio_lens.models.audio_llm import AudioLLM, Segment
+from audio_lens.models.base import AudioConfig, HookedAudioTransformer, LoadingError
+from audio_lens.models.connectors import Connector
+from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
+from audio_lens.models.layers import Context, Stack
+from audio_lens.models.loading import load_pretrained, processor_of, read_model
+from audio_lens.models.weights import fill, renamed
+from audio_lens.timeline import Track
+
+AUDIO, QUESTION = "{audio}", "{question}"
+_OF_EARS = ("encoder", "frontend")  # what is taken of a model that lends its encoder
+_OUTSIDE = -1  # id of a placeholder that the tokenizer does not know as one token
+
+
+class CompositionError(ValueError):
+    """Parts that do not fit together; the message says which and why."""
+
+
+@dataclass(kw_only=True)
+class ComposedConfig(AudioConfig):
+    """Shape of a composed model.
+
+    Attributes:
+        placeholder: what stands for a clip in the text of prompts.
+        template: a prompt with ``{audio}`` where the clips and ``{question}`` where the question
+            go; None uses the chat template of the tokenizer.
+        keeps_padding: whether the padding of a segment becomes tokens too.
+    """
+
+    placeholder: str
+    template: str | None
+    keeps_padding: bool
+
+
+class HookedComposed(AudioLLM):
+    """An audio LLM put together by `compose`, with every activation hooked.
+
+    Attributes:
+        ears: what hears, by the name of its part: models without what lay behind their encoder.
+    """
+
+    masks_padding = False
+
+    def __init__(
+        self,
+        cfg: ComposedConfig,
+        ears: Mapping[str, HookedAudioTransformer],
+        connector: Connector,
+        decoder: LanguageModel,
+    ):
+        ear, *others = ears.values()
+        super().__init__(cfg, ear.encoder, connector, decoder)
+        for name, module in _children(ear).items():
+            self.add_module(name, module)
+        for name, other in zip(cfg.ears, others, strict=True):
+            self.add_module(name, other.encoder)
+        self.__dict__["ears"] = dict(ears)  # no children of this model: their encoders are
+        self.setup()
+
+    @property
+    def ear(self) -> HookedAudioTransformer:
+        """What hears, without a language model."""
+        return self.ears["encoder"]
+
+    @property
+    def features_key(self) -> str:
+        """Name of the features in a mapping."""
+        return self.ear.features_key
+
+    def make_feature_extractor(self) -> Any:
+        """The feature extractor of what hears."""
+        return self.ear.feature_extractor or self.ear.make_feature_extractor()
+
+    # ---------------------------------------------------------------- hearing
+
+    def enter_encoder(self, inputs: AudioInputs) -> Float[Tensor, "segments frames d"]:
+        return self.ear.enter_encoder(inputs)
+
+    def encoder_context(self, inputs: AudioInputs) -> Context:
+        return self.ear.encoder_context(inputs)
+
+    def encoder_length(self, inputs: AudioInputs) -> int:
+        return self.ear.encoder_length(inputs)
+
+    def encoder_reach(self, inputs: AudioInputs) -> int:
+        """All positions: connectors may read any of them."""
+        return self.encoder_length(inputs)
+
+    def check_features(self, features: Tensor) -> None:
+        self.ear.check_features(features)
+
+    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        return self.ear.extract_features(clips)
+
+    def hear(
+        self, name: str, inputs: AudioInputs, segment: Int[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "rows frames d"]:
+        """The output of an ear beside the encoder, for some segments or for all."""
+        ear, own = self.ears[name], self._heard_by(name, inputs)
+        resid = ear.enter_encoder(own)
+        resid = ear.encoder.run_blocks(resid, ear.encoder_context(own), 0, len(ear.encoder.blocks))
+        heard = ear.encoder.finish(resid)
+        return heard if segment is None else heard[segment]
+
+    def _heard_by(self, name: str, inputs: AudioInputs) -> AudioInputs:
+        """The inputs as an ear beside the encoder takes them."""
+        features, mask = inputs.extra[name], inputs.extra.get(f"{name}.mask")
+        return replace(inputs, features=features, feature_mask=mask, extra={})
+
+    def encode(
+        self,
+        inputs: AudioInputs,
+        resid: Float[Tensor, "segments frames d"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """As in every model; where the connector reads several blocks, these are kept for it.
+
+        Raises:
+            InputError: a start behind a block that the connector reads.
+        """
+        taps = self.connector.taps
+        if not taps or stop is not None:
+            return super().encode(inputs, resid, start, stop)
+        if start > min(taps):
+            raise InputError(
+                f"the connector reads blocks {', '.join(map(str, taps))} of the encoder: start at "
+                f"encoder layer {min(taps)} or before"
+            )
+        tapped, begin = [], start
+        for tap in sorted(taps):
+            resid = super().encode(inputs, resid, begin, tap + 1)
+            begin = tap + 1
+            tapped.append(resid)
+        tapped[-1] = self.encoder.finish(tapped[-1])
+        return self.connector(torch.cat(tapped, dim=-1)).to(self.device)
+
+    def send(self, resid: Float[Tensor, "segments frames d"]) -> Float[Tensor, "segments t d_out"]:
+        """The connector's output, where it reads the encoder's output alone."""
+        return self.connector(self.encoder.finish(resid))
+
+    def send_rows(
+        self,
+        resid: Float[Tensor, "rows frames d"],
+        inputs: AudioInputs,
+        segment: Int[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, "rows t d_out"]:
+        """The connector's output, of what all ears heard."""
+        others = [self.hear(name, inputs, segment) for name in self.cfg.ears]
+        return self.connector(self.encoder.finish(resid), *others)
+
+    def whole_because(self, site: Any) -> str:
+        """Why sweeps of a site run whole forwards with hooks; empty where they need not."""
+        is_before = site.part == "encoder" or str(site) == "connector.in"
+        if self.connector.taps and is_before:
+            return "the connector reads several blocks of the encoder"
+        return super().whole_because(site)
+
+    def enter_decoder(self, inputs: AudioInputs, *rest: Any) -> Float[Tensor, "b t d"]:
+        """Embedded tokens with the audio in its places."""
+        if self._is_outside:  # nothing to embed: the audio is written over whatever stands there
+            is_audio = self.is_audio(inputs)
+            inputs = replace(
+                inputs, tokens=inputs.tokens.masked_fill(is_audio, 0), audio_mask=is_audio
+            )
+        return super().enter_decoder(inputs, *rest)
+
+    @property
+    def _is_outside(self) -> bool:
+        """Whether the placeholder is no token of the vocabulary."""
+        return not 0 <= self.audio_token_id < self.cfg.decoder.d_vocab
+
+    # ---------------------------------------------------------------- lengths and times
+
+    def frame_count(self, n_valid: int) -> int:
+        return self.ear.frame_count(n_valid)
+
+    def frame_seconds(self, count: int) -> Float[Tensor, " t"]:
+        return self.ear.frame_seconds(count)
+
+    def token_count(self, n_valid: int) -> int:
+        if self.cfg.keeps_padding:
+            n_valid = self.cfg.n_frames
+        return self._tokens_of(self.frame_count(n_valid))
+
+    def valid_count(self, n_valid: int) -> int:
+        """Tokens that hold audio; the last may be one that ends in padding."""
+        if not self.cfg.keeps_padding:
+            return self.token_count(n_valid)
+        heard = self.frame_seconds(self.frame_count(n_valid))
+        tokens = self.token_seconds(self.token_count(n_valid))
+        return len(tokens) if tokens.isnan().all() else int((tokens <= heard[-1]).sum())
+
+    def token_seconds(self, count: int) -> Float[Tensor, " t"]:
+        return self._seconds_of(self.cfg.encoder.n_ctx or self._frames_for(count))[:count]
+
+    def _frames_for(self, count: int) -> int:
+        """Encoder positions enough for so many tokens, where any number of them can be heard."""
+        n_frames = count
+        while self._tokens_of(n_frames) < count:
+            n_frames *= 2
+        return n_frames
+
+    def _tokens_of(self, n_frames: int) -> int:
+        """Tokens of a segment with so many encoder positions."""
+        return self.connector.token_count(n_frames // self.encoder.frames_pooled)
+
+    def _seconds_of(self, n_frames: int) -> Float[Tensor, " t"]:
+        """Centres of the tokens of so many encoder positions."""
+        pooled = self.encoder.frames_pooled
+        whole = self.frame_seconds(n_frames - n_frames % pooled)
+        return self.connector.token_seconds(whole.unflatten(0, (-1, pooled)).mean(-1))
+
+    def _connector_track(self, length: int, segment: Segment) -> Track:
+        n_valid = self.valid_count(segment.n_valid)
+        return Track.of_segment(self._seconds_of(length), n_valid, segment.clip, segment.start_s)
+
+    def encoder_track(self, length: int, n_valid: int, clip: int, start_s: float | int) -> Track:
+        return self.ear.encoder_track(length, n_valid, clip, start_s)
+
+    def tracks_beside(
+        self, inputs: AudioInputs, first: int, segments: Sequence[Segment]
+    ) -> dict[str, list[Track]]:
+        """The positions of the ears beside the encoder."""
+        tracks = {}
+        for name in self.cfg.ears:
+            ear, heard = self.ears[name], self._heard_by(name, inputs)
+            length = ear.encoder_length(heard)
+            tracks[name] = [
+                ear.encoder_track(length, heard.n_valid(index), segment.clip, segment.start_s)
+                for index, segment in enumerate(segments, start=first)
+            ]
+        return tracks
+
+    # ---------------------------------------------------------------- inputs
+
+    @property
+    def known_keys(self) -> tuple[str, ...]:
+        """What a mapping may hold."""
+        beside = [key for name in self.cfg.ears for key in (name, f"{name}.mask")]
+        return (*super().known_keys, *beside)
+
+    def extra_given(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Features for the ears beside the encoder.
+
+        Raises:
+            InputError: if there are none for one of them.
+        """
+        lacking = [name for name in self.cfg.ears if given[name] is None]
+        if lacking:
+            raise InputError(f"inputs hold no features for {', '.join(lacking)}")
+        keys = [key for name in self.cfg.ears for key in (name, f"{name}.mask")]
+        return {key: given[key] for key in keys if given[key] is not None}
+
+    def heard_beside(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """Features for the ears beside the encoder."""
+        extra = {}
+        for name in self.cfg.ears:
+            made = self.ears[name].extract_features(clips)
+            extra |= {name: made["features"], f"{name}.mask": made["mask"]}
+        return extra
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        super().check_tokens(tokens[tokens != self.audio_token_id])
+
+    def encoded_prompts(self, prompts: list[str]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+        """Prompts as token ids, cut at the placeholders; the first piece begins the text."""
+        return padded([self._encoded(p) for p in prompts], self._pad_token(), self.device)
+
+    def _encoded(self, prompt: str) -> list[int]:
+        first, *others = prompt.split(self.cfg.placeholder)
+        begin = getattr(self.tokenizer, "bos_token", None)
+        is_begun = begin is not None and first.startswith(begin)
+        tokens = self.tokenizer.encode(first, add_special_tokens=not is_begun)
+        for piece in others:
+            tokens.append(self.audio_token_id)
+            tokens += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        return tokens
+
+    @property
+    def placeholder(self) -> str:
+        return self.cfg.placeholder
+
+    def templated(self, conversation: list) -> str:
+        """The prompt of a conversation: the template's, or the tokenizer's chat template.
+
+        Raises:
+            InputError: a conversation that the template has no place for, or no chat template.
+        """
+        texts = [_as_text(turn["content"], self.cfg.placeholder) for turn in conversation]
+        if self.cfg.template is not None:
+            if len(texts) > 1:
+                raise InputError("this model's template is for one turn: pass the whole prompt")
+            audio, question = texts[0]
+            return self.cfg.template.replace(AUDIO, audio).replace(QUESTION, question)
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise InputError(
+                "the tokenizer has no chat template: pass template= to compose, or whole prompts "
+                f"with {self.cfg.placeholder} where each clip belongs"
+            )
+        turns = [
+            {**turn, "content": "\n".join(filter(None, text))}
+            for turn, text in zip(conversation, texts, strict=True)
+        ]
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def _as_text(content: Any, placeholder: str) -> tuple[str, str]:
+    """The clips and the text of a turn."""
+    if isinstance(content, str):
+        return "", content
+    kinds = [piece["type"] for piece in content]
+    texts = [piece["text"] for piece in content if piece["type"] == "text"]
+    return placeholder * kinds.count("audio"), "\n".join(texts)
+
+
+# -------------------------------------------------------------------------------- putting together
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """What stands for a clip in prompts.
+
+    Attributes:
+        text: in the text of a prompt.
+        token_id: among token ids, in or outside the vocabulary; None is the tokenizer's id of
+            the text, or one outside where it knows none.
+    """
+
+    text: str = "<|audio|>"
+    token_id: int | None = None
+
+    @staticmethod
+    def of(merge: str | int | Placeholder, tokenizer: Any) -> Placeholder:
+        """Both the text and the id."""
+        if isinstance(merge, Placeholder):
+            text, token = merge.text, merge.token_id
+        else:
+            text, token = (merge, None) if isinstance(merge, str) else (Placeholder.text, merge)
+        if token is None and tokenizer is not None:
+            known = tokenizer.convert_tokens_to_ids(text)
+            token = None if known in (None, tokenizer.unk_token_id) else known
+        return Placeholder(text, _OUTSIDE if token is None else token)
+
+
+def compose(
+    encoder: Any,
+    connector: nn.Module,
+    decoder: Any,
+    merge: str | int | Placeholder = Placeholder.text,
+    *,
+    tokenizer: Any = None,
+    template: str | None = None,
+    max_segments: int = 1,
+    keeps_padding: bool = False,
+    name: str = "composed",
+    dtype: torch.dtype | None = None,
+    family: type[HookedComposed] = HookedComposed,
+) -> HookedComposed:
+    """An audio LLM put together from parts; see `HookedAudioTransformer.compose`.
+
+    The parts are taken over: hooked models they come from are not for use beside the composed one.
+
+    Args:
+        encoder: a hub id or local directory, a Hugging Face model or a hooked model, whose encoder
+            is taken; or a mapping from names of parts to these, whose first is the encoder.
+        connector: from the encoder's width to the language model's.
+        decoder: a hub id or local directory of a causal language model, such a Hugging Face model,
+            or a `LanguageModel`.
+        merge: the placeholder of a clip: its text in prompts, its token id, or a `Placeholder`.
+        tokenizer: None takes that of a decoder named by id or directory.
+        template: a prompt with ``{audio}`` and ``{question}``; None uses the tokenizer's chat
+            template, with the clips before the question.
+        max_segments: into how many windows of the encoder's length a clip may be cut.
+        keeps_padding: whether the padding of a window becomes tokens too.
+        name: of the model, for results.
+        dtype: of what is loaded from disk; None keeps the checkpoints'.
+        family: a subclass that changes what composed models do.
+
+    Raises:
+        LoadingError: a part that cannot be read or is not implemented.
+        CompositionError: parts that do not fit together.
+    """
+    if not isinstance(connector, Connector):
+        raise CompositionError(
+            f"the connector is a {type(connector).__name__}: subclass audio_lens.models.connectors."
+            "Connector and define carry(x), so that its ends have hooks and its tokens have times"
+        )
+    if template is not None and not (AUDIO in template and QUESTION in template):
+        raise CompositionError(f"template must hold {AUDIO} and {QUESTION}, got {template!r}")
+    ears = _ears(encoder, connector.taps, dtype)
+    language_model, own_tokenizer, generation = _language_model(decoder, dtype)
+    tokenizer = own_tokenizer if tokenizer is None else tokenizer
+    placeholder = Placeholder.of(merge, tokenizer)
+    ear, *others = ears
+    fields = {
+        field.name: getattr(ears[ear].cfg, field.name) for field in dataclasses.fields(AudioConfig)
+    }
+    made = {
+        "family": name,
+        "model_name": name,
+        "decoder": language_model.cfg,
+        "head": "tokens",
+        "labels": (),
+        "max_segments": max_segments,
+        "ears": {other: ears[other].cfg.encoder for other in others},
+    }
+    cfg = ComposedConfig(
+        **{**fields, **made},
+        placeholder=placeholder.text,
+        template=template,
+        keeps_padding=keeps_padding,
+    )
+    _check_fit(list(ears.values()), connector, language_model)
+    model = family(cfg, {"encoder": ears.pop(ear), **ears}, connector, language_model)
+    model.audio_token_id = placeholder.token_id
+    model.feature_extractor = model.make_feature_extractor()
+    model.tokenizer = model.processor = tokenizer
+    model.generation_config = generation
+    return model.eval()
+
+
+def _ears(
+    encoder: Any, taps: tuple[int, ...], dtype: torch.dtype | None
+) -> dict[str, HookedAudioTransformer]:
+    """What hears, by the name of its part."""
+    sources = dict(encoder) if isinstance(encoder, Mapping) else {"encoder": encoder}
+    if not sources:
+        raise CompositionError("encoder= names no encoder")
+    taken = {"connector", "decoder", "encoder"} & set(list(sources)[1:])
+    if taken:
+        raise CompositionError(f"an ear beside the encoder cannot be named {', '.join(taken)}")
+    ears = {name: _lent(source, dtype) for name, source in sources.items()}
+    if taps:
+        first = next(iter(ears.values()))
+        first.encoder = _cut_behind(first.encoder, taps)
+        first.cfg = replace(first.cfg, encoder=first.encoder.cfg)
+    return ears
+
+
+def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
+    """A model with nothing behind its encoder, whose parts are those of the source."""
+    if isinstance(source, (str, Path)):
+        source = load_pretrained(source, dtype)
+    elif not isinstance(source, HookedAudioTransformer):
+        source = HookedAudioTransformer.from_hf(source)
+    if not source.lends_encoder:
+        raise CompositionError(
+            f"the encoder of {source.cfg.family} cannot be taken out of its model; use one of "
+            "Whisper, wav2vec 2.0 and its kin, Qwen2-Audio and its kin"
+        )
+    ear = copy.copy(source)
+    ear.__dict__.pop("_parts", None)
+    ear._modules = _children(source)
+    ear.cfg = replace(source.cfg, decoder=None, head=None)
+    return ear
+
+
+def _children(model: HookedAudioTransformer) -> dict[str, nn.Module]:
+    """What hears, of a model's children."""
+    return {name: module for name, module in model.named_children() if name in _OF_EARS}
+
+
+def _cut_behind(encoder: Stack, taps: tuple[int, ...]) -> Stack:
+    """The encoder up to the last block that is read, without a final norm."""
+    n_layers = max(taps) + 1
+    if not 0 <= min(taps) <= max(taps) < encoder.cfg.n_layers or encoder.frames_pooled > 1:
+        raise CompositionError(
+            f"the connector reads blocks {', '.join(map(str, taps))} of an encoder with "
+            f"{encoder.cfg.n_layers} blocks"
+            + (" that pools behind them" if encoder.frames_pooled > 1 else "")
+        )
+    cut = copy.copy(encoder)
+    kept = {name: module for name, module in encoder.named_children() if name != "ln_final"}
+    cut._modules = {**kept, "blocks": encoder.blocks[:n_layers]}
+    cut.cfg = replace(encoder.cfg, n_layers=n_layers, final_norm=False)
+    cut.hook_out = HookPoint(borrowed=True)
+    return cut
+
+
+def _language_model(source: Any, dtype: torch.dtype | None) -> tuple[LanguageModel, Any, Any]:
+    """A hooked language model, its tokenizer and what it says of generation, where there are."""
+    if isinstance(source, LanguageModel):
+        return source, None, None
+    tokenizer = None
+    if isinstance(source, (str, Path)):
+        found, _ = processor_of(str(source))
+        tokenizer = getattr(found, "tokenizer", found)
+        source = read_model(source, _causal_class, dtype)
+    if not isinstance(source, transformers.PreTrainedModel):
+        raise LoadingError(
+            "the decoder is a causal language model of transformers, the name of one or a "
+            f"LanguageModel, not a {type(source).__name__}"
+        )
+    cfg = language_model_config(source.config, source.config.name_or_path)
+    with torch.device("meta"):
+        model = LanguageModel(cfg)
+    prefix = "decoder."
+    table = {k: v.removeprefix(prefix) for k, v in weight_names("model", "lm_head").items()}
+    fill(model, renamed(source.state_dict(), table))
+    return model, tokenizer, getattr(source, "generation_config", None)
+
+
+def _causal_class(hf_config: Any) -> type:
+    """The class of a causal language model that is implemented."""
+    language_model_config(hf_config, "")
+    return transformers.AutoModelForCausalLM
+
+
+@torch.no_grad()
+def _check_fit(
+    ears: Iterable[HookedAudioTransformer], connector: Connector, decoder: LanguageModel
+) -> None:
+    """Raise unless the connector carries what the ears give to the width of the language model.
+
+    Raises:
+        CompositionError: naming both sides.
+    """
+    parts = {"encoder": next(iter(ears)), "connector": connector, "decoder": decoder}
+    dtypes = {name: next(part.parameters()).dtype for name, part in parts.items()}
+    if len(set(dtypes.values())) > 1:
+        named = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise CompositionError(f"parts of several dtypes ({named}): pass dtype=, or convert them")
+    given = next(connector.parameters())
+    heard = [
+        given.new_zeros(1, (ear.cfg.encoder.n_ctx or 128) // ear.encoder.frames_pooled, width)
+        for ear in ears
+        for width in [ear.cfg.encoder.d_model]
+    ]
+    heard[0] = heard[0].repeat(1, 1, len(connector.taps) or 1)
+    try:
+        made = connector(*heard)
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in heard)
+        raise CompositionError(f"the connector cannot take {shapes}: {error}") from error
+    expected = (1, connector.token_count(heard[0].shape[1]), decoder.cfg.d_model)
+    if tuple(made.shape) != expected:
+        raise CompositionError(
+            f"of {heard[0].shape[1]} encoder positions the connector makes {tuple(made.shape)}, "
+            f"where its token_count and the language model say {expected}"
+        )

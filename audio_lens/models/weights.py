@@ -1,0 +1,140 @@
+"""Weights from files and state dicts into modules: by name tables, strictly, and without copies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from audio_lens.models.base import LoadingError
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a published checkpoint, by the names they have there.
+
+    Args:
+        path: a directory of safetensors, one such file, or a ``.pt`` or ``.pth`` of tensors, which
+            is read without running any code of it.
+        key: where in a ``.pt`` the tensors are, such as "model".
+
+    Returns:
+        Tensors that lie in the file until they are used, where the file can be mapped.
+
+    Raises:
+        LoadingError: nothing there, a corrupt file, or one that holds more than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise LoadingError(f"{path} holds no safetensors")
+        return {name: x for file in files for name, x in _from_safetensors(file).items()}
+    if not path.is_file():
+        raise LoadingError(f"no such file or directory: {path}")
+    return _from_pickle(path, key) if path.suffix in _PICKLES else _from_safetensors(path)
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise LoadingError(f"{path} is corrupt: {error}") from error
+
+
+def _from_pickle(path: Path, key: str | None) -> dict[str, Tensor]:
+    try:
+        held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever unpickling raises
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LoadingError(f"{path} cannot be read as plain tensors: {first}") from error
+    if key is not None:
+        if not isinstance(held, Mapping) or key not in held:
+            there = ", ".join(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
+            raise LoadingError(f"{path} holds no {key!r}, but {there[:200]}")
+        held = held[key]
+    others = [name for name, x in held.items() if not isinstance(x, Tensor)]
+    if others:
+        raise LoadingError(f"{path} holds more than tensors: {', '.join(map(str, others[:5]))}")
+    return dict(held)
+
+
+def renamed(state: Mapping[str, Tensor], table: Mapping[str, str | None]) -> dict[str, Tensor]:
+    """Tensors under our names.
+
+    Args:
+        table: their names to ours, without the last piece (``.weight``) or with it; ``{l}`` stands
+            for a layer number, None for what is known and left out.
+
+    Raises:
+        LoadingError: if a tensor has no entry in the table.
+    """
+    patterns = [
+        (re.compile(re.escape(theirs).replace(r"\{l\}", r"(\d+)")), ours)
+        for theirs, ours in table.items()
+    ]
+    found, unknown = {}, []
+    for key, tensor in state.items():
+        stem, _, kind = key.rpartition(".")
+        for pattern, ours in patterns:
+            if match := pattern.fullmatch(stem) or pattern.fullmatch(key):
+                layer = (*match.groups(), "")[0]
+                is_whole = match.string == key
+                if ours is not None:
+                    name = ours.format(l=layer)
+                    found[name if is_whole else f"{name}.{kind}"] = tensor
+                break
+        else:
+            unknown.append(key)
+    if unknown:
+        raise LoadingError(f"weights without a place in this model: {', '.join(unknown[:10])}")
+    return found
+
+
+def fill(
+    model: nn.Module, tensors: Mapping[str, Tensor], parts: Iterable[str] | None = None
+) -> None:
+    """Make the tensors the model's parameters, every one of them and nothing else.
+
+    Args:
+        tensors: by the names they have in the model.
+        parts: the children whose parameters they are; None for the whole model.
+
+    Raises:
+        LoadingError: naming what is missing, unexpected or of another shape.
+    """
+    chosen = None if parts is None else tuple(f"{part}." for part in parts)
+    state = model.state_dict()
+    wanted = {name: x for name, x in state.items() if chosen is None or name.startswith(chosen)}
+    missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if missing or unexpected:
+        raise LoadingError(
+            f"missing weights: {', '.join(sorted(missing)[:10]) or 'none'}; unexpected weights: "
+            f"{', '.join(sorted(unexpected)[:10]) or 'none'}"
+        )
+    misfits = [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own.shape)}"
+        for name, own in wanted.items()
+        if own.shape != tensors[name].shape
+    ]
+    if misfits:
+        raise LoadingError(f"weights of another shape: {'; '.join(misfits[:10])}")
+    model.load_state_dict(dict(tensors), assign=True, strict=parts is None)
+    _tie_shared(model)
+
+
+def _tie_shared(model: nn.Module) -> None:
+    """Make parameters that share their memory one parameter, so that moving keeps them tied."""
+    by_memory: dict[tuple[int, torch.Size], nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                key = (parameter.data_ptr(), parameter.shape)
+                setattr(module, name, by_memory.setdefault(key, parameter))
