@@ -65,6 +65,7 @@ class Metric(ABC):
     """A metric that needs a model and inputs before it can read logits."""
 
     needs_reference: ClassVar[bool] = False  # whether it compares with the clean run
+    names_stream: ClassVar[bool] = False  # whether it says which of several streams it reads
 
     @property
     @abstractmethod
@@ -84,8 +85,15 @@ class Metric(ABC):
 
         Raises:
             TokenError: a word that is not exactly one token.
-            InputError: answers that do not fit the batch, or positions outside it.
+            InputError: answers that do not fit the batch, positions outside it, or a model that
+                writes several streams, where `of_stream` says which is meant.
         """
+        if model.cfg.head == "streams" and not self.names_stream:
+            streams = ", ".join(name for name, _ in model.cfg.streams)
+            raise InputError(
+                f"{model.cfg.family} writes several streams ({streams}): say which is meant, as in "
+                f"metrics.of_stream({model.cfg.streams[0][0]!r}, metric)"
+            )
         return self._bind(model, model.as_inputs(inputs), reference)
 
     @abstractmethod
@@ -212,6 +220,17 @@ def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
     For answers of several tokens: put them at the end of the inputs' text and name them here.
     """
     return _SequenceLogProb(tokens if isinstance(tokens, str) else tuple(tokens))
+
+
+def of_stream(stream: str, metric: Metric) -> Metric:
+    """A metric of one of the streams a model writes at once (``model.cfg.streams``).
+
+    Args:
+        stream: "text", "audio.0" ...
+        metric: of this module; its words are tokens of that stream, by their ids in it (texts
+            where the model's tokenizer writes it).
+    """
+    return _OfStream(stream, metric)
 
 
 def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> float:
@@ -371,6 +390,48 @@ class _ForcedChoice(_AtPosition):
         if unknown:
             raise InputError(f"the answer {unknown[0]!r} is none of the options {self.among}")
         return torch.tensor([self.among.index(a) for a in answers], device=inputs.device)
+
+
+@dataclass(frozen=True)
+class _OfStream(Metric):
+    stream: str
+    metric: Metric
+
+    names_stream: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric.name} in {self.stream}"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.metric.needs_reference
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        columns = model.cfg.columns(self.stream)
+        width = columns.stop - columns.start
+        own = None if reference is None else reference[..., columns]
+        reading = self.metric._bind(_WritingStream(model, self.stream, width), inputs, own)
+        tokens = reading.tokens
+        if tokens is None:
+            tokens = torch.arange(width, device=inputs.device).expand(len(inputs), -1)
+        return replace(reading, tokens=columns.start + tokens)
+
+
+class _WritingStream:
+    """A model as a metric of one of its streams sees it: with the tokens of that stream alone."""
+
+    def __init__(self, model: HookedAudioTransformer, stream: str, width: int):
+        self.model, self.stream, self.width = model, stream, width
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def to_single_token(self, word: Word) -> int:
+        token = self.model.to_single_token(word)
+        if token >= self.width:
+            raise InputError(f"{self.stream} has {self.width} tokens, so none is {token}")
+        return token
 
 
 @dataclass(frozen=True)

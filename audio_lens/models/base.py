@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from audio_lens.patching.sites import Site
 
 ReturnType = Literal["logits", "loss", "both", None]
-Head = Literal["tokens", "ctc", "classes", None]
+Head = Literal["tokens", "streams", "ctc", "classes", None]
 Address = tuple[str, int]  # a part and the index of one of its blocks
 
 
@@ -49,13 +49,13 @@ class AudioConfig:
             segments may have any length.
         hop: samples per feature step; 1 for waveforms.
         max_segments: into how many segments a clip may be cut.
-        head: what the output means: logits of the next token, of CTC labels at every position, of
-            classes of the whole clip; None for bare hidden states.
+        head: what the output means: logits of the next token, of the next tokens of several
+            streams side by side, of CTC labels at every position, of classes of the whole clip;
+            None for bare hidden states.
         labels: names of the classes.
         ears: encoders beside the encoder, by the name of their part.
         speakers: stacks that make output beside or behind the decoder, by the name of their part.
-        streams: names and widths of the columns of the logits, where several streams are written
-            at once; empty for one.
+        streams: names and widths of the columns of the logits, with head "streams".
     """
 
     family: str
@@ -182,6 +182,7 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
     extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     hf_class: ClassVar[str | tuple[str, ...]]
+    outdated_names: ClassVar[tuple[str, ...]] = ()  # in checkpoints that are older than the class
     weight_names: ClassVar[dict[str, str]]
 
     def __init__(self, cfg: AudioConfig):
@@ -708,8 +709,11 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
         """Mean next-token cross-entropy over text that follows an attended token.
 
         Raises:
-            InputError: if there is no such target (a prompt of one token).
+            InputError: if there is no such target (a prompt of one token), or several streams.
         """
+        if self.cfg.streams:
+            named = ", ".join(name for name, _ in self.cfg.streams)
+            raise InputError(f"no loss of several streams ({named}): compare model.stream(logits)")
         is_target = inputs.attended[:, :-1] & self.is_text(inputs)[:, 1:]
         if not is_target.any():
             raise InputError("no token to predict: the loss needs at least two text tokens")

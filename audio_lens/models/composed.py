@@ -74,7 +74,8 @@ class HookedComposed(AudioLLM):
         for name, module in _children(ear).items():
             self.add_module(name, module)
         for name, other in zip(cfg.ears, others, strict=True):
-            self.add_module(name, other.encoder)
+            for child, module in _children(other).items():
+                self.add_module(name if child == "encoder" else f"{name}_{child}", module)
         self.__dict__["ears"] = dict(ears)  # no children of this model: their encoders are
         self.setup()
 

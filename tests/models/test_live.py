@@ -37,7 +37,7 @@ def of_first_prompt(model: HookedAudioTransformer, name: str, inputs: AudioInput
     """The entries of an activation, along its first axis, that belong to the first prompt."""
     if is_flat(name):
         return slice(0, 1)
-    is_segment = name.split(".")[0] in (*model.cfg.is_heard_in, "connector")
+    is_segment = name.startswith((*model.cfg.is_heard_in, "connector", "frontend"))
     return slice(0, inputs.segments_per_row[0] if is_segment else 1)
 
 

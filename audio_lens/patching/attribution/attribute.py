@@ -149,6 +149,11 @@ def attribute(
         PlacementError: a model that is split over devices.
     """
     model.need_one_device("attribution")
+    if model.cfg.speakers:
+        raise ValueError(
+            f"attribution does not reach through the {' and '.join(model.cfg.speakers)} of "
+            f"{model.cfg.family}, which writes beside or behind the decoder: use sweep"
+        )
     clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
     check_pair(model, clean, corrupted)
     if direction not in ("denoise", "noise"):

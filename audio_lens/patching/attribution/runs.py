@@ -113,14 +113,14 @@ class Estimate:
         cfg = self.model.cfg
         if cfg.decoder is None or cfg.encoder is None:
             return [f"{self.model.output_part}.blocks.0.hook_resid_pre"]
-        heard = end_of_encoder(self.model)
-        if any(site.part == "encoder" for site in self.sites):
-            heard = "encoder.blocks.0.hook_resid_pre"
+        heard = [end_of_encoder(self.model)]
+        if any(site.part in cfg.is_heard_in for site in self.sites):
+            heard = [f"{part}.blocks.0.hook_resid_pre" for part in cfg.is_heard_in]
         elif "connector.in" in map(str, self.sites):
-            heard = "connector.hook_in"
+            heard = ["connector.hook_in"]
         read = "decoder.hook_token_embed"
         is_merged = read in self.model.hook_dict
-        return [heard, read if is_merged else "decoder.blocks.0.hook_resid_pre"]
+        return [*heard, read if is_merged else "decoder.blocks.0.hook_resid_pre"]
 
     # ---------------------------------------------------------------- the two runs
 

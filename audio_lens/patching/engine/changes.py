@@ -264,7 +264,7 @@ def _head_delta(of: Changes, layer: int) -> Float[Tensor, "b t h _"]:
     if of.site.last == "attn_scores":
         return attn.weigh(attn.pattern_of(new), v) - z
     q = new if of.site.last == "rot_q" else attn.turned_queries(new, base.context.rotary)
-    allowed = None if attn.is_cross else base.context.allowed
+    allowed = base.context.memory_allowed if attn.is_cross else base.context.allowed
     return attn.mix(q, k, v, allowed, base.bias(attn, layer)) - z
 
 
@@ -369,12 +369,12 @@ class KeyChanges(Changes):
         return self._heads(attn, bias.transpose(1, 2), lanes).transpose(1, 2)[:, :, first:]
 
     def _allowed(self, attn: Attention, lanes: Lanes, first: int) -> Tensor | None:
-        if attn.is_cross:
-            return None
-        allowed = self.base.context.allowed
+        allowed = self.base.context.memory_allowed if attn.is_cross else self.base.context.allowed
         if allowed is not None:
             own = allowed[lanes.row] if len(allowed) > 1 else allowed
             return own[:, :, first if allowed.shape[2] > 1 else 0 :]
+        if attn.is_cross:
+            return None
         n_keys = lanes.where.shape[1]
         return causal_mask(n_keys - first, n_keys, lanes.row.device) if attn.causal else None
 

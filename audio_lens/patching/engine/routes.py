@@ -252,9 +252,9 @@ class _AudioRoute(FromBase):
     def _read_by_attention(self, cell: Tensor, prompt: Tensor, encoded: Tensor) -> Rows:
         """The rows read when every lane's cross-attention reads its own encoder output."""
         base = self.base.decoder
-        allowed = base.context.allowed
-        own = None if allowed is None else allowed[prompt]
-        context = AbsorbedMemory(allowed=own, memory=encoded)
+        masks = (base.context.allowed, base.context.memory_allowed)
+        own, readable = (None if mask is None else mask[prompt] for mask in masks)
+        context = AbsorbedMemory(allowed=own, memory=encoded, memory_allowed=readable)
         resid = base.stack.run_blocks(base.residuals[0][prompt], context, 0, base.n_layers)
         read = self.readout.demanded[prompt]
         index, position = read.nonzero(as_tuple=True)

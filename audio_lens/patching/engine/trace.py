@@ -300,18 +300,22 @@ class PackedRows(Context):
 
     @staticmethod
     def of(trace: Trace, prompts: Tensor) -> PackedRows:
-        past, memory = trace.context.past, trace.context.memory
-        return PackedRows(memory=memory, past=past, prompts=prompts)
+        own = trace.context
+        return PackedRows(
+            memory=own.memory, memory_allowed=own.memory_allowed, past=own.past, prompts=prompts
+        )
 
     def read(self, attn: Attention, q: Float[Tensor, "1 m h e"]) -> Float[Tensor, "1 m h e"]:
         k, v = attn.memory_keys_values(self)
+        allowed = self.memory_allowed
         if len(k) == 1:
-            return attn.mix(q, k, v, None)
+            return attn.mix(q, k, v, allowed)
         z = torch.empty_like(q)
         for prompt in self.prompts.unique().tolist():
             here = self.prompts == prompt
             own = slice(prompt, prompt + 1)
-            z[:, here] = attn.mix(q[:, here], k[own], v[own], None)
+            readable = None if allowed is None else allowed[own]
+            z[:, here] = attn.mix(q[:, here], k[own], v[own], readable)
         return z
 
 
@@ -329,6 +333,8 @@ class AbsorbedMemory(Context):
         b, t, h, _ = q.shape
         asked = torch.einsum("bthe,hde->bthd", q * attn.scale, attn.W_K)
         scores = asked.reshape(b, t * h, -1) @ self.memory.transpose(-1, -2)
+        if self.memory_allowed is not None:
+            scores = scores.masked_fill(~self.memory_allowed[:, 0], -torch.inf)
         found = (attn.pattern_of(scores) @ self.memory).view(b, t, h, -1)
         z = torch.einsum("bthd,hde->bthe", found, attn.W_V)
         bias = attn.v_proj.bias
