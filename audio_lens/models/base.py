@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, SupportsIndex, get_args
 
@@ -16,14 +14,19 @@ import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from audio_lens import audio as audio_io
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.config import (  # noqa: F401
+    AudioConfig,
+    Head,
+    LoadingError,
+    check_switches,
+)
 from audio_lens.models.decoding import GreedyDecoding
-from audio_lens.models.layers import Context, KVCache, PartConfig, Stack, padding_mask
+from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
 from audio_lens.models.placement import Devices, Placed, moved
@@ -33,90 +36,7 @@ if TYPE_CHECKING:
     from audio_lens.patching.sites import Site
 
 ReturnType = Literal["logits", "loss", "both", None]
-Head = Literal["tokens", "streams", "ctc", "classes", None]
 Address = tuple[str, int]  # a part and the index of one of its blocks
-
-
-@dataclass
-class AudioConfig:
-    """Shape of a model.
-
-    Attributes:
-        encoder: None where the decoder itself reads the audio, as codes.
-        decoder: None where the encoder itself makes the output.
-        n_mels: mel bins of the features; None where the model hears waveforms.
-        n_frames: feature steps (mel frames or samples) every segment is padded to; None where
-            segments may have any length.
-        hop: samples per feature step; 1 for waveforms.
-        max_segments: into how many segments a clip may be cut.
-        head: what the output means: logits of the next token, of the next tokens of several
-            streams side by side, of CTC labels at every position, of classes of the whole clip;
-            None for bare hidden states.
-        labels: names of the classes.
-        ears: encoders beside the encoder, by the name of their part.
-        speakers: stacks that make output beside or behind the decoder, by the name of their part.
-        streams: names and widths of the columns of the logits, with head "streams".
-    """
-
-    family: str
-    model_name: str
-    encoder: PartConfig | None
-    decoder: PartConfig | None
-    n_mels: int | None
-    n_frames: int | None
-    sampling_rate: int = 16_000
-    hop: int = 160
-    max_segments: int = 1
-    head: Head = "tokens"
-    labels: tuple[str, ...] = ()
-    ears: dict[str, PartConfig] = field(default_factory=dict)
-    speakers: dict[str, PartConfig] = field(default_factory=dict)
-    streams: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def parts(self) -> dict[str, PartConfig]:
-        """The parts there are, in the order in which they run."""
-        parts = {"encoder": self.encoder, **self.ears, "decoder": self.decoder, **self.speakers}
-        return {name: cfg for name, cfg in parts.items() if cfg is not None}
-
-    @property
-    def is_heard_in(self) -> tuple[str, ...]:
-        """The parts whose rows are segments of audio, not prompts."""
-        return () if self.encoder is None else ("encoder", *self.ears)
-
-    def columns(self, stream: str) -> slice:
-        """The columns of the logits that belong to a stream.
-
-        Raises:
-            InputError: if there is no such stream.
-        """
-        names = [name for name, _ in self.streams]
-        if stream not in names:
-            known = suggest(stream, names) if names else "it writes a single one"
-            raise InputError(f"{self.family} writes no stream {stream!r}; {known}")
-        index = names.index(stream)
-        start = sum(width for _, width in self.streams[:index])
-        return slice(start, start + self.streams[index][1])
-
-    @property
-    def output(self) -> PartConfig:
-        """The part that makes the output."""
-        return self.decoder or self.encoder
-
-    @property
-    def step_s(self) -> float:
-        """Seconds per feature step."""
-        return self.hop / self.sampling_rate
-
-    @property
-    def segment_s(self) -> float:
-        """Longest segment in seconds."""
-        return math.inf if self.n_frames is None else self.n_frames * self.step_s
-
-    @property
-    def max_audio_s(self) -> float:
-        """Longest clip in seconds."""
-        return self.max_segments * self.segment_s
 
 
 class AudioPlaces(NamedTuple):
@@ -132,43 +52,8 @@ class AudioPlaces(NamedTuple):
     index: Int[Tensor, " n"]
 
 
-class LoadingError(ValueError):
-    """A checkpoint or model that cannot be taken over; the message says why."""
-
-
 class TokenError(ValueError):
     """Text that does not give the tokens that are needed."""
-
-
-_OF_TRAINING = """
-    activation_dropout apply_spec_augment attention_dropout begin_suppress_tokens bos_token_id
-    decoder_layerdrop decoder_start_token_id dropout encoder_layerdrop eos_token_id
-    feat_proj_dropout final_dropout hidden_dropout ignore_keys_at_rope_validation init_std
-    initializer_range layerdrop mask_feature_length mask_feature_min_masks mask_feature_prob
-    mask_time_length mask_time_min_masks mask_time_prob median_filter_width output_router_logits
-    pad_token_id pretraining_tp router_aux_loss_coef suppress_tokens tie_word_embeddings use_cache
-"""
-"""Switches of Hugging Face configs that matter to training, decoding and bookkeeping only."""
-
-
-def check_switches(hf_config: Any, known: Iterable[str]) -> None:
-    """Raise if a Hugging Face config switches on what is not implemented.
-
-    Whatever its class declares must be known, or matter to training only, or be something every
-    config has, or have its default.
-
-    Raises:
-        LoadingError: naming the switches and their values.
-    """
-    usual = vars(type(hf_config)())
-    switches = usual.keys() - {*known, *_OF_TRAINING.split(), *vars(PreTrainedConfig())}
-    unknown = [
-        f"{name}={getattr(hf_config, name)!r}"
-        for name in sorted(switches)
-        if getattr(hf_config, name, usual[name]) != usual[name]
-    ]
-    if unknown:
-        raise LoadingError(f"{hf_config.model_type} with {', '.join(unknown)} is not implemented")
 
 
 class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC):

@@ -91,7 +91,7 @@ class HookedComposed(AudioLLM):
 
     def make_feature_extractor(self) -> Any:
         """The feature extractor of what hears."""
-        return self.ear.feature_extractor or self.ear.make_feature_extractor()
+        return self.ear.feature_extractor
 
     # ---------------------------------------------------------------- hearing
 
@@ -438,8 +438,14 @@ def compose(
     model.audio_token_id = placeholder.token_id
     model.feature_extractor = model.make_feature_extractor()
     model.tokenizer = model.processor = tokenizer
-    model.generation_config = generation
+    model.generation_config = generation or _ends_of(tokenizer)
     return model.eval()
+
+
+def _ends_of(tokenizer: Any) -> transformers.GenerationConfig:
+    """Where writing ends, by a tokenizer alone."""
+    ids = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
+    return transformers.GenerationConfig(**ids)
 
 
 def _ears(
@@ -475,6 +481,7 @@ def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
     ear.__dict__.pop("_parts", None)
     ear._modules = _children(source)
     ear.cfg = replace(source.cfg, decoder=None, head=None)
+    ear.feature_extractor = source.feature_extractor or source.make_feature_extractor()
     return ear
 
 

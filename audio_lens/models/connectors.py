@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from audio_lens.hooks import HookPoint
 from audio_lens.models.base import AudioConfig
+from audio_lens.models.layers import LayerNorm
 
 
 @dataclass
@@ -89,6 +90,10 @@ class Connector(nn.Module, ABC):
         count = self.token_count(len(frames))
         return frames[: count * self.frames_per_token].unflatten(0, (count, -1)).mean(-1)
 
+    def token_pattern(self, pattern: Float[Tensor, "b q k"]) -> Float[Tensor, "b t s"]:
+        """What tokens read of encoder positions, from a pattern of cross-attention: the same."""
+        return pattern
+
 
 class LinearConnector(Connector):
     """One linear map at every position."""
@@ -135,6 +140,17 @@ class StackingConnector(MLPConnector):
         whole = x[:, : self.token_count(x.shape[1]) * self.frames_per_token]
         stacked = rearrange(whole, "b (t k) d -> b t (k d)", k=self.frames_per_token)
         return super().carry(self.hook_stacked(stacked))
+
+
+class NormedConnector(StackingConnector):
+    """Groups of frames, an MLP, and a layer norm of what it gives."""
+
+    def __init__(self, cfg: ConnectorConfig, d_in: int, d_out: int, eps: float):
+        super().__init__(cfg, d_in, d_out)
+        self.norm = LayerNorm(d_out, eps)
+
+    def carry(self, x: Float[Tensor, "segments t d_in"]) -> Float[Tensor, "segments t2 d_out"]:
+        return self.norm(super().carry(x))
 
 
 def connector_weight_names(theirs: str) -> dict[str, str]:

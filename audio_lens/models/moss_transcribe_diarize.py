@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import transformers
-from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.models.audio_llm import check_encoder
@@ -18,26 +17,14 @@ from audio_lens.models.base import AudioConfig
 from audio_lens.models.connectors import (
     ConnectedConfig,
     ConnectorConfig,
-    StackingConnector,
+    NormedConnector,
     connector_weight_names,
 )
 from audio_lens.models.language_model import weight_names
-from audio_lens.models.layers import LayerNorm
 from audio_lens.models.voxtral import StackedAudioLLM, whisper_stacked_config
 from audio_lens.models.whisper import WhisperEncoder, encoder_weight_names
 
 MARKER_S, TOKENS_PER_S = 2, 12.5  # of the released processor
-
-
-class NormedConnector(StackingConnector):
-    """Groups of frames, an MLP, and a layer norm of what it gives."""
-
-    def __init__(self, cfg: ConnectorConfig, d_in: int, d_out: int, eps: float):
-        super().__init__(cfg, d_in, d_out)
-        self.norm = LayerNorm(d_out, eps)
-
-    def carry(self, x: Float[Tensor, "segments t d_in"]) -> Float[Tensor, "segments t2 d_out"]:
-        return self.norm(super().carry(x))
 
 
 class HookedMossTranscribeDiarize(StackedAudioLLM):

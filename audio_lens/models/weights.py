@@ -49,12 +49,24 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
         raise LoadingError(f"{path} is corrupt: {error}") from error
 
 
-def _from_pickle(path: Path, key: str | None) -> dict[str, Tensor]:
+def read_pickle(path: str | Path) -> Any:
+    """What a ``.pt`` or ``.pth`` holds (tensors, numbers and words), without running code of it.
+
+    Raises:
+        LoadingError: nothing there, or what would need code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoadingError(f"no such file: {path}")
     try:
-        held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever unpickling raises
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LoadingError(f"{path} cannot be read as plain tensors: {first}") from error
+
+
+def _from_pickle(path: Path, key: str | None) -> dict[str, Tensor]:
+    held = read_pickle(path)
     if key is not None:
         if not isinstance(held, Mapping) or key not in held:
             there = ", ".join(map(str, held)) if isinstance(held, Mapping) else type(held).__name__

@@ -18,6 +18,7 @@ from audio_lens.inputs import InputError
 from audio_lens.models.base import LoadingError
 from audio_lens.models.composed import CompositionError, HookedComposed, Placeholder
 from audio_lens.models.connectors import Connector, ConnectorConfig, StackingConnector
+from audio_lens.models.embedded import default_pair
 from families import FAMILIES
 from families.base import TINY_LANGUAGE_MODEL, randomise
 
@@ -186,6 +187,27 @@ def test_what_the_second_ear_hears_counts() -> None:
     assert (silent - before).abs().max() > 1e-3
     with pytest.raises(InputError, match="no features for second"):
         model(mapping())
+
+
+@torch.no_grad()
+def test_the_embedded_model_put_together_from_its_own_parts(
+    embedded: HookedAudioTransformer,
+) -> None:
+    pair = default_pair()
+    template = embedded.templated([{"role": "user", "content": "{audio}\n{question}"}])
+    model = HookedAudioTransformer.compose(
+        encoder=embedded,
+        connector=embedded.connector,
+        decoder=embedded.decoder,
+        merge=embedded.placeholder,
+        tokenizer=embedded.tokenizer,
+        template=template.replace("{audio}", "Audio 1: <|audio_bos|>{audio}<|audio_eos|>"),
+    )
+    ours, theirs = (m.prepare(pair.clean, pair.question) for m in (model, embedded))
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(model(ours), embedded(theirs))
+    assert model.timeline(ours).corresponds_to(embedded.timeline(theirs))
+    assert model.generate(ours) == embedded.generate(theirs)
 
 
 # -------------------------------------------------------------------------------- sweeps
