@@ -353,8 +353,15 @@ class Timeline:
             raise ValueError(
                 f"positions of the {part} are tokens and have no time; address them by position "
                 f"(axes 'position'), or use a part with time: {', '.join(self._timed_parts())}"
+                + self._profile_hint()
             )
         return track.inside(span)
+
+    def _profile_hint(self) -> str:
+        """What to do where audio enters a language model in no order of time."""
+        if "connector" not in self.rows[0].tracks or self.has_time("connector"):
+            return ""
+        return ". When each audio token listens, audio_lens.profile.time_profile says"
 
     def _timed_parts(self) -> list[str]:
         return [part for part in self.rows[0].tracks if self.has_time(part)]
@@ -387,7 +394,10 @@ class Timeline:
 
     def clip_span(self, clip: int) -> slice:
         """The decoder positions that hold the given clip (audio LLMs)."""
-        return self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
+        own = (self._track("decoder", clip).clip == clip).nonzero().flatten()
+        if self.has_time("decoder") or not len(own):
+            return self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
+        return slice(int(own[0]), int(own[-1]) + 1)
 
     @property
     def text_span(self) -> Int[Tensor, " n"]:

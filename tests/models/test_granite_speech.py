@@ -94,21 +94,6 @@ def test_tokens_of_a_window_share_its_middle(seconds: float) -> None:
     assert torch.equal(timeline.seconds("decoder")[span], centres)
 
 
-def test_profile_tells_where_in_its_window_a_token_listens() -> None:
-    _, model = loaded(dtype=torch.float64)
-    inputs = model.as_inputs(batch(lengths=[40], words=[4], dtype=torch.float64))
-    profile = model.token_profile(inputs, layer=1)
-    assert profile.shape == (1, 9, 40)
-    inside = torch.arange(9)[:, None] // 3 == torch.arange(40) // 15
-    assert torch.equal(profile[0] > 0, inside)
-    assert torch.allclose(profile[0, :6].sum(1), torch.ones(6).double())
-    assert (profile[0, 6:].sum(1) < 1).all()  # the last window is filled up with zeros
-    heard = profile[0, :6] @ model.timeline(inputs).seconds("encoder")
-    assert ((heard > 0) & (heard < 0.6)).all() and len(heard.unique()) == 6
-    with pytest.raises(InputError, match="does not read"):
-        model.token_profile(inputs, layer=2)
-
-
 def test_perturbing_one_window_moves_only_its_own_tokens() -> None:
     _, model = loaded(dtype=torch.float64)
     inputs = model.as_inputs(batch(lengths=[47], words=[4], dtype=torch.float64))
