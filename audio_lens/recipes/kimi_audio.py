@@ -1,0 +1,654 @@
+"""Kimi-Audio (arXiv 2504.18425): a stream of text and a stream of speech, both read and written.
+
+Every position of a prompt holds a token of either stream, and their embeddings are summed. Where a
+clip stands, the audio stream holds its discrete tokens, and Whisper's encoder (windows of 30 s,
+four frames to a token, an MLP with a norm) is heard with them: the embedding there is
+``(token + heard) * sqrt(2)``. Behind block `fork` of the decoder the residual stream parts: the
+blocks that remain write text, those of the part `speaker` write speech. The logits of both stand
+side by side, ``b t (text audio)``; ``model.stream(logits, "text")`` gives those of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2Config, WhisperConfig
+
+from audio_lens.hooks import HookPoint
+from audio_lens.inputs import AudioInputs, InputError, padded
+from audio_lens.models.base import LoadingError
+from audio_lens.models.connectors import ConnectedConfig, ConnectorConfig, NormedConnector
+from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
+from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
+from audio_lens.models.voxtral import StackedAudioLLM
+from audio_lens.models.weights import fill, read_weights, renamed
+from audio_lens.models.whisper import (
+    HookedWhisper,
+    WhisperEncoder,
+    encoder_config,
+    encoder_weight_names,
+)
+from audio_lens.recipes.tiktoken import tiktoken_tokenizer
+from audio_lens.timeline import Timeline
+
+TEXT, AUDIO = "text", "audio"
+WHISPER_FOLDER = "whisper-large-v3"
+Answer = Literal["text", "both"]
+SpeechTokenizer = Callable[[np.ndarray], Sequence[int]]
+
+# -------------------------------------------------------------------------------- names
+
+_NAMES = weight_names("model", head="lm_head")
+WEIGHT_NAMES: dict[str, str | None] = {
+    **_NAMES,
+    **{
+        theirs.replace(".layers.", ".mimo_layers."): ours.replace("decoder.", "speaker.")
+        for theirs, ours in _NAMES.items()
+        if "{l}" in theirs
+    },
+    "model.mimo_norm": "speaker.ln_final",
+    "mimo_output": "speaker.unembed",
+    "model.vq_adaptor.layers.0": "connector.linear_1",
+    "model.vq_adaptor.layers.3": "connector.linear_2",
+    "model.vq_adaptor.layers.4": "connector.norm",
+    "model.layers.{l}.self_attn.rotary_emb": None,  # frequencies, which the config tells
+    "model.mimo_layers.{l}.self_attn.rotary_emb": None,
+}
+"""The names of the published safetensors to ours."""
+
+WHISPER_WEIGHT_NAMES: dict[str, str | None] = {
+    **dict.fromkeys(HookedWhisper.weight_names),
+    **encoder_weight_names("model.encoder"),
+}
+"""Those of the Whisper that is published with them, whose decoder is left out."""
+
+_NAMED = {
+    0: "[BOS]",
+    1: "[EOS]",
+    2: "<|im_msg_end|>",
+    3: "<|im_user_msg_start|>",
+    4: "<|im_assistant_msg_start|>",
+    9: "[EOT]",
+    18: "<|im_media_begin|>",
+    20: "<|im_media_end|>",
+    23: "<|im_kimia_text_blank|>",
+    24: "<|im_kimia_text_eos|>",
+    27: "<|im_kimia_user_msg_start|>",
+    28: "<|im_kimia_assistant_msg_start|>",
+    32: "<|im_kimia_speech_ct_id|>",
+    33: "<|im_kimia_speech_ctd_id|>",
+}
+"""Special tokens, by how many stand before them in the vocabulary; the others are reserved."""
+
+_PLACE_OF = {name: place for place, name in _NAMED.items()}
+_BEGIN, _END = "<|im_media_begin|>", "<|im_media_end|>"
+_BLANK, _TEXT_END = "<|im_kimia_text_blank|>", "<|im_kimia_text_eos|>"
+_CLIP = _BEGIN + _END
+_ANSWERS = {"text": "<|im_kimia_speech_ct_id|>", "both": "<|im_kimia_speech_ctd_id|>"}
+_CHAT = (
+    "{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('Kimi-Audio knows the roles user and assistant') }}{% endif %}"
+    "<|im_kimia_{{ message['role'] }}_msg_start|>"
+    "{% if content is string %}{{ content }}{% else %}{% for piece in content %}"
+    "{% if piece['type'] == 'audio' %}" + _CLIP + "{% else %}{{ piece['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if content is not string and content[-1]['type'] == 'audio' %}" + _ANSWERS["text"] + ""
+    "{% elif message['role'] == 'assistant' %}" + _TEXT_END + "{% endif %}<|im_msg_end|>"
+    "{% endfor %}<|im_kimia_assistant_msg_start|>"
+)
+
+
+def special_tokens(count: int) -> list[str]:
+    """The first special tokens of the vocabulary, in order."""
+    reserved = iter(range(count))
+    return [_NAMED.get(i) or f"<|reserved_token_{next(reserved)}|>" for i in range(count)]
+
+
+# -------------------------------------------------------------------------------- the shape
+
+
+@dataclass(kw_only=True)
+class KimiAudioConfig(ConnectedConfig):
+    """Shape of a Kimi-Audio.
+
+    Attributes:
+        fork: the last block that both streams share.
+        delay: how many tokens of text are written before the first of speech.
+        first_special, first_code: ids of the first special token and of discrete audio token 0.
+    """
+
+    fork: int
+    delay: int
+    first_special: int
+    first_code: int
+
+    @property
+    def d_stream(self) -> int:
+        """Tokens that either stream may hold: words, special tokens and discrete audio tokens."""
+        return self.columns(TEXT).stop
+
+    @property
+    def n_codes(self) -> int:
+        """Discrete audio tokens."""
+        return self.d_stream - self.first_code
+
+    def special(self, name: str) -> int:
+        """The id of a special token."""
+        return self.first_special + _PLACE_OF[name]
+
+
+def kimi_audio_config(
+    config: Mapping[str, Any], ear: Mapping[str, Any], model_name: str = ""
+) -> KimiAudioConfig:
+    """The shape that a published ``config.json``, and that of its Whisper, tell of.
+
+    Raises:
+        LoadingError: if they are of another model, or of a variant that is not implemented.
+    """
+    if "kimia_mimo_layers" not in config:
+        raise LoadingError("this config tells of no blocks that speak, so it is no Kimi-Audio")
+    begin, end = config["kimia_media_begin"], config["kimia_media_end"]
+    first_special = begin - _PLACE_OF[_BEGIN]
+    if end - first_special != _PLACE_OF[_END]:
+        raise LoadingError(f"clips between the tokens {begin} and {end}: not implemented")
+    if config.get("tie_word_embeddings") or not config.get("use_whisper_feature", True):
+        raise LoadingError("tied embeddings, or no Whisper: not implemented")
+    whisper = WhisperConfig(**_without_kind(ear))
+    text = Qwen2Config(**_without_kind(config))
+    decoder = language_model_config(text, model_name)
+    width = config["kimia_adaptor_input_dim"]
+    n_stacked, rest = divmod(width, whisper.d_model)
+    if rest or whisper.max_source_positions % n_stacked:
+        raise LoadingError(f"{width} numbers are no whole frames of {whisper.d_model}")
+    fork, n_layers = config["kimia_mimo_transformer_from_layer_index"], decoder.n_layers
+    if not 0 <= fork < n_layers:
+        raise LoadingError(f"streams that part behind layer {fork} of {n_layers}")
+    return KimiAudioConfig(
+        family="kimi_audio",
+        model_name=model_name,
+        encoder=encoder_config(whisper, model_name),
+        decoder=replace(decoder, d_vocab=2 * text.vocab_size),
+        speakers={"speaker": replace(decoder, n_layers=config["kimia_mimo_layers"])},
+        head="streams",
+        streams=((TEXT, text.vocab_size), (AUDIO, text.vocab_size)),
+        n_mels=whisper.num_mel_bins,
+        n_frames=2 * whisper.max_source_positions,
+        max_segments=decoder.n_ctx * n_stacked // whisper.max_source_positions,
+        connector=ConnectorConfig(d_mid=decoder.d_model, act_fn="silu", n_stacked=n_stacked),
+        fork=fork,
+        delay=config["kimia_mimo_audiodelaytokens"],
+        first_special=first_special,
+        first_code=config["kimia_token_offset"],
+    )
+
+
+def _without_kind(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what says of which class of Hugging Face it is."""
+    return {key: value for key, value in config.items() if key != "model_type"}
+
+
+# -------------------------------------------------------------------------------- the model
+
+
+class TwoStreamLanguageModel(LanguageModel):
+    """A language model that reads two streams of tokens from one vocabulary.
+
+    Of the audio stream there are `hook_token_embed` and `hook_audio_embed`, of the text stream
+    `hook_text_embed`.
+    """
+
+    def __init__(self, cfg: PartConfig):
+        super().__init__(cfg)
+        self.hook_text_embed = HookPoint()
+
+    def merge(
+        self,
+        tokens: Int[Tensor, "b t"],
+        is_audio: Bool[Tensor, "b t"],
+        audio: Float[Tensor, "n d"] | None,
+    ) -> Float[Tensor, "b t d"]:
+        """What the audio stream adds: its tokens, with the audio heard at its places."""
+        embed = self.hook_token_embed(self.token_embed(tokens))
+        if audio is None:
+            return embed
+        audio = self.hook_audio_embed(audio.to(embed.dtype))
+        joined = (embed[is_audio] + audio) * embed.new_tensor(2.0).sqrt()
+        return embed.masked_scatter(is_audio[..., None], joined)
+
+    def with_text(
+        self, spoken: Float[Tensor, "b t d"], tokens: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0, from what the audio stream adds.
+
+        As in the published code, rows that hold nothing but token 0 add nothing: in a step of
+        decoding this concerns the word of that id.
+        """
+        written = self.token_embed(tokens) * tokens.any(1)[:, None, None]
+        return self.hook_embed(spoken + self.hook_text_embed(written))
+
+
+class Speaker(Stack):
+    """The blocks that write the audio stream."""
+
+    def __init__(self, cfg: PartConfig):
+        super().__init__(cfg, PreNormBlock)
+        self.hook_embed = HookPoint(borrowed=True)  # what the last shared block gave
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+
+
+class Spoken(NamedTuple):
+    """What `HookedKimiAudio.speak` answers to one prompt: a text, and discrete audio tokens."""
+
+    text: str
+    codes: list[int]
+
+
+class HookedKimiAudio(StackedAudioLLM):
+    """Kimi-Audio with every activation hooked.
+
+    `generate` writes text while the audio stream stays blank (its tokens are those of the text
+    stream), `speak` writes both.
+
+    Attributes:
+        speech_tokenizer: makes the discrete tokens of a clip (mono, 16 kHz), for prompts that bring
+            none; None if there is no such function.
+    """
+
+    cfg: KimiAudioConfig
+
+    def __init__(self, cfg: KimiAudioConfig):
+        super().__init__(cfg)
+        self.audio_token_id = -1  # where discrete tokens are to come; no token of the vocabulary
+        self.speech_tokenizer: SpeechTokenizer | None = None
+        self.speaker = Speaker(cfg.speakers["speaker"])
+        self.setup()
+
+    def make_encoder(self, cfg: KimiAudioConfig) -> WhisperEncoder:
+        return WhisperEncoder(cfg.encoder, cfg.n_mels)
+
+    def make_connector(self, cfg: KimiAudioConfig) -> NormedConnector:
+        width, decoder = cfg.encoder.d_model, cfg.decoder
+        return NormedConnector(cfg.connector, width, decoder.d_model, decoder.eps)
+
+    def make_decoder(self, cfg: KimiAudioConfig) -> TwoStreamLanguageModel:
+        return TwoStreamLanguageModel(replace(cfg.decoder, d_vocab=cfg.d_stream))
+
+    def token_count(self, n_valid: int) -> int:
+        """One token per group of encoder frames; the last one is filled up with padding."""
+        return -(-self.frame_count(n_valid) // self.frames_per_token)
+
+    # ---------------------------------------------------------------- forward
+
+    def enter_decoder(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Both streams summed, with the audio in its places.
+
+        Raises:
+            InputError: without a text stream.
+        """
+        if inputs.streams is None:
+            raise InputError("the inputs hold no text stream: pass streams (b 1 t)")
+        spoken = super().enter_decoder(inputs, encoded, past)
+        return self.decoder.with_text(spoken, inputs.streams[:, 0])
+
+    def decode(
+        self,
+        inputs: AudioInputs,
+        encoded: Tensor | None,
+        resid: Float[Tensor, "b t d"] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        past: KVCache | None = None,
+    ) -> Float[Tensor, "b t states"]:
+        """The final hidden states of text and audio side by side, ``b t (text audio)``.
+
+        With ``stop``, the residual stream entering that block of the decoder.
+
+        Raises:
+            InputError: for a start behind the block where the streams part.
+        """
+        if stop is not None:
+            return super().decode(inputs, encoded, resid, start, stop, past)
+        parting = self.cfg.fork + 1
+        if start > parting:
+            raise InputError(
+                f"the speaker reads what enters decoder layer {parting}: start there or before"
+            )
+        resid = self.enter_decoder(inputs, encoded, past) if resid is None else resid
+        context = self.decoder_context(inputs, encoded, past)
+        shared = self.decoder.run_blocks(resid, context, start, parting)
+        text = self.decoder.run_blocks(shared, context, parting, self.cfg.decoder.n_layers)
+        audio = self.speaker.hook_embed(shared)
+        audio = self.speaker.run_blocks(audio, context, 0, len(self.speaker.blocks))
+        if past is not None:
+            past.length += resid.shape[1]
+        return torch.cat([self.decoder.finish(text), self.speaker.finish(audio)], dim=-1)
+
+    def read_out(self, hidden: Float[Tensor, "b t states"], inputs: AudioInputs) -> Tensor:
+        """The logits of text and audio side by side."""
+        text, audio = hidden.chunk(2, dim=-1)
+        return torch.cat([self.decoder.unembed(text), self.speaker.unembed(audio)], dim=-1)
+
+    def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
+        """Positions of every part in seconds; those of the speaker are the decoder's."""
+        timeline = super().timeline(inputs)
+        for row in timeline.rows:
+            row.tracks["speaker"] = row.tracks["decoder"]
+        return timeline
+
+    # ---------------------------------------------------------------- inputs
+
+    @property
+    def known_keys(self) -> tuple[str, ...]:
+        """What a mapping may hold."""
+        return (*super().known_keys, "text_input_ids", "is_continuous_mask")
+
+    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
+        """Inputs from both streams of published prompts, and the log-mel features of their clips.
+
+        ``input_ids`` is the audio stream, discrete tokens and all, ``text_input_ids`` the text
+        stream; ``is_continuous_mask`` says where audio is heard, which without it is between the
+        tokens that open and close a clip. ``input_features`` (one entry per window of 30 s) and
+        their ``input_features_mask`` are those of Whisper's feature extractor.
+
+        Raises:
+            InputError: without streams or features, or where places and clips do not fit.
+        """
+        given = self._mapping_tensors(mapping, self.known_keys)
+        spoken, written = given["input_ids"], given["text_input_ids"]
+        if spoken is None or written is None or spoken.shape != written.shape:
+            raise InputError("prompts are input_ids and text_input_ids, of equal shape")
+        self.check_tokens(spoken)
+        self.check_tokens(written)
+        mask = given["is_continuous_mask"]
+        is_heard = self._between_marks(spoken) if mask is None else mask.bool()
+        both = {"text_input_ids", "is_continuous_mask"}
+        line = {key: value for key, value in mapping.items() if key not in both}
+        line["input_ids"] = spoken.masked_fill(is_heard, self.audio_token_id)
+        inputs = super().inputs_from_mapping(line)
+        if inputs.shape != spoken.shape:
+            raise InputError(
+                f"the audio stream has room for {int(is_heard.sum())} tokens, the clips are "
+                f"{sum(self._token_counts(inputs))}: one per {self._token_ms}"
+            )
+        return replace(inputs, tokens=spoken, streams=written[:, None], audio_mask=is_heard)
+
+    def _between_marks(self, tokens: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+        """True between the tokens that open and close a clip."""
+        begins = tokens == self.cfg.special(_BEGIN)
+        ends = tokens == self.cfg.special(_END)
+        return (begins.cumsum(1) > ends.cumsum(1)) & ~begins
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless every id is one of a stream, or stands for a discrete token to come.
+
+        Raises:
+            InputError: naming the first that is not.
+        """
+        n = self.cfg.d_stream
+        unknown = tokens[((tokens < 0) & (tokens != self.audio_token_id)) | (tokens >= n)]
+        if len(unknown):
+            raise InputError(f"no token {unknown[0].item()}: either stream has {n} tokens")
+
+    def prepare(
+        self,
+        audio: Any,
+        text: str | list | None = None,
+        sampling_rate: int | None = None,
+        audio_tokens: Any = None,
+        answer: Answer = "text",
+    ) -> AudioInputs:
+        """Inputs from clips, their discrete tokens, and what is asked about them.
+
+        Args:
+            audio: a path, array or tensor; a list of them gives one prompt each; a list of lists
+                gives several clips per prompt.
+            text: the question, which is put before the clips; None if they say all; or a whole
+                prompt with ``<|im_media_begin|><|im_media_end|>`` where each clip belongs; or a
+                conversation; or a list of these, one per prompt.
+            sampling_rate: of arrays, in Hz; files know their own.
+            audio_tokens: the discrete tokens of every clip, one sequence each in the order of the
+                clips (a bare sequence for a single clip), numbered from 0 as the GLM-4 speech
+                tokenizer gives them: one per 80 ms. None asks `speech_tokenizer`.
+            answer: whether the model is asked to answer in text or in text and speech ("both").
+
+        Raises:
+            AudioError: unusable or too long audio.
+            InputError: no discrete tokens, or not as many as a clip has; unequal list lengths.
+            TokenError: the model was loaded without a tokenizer.
+        """
+        if answer not in _ANSWERS:
+            raise InputError(f"answer must be text or both, got {answer!r}")
+        line = super().prepare(audio, text, sampling_rate)
+        codes = self._codes(line, audio_tokens)
+        known = list(zip(line.audio, codes, strict=True))
+        return replace(
+            self._in_two_streams(line, codes, answer), remake=partial(self._again, known, answer)
+        )
+
+    def _codes(self, line: AudioInputs, given: Any) -> list[list[int]]:
+        """The discrete tokens of every clip, checked against its length."""
+        if given is None and self.speech_tokenizer is None:
+            raise InputError(
+                "Kimi-Audio reads a clip as discrete tokens, too: pass audio_tokens=, one sequence "
+                "per clip as the GLM-4 speech tokenizer gives it (THUDM/glm-4-voice-tokenizer, not "
+                "in transformers), or set model.speech_tokenizer to a function that makes them"
+            )
+        made = map(self.speech_tokenizer, line.audio) if given is None else _per_clip(given)
+        codes = [[int(code) for code in of_clip] for of_clip in made]
+        counts = [0] * len(line.audio)
+        for clip, count in zip(line.clip_of_segment, self._token_counts(line), strict=True):
+            counts[clip] += count
+        if list(map(len, codes)) != counts:
+            raise InputError(
+                f"the clips are {counts} tokens long (one per {self._token_ms}), the audio_tokens "
+                f"{list(map(len, codes))}"
+            )
+        odd = [code for of_clip in codes for code in of_clip if not 0 <= code < self.cfg.n_codes]
+        if odd:
+            raise InputError(
+                f"no audio token {odd[0]}: there are {self.cfg.n_codes}, numbered from 0"
+            )
+        return codes
+
+    def _in_two_streams(
+        self, line: AudioInputs, codes: Iterable[list[int]], answer: Answer
+    ) -> AudioInputs:
+        """Both streams of prompts in which, as one line of tokens, they take turns.
+
+        Words and the end of the text are of the text stream.
+        """
+        cfg, tokens = self.cfg, line.tokens
+        is_heard = tokens == self.audio_token_id
+        spoken = torch.tensor([code for of_clip in codes for code in of_clip], device=line.device)
+        tokens = tokens.masked_scatter(is_heard, spoken + cfg.first_code)
+        asked = tokens == cfg.special(_ANSWERS["text"])
+        tokens = tokens.masked_fill(asked, cfg.special(_ANSWERS[answer]))
+        is_text = (tokens < cfg.first_special) | (tokens == cfg.special(_TEXT_END))
+        blank = cfg.special(_BLANK)
+        return replace(
+            line,
+            tokens=tokens.masked_fill(is_text, blank),
+            streams=tokens.masked_fill(~is_text, blank)[:, None],
+            audio_mask=is_heard,
+        )
+
+    def _again(
+        self,
+        known: Sequence[tuple[np.ndarray, list[int]]],
+        answer: Answer,
+        audio: Any,
+        text: Any,
+        sampling_rate: int | None,
+    ) -> AudioInputs:
+        """`prepare` of other clips or another text; clips that are known keep their tokens."""
+        prompts = audio if isinstance(audio, (list, tuple)) else [audio]
+        clips = [c for p in prompts for c in (p if isinstance(p, (list, tuple)) else [p])]
+        codes = [codes for clip in clips for own, codes in known if own is clip]
+        if len(codes) == len(clips):
+            return self.prepare(audio, text, sampling_rate, codes, answer)
+        return self.prepare(audio, text, sampling_rate, answer=answer)
+
+    def encoded_prompts(self, prompts: list[str]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+        """Prompts as one line of tokens, padded on the left, and the mask of what is no padding."""
+        return padded([self._line(p) for p in prompts], self._pad_token(), self.device)
+
+    def _line(self, prompt: str) -> list[int]:
+        pieces = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompt.split(_CLIP)]
+        clip = [self.cfg.special(_BEGIN), self.audio_token_id, self.cfg.special(_END)]
+        return [*pieces[0], *(token for piece in pieces[1:] for token in (*clip, *piece))]
+
+    @property
+    def placeholder(self) -> str:
+        return _CLIP
+
+    def _prompt_of(self, text: Any, n_clips: int) -> str:
+        """Questions come before their clips, as in the published examples."""
+        if text is None or (isinstance(text, str) and _CLIP not in text):
+            question = [{"type": "text", "text": text}] if text else []
+            clips = [{"type": "audio"}] * n_clips
+            text = [{"role": "user", "content": [*question, *clips]}]
+        return super()._prompt_of(text, n_clips)
+
+    def templated(self, conversation: list) -> str:
+        return self.tokenizer.apply_chat_template(conversation, chat_template=_CHAT, tokenize=False)
+
+    # ---------------------------------------------------------------- decoding
+
+    @torch.no_grad()
+    def speak(
+        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 750
+    ) -> list[Spoken]:
+        """Continue both streams greedily: a text and discrete audio tokens for every prompt.
+
+        Prompts are those prepared with ``answer="both"``. The audio tokens are numbered as those of
+        `prepare`; a detokenizer that makes sound of them is published with the model.
+
+        Raises:
+            InputError: prompts that are padded on the right.
+            TokenError: the model was loaded without a tokenizer.
+        """
+        tokenizer = self.need_tokenizer("text")
+        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
+        audio, text = self._written(inputs, max_new_tokens, speaks=True).unbind(1)
+        texts = tokenizer.batch_decode(text, skip_special_tokens=True)
+        first = self.cfg.first_code
+        codes = [[token - first for token in row if token >= first] for row in audio.tolist()]
+        return [Spoken(*answer) for answer in zip(texts, codes, strict=True)]
+
+    def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
+        """The text stream with its continuation, while the audio stream stays blank."""
+        text = self._written(inputs, max_new_tokens, speaks=False)[:, 1]
+        return torch.cat([inputs.streams[:, 0], text], dim=1)
+
+    def _written(
+        self, inputs: AudioInputs, max_new_tokens: int, speaks: bool
+    ) -> Int[Tensor, "b 2 n"]:
+        """What is written to the audio stream and to the text stream."""
+        cfg, past, encoded = self.cfg, KVCache(), self.encode(inputs)
+        blank, text_end = cfg.special(_BLANK), cfg.special(_TEXT_END)
+        ends = torch.tensor([cfg.special("<|im_msg_end|>"), cfg.special(_END)]).to(inputs.device)
+        has_said = has_spoken = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+        written, step = [], inputs
+        for index in range(max_new_tokens):
+            hidden = self.decode(step, encoded, past=past)
+            logits = self.hook_logits(self.read_out(hidden, step))[:, -1]
+            text = self.stream(logits, TEXT).argmax(-1).masked_fill(has_said, blank)
+            has_said = has_said | (text == text_end)
+            is_silent = has_spoken | (not speaks or index < cfg.delay)
+            audio = self.stream(logits, AUDIO).argmax(-1).masked_fill(is_silent, blank)
+            has_spoken = has_spoken | torch.isin(audio, ends)
+            written.append(torch.stack([audio, text], dim=1))
+            if (has_spoken if speaks else has_said).all():
+                break
+            step = self._next_step(replace(step, streams=None), audio)
+            step = replace(step, streams=text[:, None, None])
+        return torch.stack(written, dim=-1)
+
+    def _pad_token(self) -> int:
+        return self.cfg.special(_BLANK)
+
+
+def _per_clip(audio_tokens: Any) -> Iterable[Any]:
+    """One sequence per clip, of a bare one."""
+    is_bare = len(audio_tokens) > 0 and np.ndim(audio_tokens[0]) == 0
+    return [audio_tokens] if is_bare else audio_tokens
+
+
+# -------------------------------------------------------------------------------- loading
+
+
+def kimi_audio(
+    checkpoint: str | Path,
+    dtype: torch.dtype | None = None,
+    speech_tokenizer: SpeechTokenizer | None = None,
+) -> HookedKimiAudio:
+    """Kimi-Audio-7B or Kimi-Audio-7B-Instruct, from a directory with the published files.
+
+    Args:
+        checkpoint: holds ``config.json``, the safetensors, the folder ``whisper-large-v3`` with
+            both, and for texts ``tiktoken.model``.
+        dtype: of the weights; None keeps the checkpoint's.
+        speech_tokenizer: makes the discrete tokens of a clip (mono, 16 kHz): one per 80 ms, as
+            the GLM-4 speech tokenizer, which is not published with the model.
+
+    Raises:
+        LoadingError: a file that is missing or corrupt, a config of another model, or weights
+            without a place.
+    """
+    folder = Path(checkpoint)
+    configs = [_read_config(where) for where in (folder, folder / WHISPER_FOLDER)]
+    weights = [read_weights(where) for where in (folder, folder / WHISPER_FOLDER)]
+    model = kimi_audio_of(kimi_audio_config(*configs, str(checkpoint)), *weights, dtype)
+    model.speech_tokenizer = speech_tokenizer
+    words = folder / "tiktoken.model"
+    if words.is_file():
+        model.tokenizer = model.processor = kimi_audio_tokenizer(words, model.cfg)
+    else:
+        model.tokenizer_problem = f"{folder} holds no tiktoken.model"
+    return model
+
+
+def kimi_audio_of(
+    cfg: KimiAudioConfig,
+    state: Mapping[str, Tensor],
+    whisper: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> HookedKimiAudio:
+    """The model of published weights, and of those of its Whisper.
+
+    Raises:
+        LoadingError: for weights that are missing, misshapen or without a place.
+    """
+    with torch.device("meta"):
+        model = HookedKimiAudio(cfg)
+    tensors = {**renamed(state, WEIGHT_NAMES), **renamed(whisper, WHISPER_WEIGHT_NAMES)}
+    fill(model, {name: x.to(dtype or x.dtype) for name, x in tensors.items()})
+    model.feature_extractor = model.make_feature_extractor()
+    return model.eval()
+
+
+def kimi_audio_tokenizer(path: str | Path, cfg: KimiAudioConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a published ``tiktoken.model``."""
+    names = special_tokens(cfg.first_code - cfg.first_special)
+    return tiktoken_tokenizer(
+        path, names, bos_token="[BOS]", eos_token="[EOS]", pad_token=names[-1], chat_template=_CHAT
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise LoadingError(f"{folder} holds no config.json, so this is no directory of Kimi-Audio")
+    return json.loads(file.read_text())
