@@ -85,15 +85,15 @@ def position_dim(name: str) -> int | None:
     """Axis of the part's own positions in the activation of this name, None where it has none.
 
     Keys and values of cross-attention lie on the encoder's positions (as does what LoRA adds to
-    them) and `hook_audio_embed` is flat, so neither has one; patterns and scores are addressed by
-    their queries.
+    them), `hook_audio_embed` is flat and `hook_audio` lies on samples, so none of these has one;
+    patterns and scores are addressed by their queries.
     """
     last = local_name(name)
     if re.search(r"\.cross_attn\.(hook_[kv]$|[kv]_proj\.)", name):
         return None
-    if last in ("hook_mel", "hook_conv1") or is_flat(name):
+    if last in ("hook_mel", "hook_conv1", "hook_audio") or is_flat(name):
         return None
-    return 2 if last in _PER_PAIR else 1
+    return 2 if last in (*_PER_PAIR, "hook_codes") else 1
 
 
 def is_flat(name: str) -> bool:
@@ -389,21 +389,20 @@ class HookedRoot(HookedRootModule):
         positions = Slice.unwrap(pos_slice)
         cache = {} if cache is None else cache
 
-        def keep(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
-            kept = tensor.detach()
-            if pos_slice is not None:  # as a copy: a view would hold on to all positions
-                kept = positions.apply(kept, dim=position_dim(hook.name)).clone()
-            if remove_batch_dim and not is_flat(hook.name):
-                kept = _without_batch(kept, hook.name)
-            cache[hook.name + suffix] = kept.to(device)
+        def keeper(name: str, suffix: str = "") -> HookFn:
+            def keep(tensor: Tensor, hook: HookPoint) -> None:
+                kept = tensor.detach()
+                if pos_slice is not None:  # as a copy: a view would hold on to all positions
+                    kept = positions.apply(kept, dim=position_dim(name)).clone()
+                if remove_batch_dim and not is_flat(name):
+                    kept = _without_batch(kept, name)
+                cache[name + suffix] = kept.to(device)
 
-        keep.only_reads = True
+            keep.only_reads = True
+            return keep
 
-        def keep_gradient(tensor: Tensor, hook: HookPoint) -> None:
-            keep(tensor, hook, "_grad")
-
-        forward = [(name, keep) for name in names]
-        return cache, forward, [(name, keep_gradient) for name in names] if incl_bwd else []
+        forward = [(name, keeper(name)) for name in names]
+        return cache, forward, [(name, keeper(name, "_grad")) for name in names] if incl_bwd else []
 
     def add_caching_hooks(
         self,

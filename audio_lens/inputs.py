@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
+
 
 class InputError(ValueError):
     """Inputs that the model cannot take; the message says what to change."""
@@ -36,7 +38,8 @@ class AudioInputs:
         feature_mask: True at feature steps (mel frames or samples) that hold audio; None counts
             all as audio.
         position_ids: positions of the tokens; None counts them (left padding shifts nothing).
-        streams: further tokens that enter the decoder at the same positions (codes of audio).
+        streams: further tokens that enter the decoder at the same positions (codes of audio), and
+            those that are known to enter behind the last.
         audio_mask: True where audio stands in the prompts; None: at the model's placeholders.
         clips_per_row: how many clips each prompt holds.
         segments_per_clip: how many segments each clip is cut into; None means one.
@@ -55,7 +58,7 @@ class AudioInputs:
     attention_mask: Bool[Tensor, "b seen"] | None = None
     feature_mask: Bool[Tensor, "segments frames"] | None = None
     position_ids: Int[Tensor, "b t"] | None = None
-    streams: Int[Tensor, "b k t"] | None = None
+    streams: Int[Tensor, "b k ahead"] | None = None
     audio_mask: Bool[Tensor, "b t"] | None = None
     extra: Mapping[str, Shaped[Tensor, "segments *_"]] = field(default_factory=dict)
     segments_per_clip: tuple[int, ...] | None = None
@@ -220,6 +223,13 @@ class AudioInputs:
         Raises:
             InputError: naming the difference and what to do about it.
         """
+        kept = [x.extra[KEPT] for x in (self, other) if KEPT in x.extra]
+        if self.clips_per_row == other.clips_per_row and len(kept) == 2 and not torch.equal(*kept):
+            raise InputError(
+                f"{mine} and {theirs} keep different frames of their clips, so their positions do "
+                "not correspond: put both on the same, by model.with_segmentation(inputs, "
+                "like=other)"
+            )
         if self.tokens.shape != other.tokens.shape or self.clips_per_row != other.clips_per_row:
             raise InputError(
                 f"{mine} is {tuple(self.tokens.shape)} tokens with {self.clips_per_row} clips, "

@@ -266,6 +266,11 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
         """
         return logits[..., self.cfg.columns(name)]
 
+    def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"] | None:
+        """What stands at every position of the decoder, as ids of the tokenizer; None for codes."""
+        is_text = self.cfg.head != "streams" or "text" in dict(self.cfg.streams)
+        return inputs.tokens if is_text else None
+
     def whole_because(self, site: Site) -> str:
         """Why sweeps of a site run whole forwards with hooks; empty where they need not."""
         if self.cfg.speakers:

@@ -34,9 +34,12 @@ from audio_lens.models.audioflamingo3 import HookedAudioFlamingo3
 from audio_lens.models.base import HookedAudioTransformer, LoadingError
 from audio_lens.models.glmasr import HookedGlmAsr
 from audio_lens.models.granite_speech import HookedGraniteSpeech
+from audio_lens.models.kyutai_stt import HookedKyutaiSTT
 from audio_lens.models.lora import attach
+from audio_lens.models.moshi import HookedMoshi
 from audio_lens.models.moss_transcribe_diarize import HookedMossTranscribeDiarize
 from audio_lens.models.musicflamingo import HookedMusicFlamingo
+from audio_lens.models.musicgen import HookedMusicgen
 from audio_lens.models.placement import Devices, layout, unit_of
 from audio_lens.models.qwen2_5_omni import HookedQwen2_5Omni, thinker_of
 from audio_lens.models.qwen2_audio import HookedQwen2Audio
@@ -62,6 +65,9 @@ FAMILIES: dict[str, type[HookedAudioTransformer]] = {
     "qwen3_asr": HookedQwen3Asr,
     "qwen3_omni_moe": HookedQwen3Omni,
     "qwen3_omni_moe_thinker": HookedQwen3Omni,
+    "musicgen": HookedMusicgen,
+    "moshi": HookedMoshi,
+    "kyutai_speech_to_text": HookedKyutaiSTT,
     "wav2vec2": HookedWav2Vec2,
     "hubert": HookedWav2Vec2,
     "data2vec-audio": HookedWav2Vec2,
@@ -106,7 +112,7 @@ def load_pretrained(
     hf_class = _hf_class(family, hf_config)
     family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
     found = None if adapter is None else read_adapter(adapter)
-    hf_model = _read(hf_class, source, dtype)
+    hf_model = _read(hf_class, source, dtype, family.outdated_names)
     state = hf_model.state_dict()
     if is_adapted(hf_model):  # transformers reads the adapter that lies beside a model
         if found is not None:
@@ -333,8 +339,10 @@ def _config(source: str) -> Any:
     return hf_config
 
 
-def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
-    """The Hugging Face model, with every weight from the checkpoint."""
+def _read(
+    hf_class: Any, source: str, dtype: torch.dtype | None, outdated: tuple[str, ...] = ()
+) -> nn.Module:
+    """The Hugging Face model, with every weight from the checkpoint but the outdated."""
     try:
         hf_model, info = hf_class.from_pretrained(
             source,
@@ -346,6 +354,7 @@ def _read(hf_class: Any, source: str, dtype: torch.dtype | None) -> nn.Module:
     except SafetensorError as error:
         raise LoadingError(f"{_corrupt_file(source)} is corrupt: {error}") from error
     _check_stored(source)
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - set(outdated)
     problems = {
         what.replace("_", " "): sorted(map(str, info[what]))[:10]
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

@@ -80,7 +80,8 @@ def tolerance(model: HookedAudioTransformer, site: str | Sequence[str]) -> float
     """
     sites = [Site.parse(one, model) for one in ([site] if isinstance(site, str) else site)]
     is_explicit = model.attn_mode == "explicit" or any(one.reads_attention for one in sites)
-    rounds = is_explicit and model.cfg.encoder.softmax_float32
+    heard = [model.cfg.parts[part] for part in model.cfg.is_heard_in]
+    rounds = is_explicit and any(cfg.softmax_float32 for cfg in heard)
     return TOLERANCE[torch.float32 if rounds else model.dtype]
 
 

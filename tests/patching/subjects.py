@@ -79,8 +79,9 @@ def pair(name: str, layout: str | None = None, same_text: bool = True, **options
     """A clean and a corrupted run; with the same text, they differ in their audio alone."""
     clean, corrupted = (batch(name, seed, layout, **options) for seed in (0, 100))
     if same_text:
-        key = tiny_model(name).features_key
-        corrupted = {**clean, key: corrupted[key]}
+        model = tiny_model(name)
+        heard = (model.features_key, *model.cfg.ears)
+        corrupted = {**clean, **{key: corrupted[key] for key in heard}}
     return {"clean": clean, "corrupted": corrupted}
 
 

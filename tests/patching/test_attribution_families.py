@@ -11,6 +11,8 @@ from audio_lens.patching import Site, attribute
 from families import FAMILIES
 
 LAYER = 1
+SPEAKING = [name for name in FAMILIES if tiny_model(name).cfg.speakers]
+ATTRIBUTED = [name for name in FAMILIES if name not in SPEAKING]
 QUERIES_AND_KEYS = [
     (name, str(site))
     for name, site in SITES
@@ -38,7 +40,7 @@ def summed(product: Tensor, site: Site) -> Tensor:
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ATTRIBUTED)
 def test_every_site_is_gradient_times_difference(name, part):
     """Sites of one block on one part's positions, each position by itself."""
     model = tiny_model(name)
@@ -100,3 +102,9 @@ def test_qk_fix_is_the_patched_pattern_times_its_gradient(name, site):
         expected = ((patched[pattern] - base[pattern]) * slope).sum()
         found = estimate.values[0, head, i] - estimate.corrupted
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_models_that_write_beside_their_decoder_are_refused(name):
+    with pytest.raises(ValueError, match=r"does not reach through the .*: use sweep"):
+        attribute(tiny_model(name), site="decoder.mlp_out", metric=all_logits, **pair(name))

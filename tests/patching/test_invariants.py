@@ -82,6 +82,7 @@ ANY_HEAD = ANY_OUTPUT | {
 }
 METRICS: dict[str | None, dict[str, Callable[[int], Any]]] = {
     None: ANY_OUTPUT,
+    "streams": ANY_HEAD,
     "ctc": ANY_HEAD
     | {
         "ctc_log_prob": lambda early: metrics.ctc_log_prob([3]),
@@ -113,8 +114,12 @@ METRICS: dict[str | None, dict[str, Callable[[int], Any]]] = {
 
 
 def metric_of(family: str, name: str, layout: str) -> Any:
-    """A metric that the family's output allows."""
-    return METRICS[tiny_model(family).cfg.head][name](early_position(family, layout))
+    """A metric that the family's output allows; where it is of several streams, of the last."""
+    cfg = tiny_model(family).cfg
+    metric = METRICS[cfg.head][name](early_position(family, layout))
+    if cfg.head == "streams" and isinstance(metric, metrics.Metric):
+        return metrics.of_stream(cfg.streams[-1][0], metric)
+    return metric
 
 
 def metrics_of(family: str, layout: str) -> list[str]:
@@ -465,11 +470,18 @@ def test_identity(family, site):
 
 
 STREAMS = ("resid_pre", "resid_post", "normalized_resid_mid", "normalized_resid_post")
-TOTAL = [
-    (name, site)
-    for name, site in SITES
-    if site.last in STREAMS and (name, site.part) != ("whisper", "decoder")
-]
+
+
+def is_total(name: str, part: str) -> bool:
+    """Whether the output depends on nothing but the stream of this part."""
+    model = tiny_model(name)
+    if part == "decoder":
+        return not (model.decoder_needs_encoder or model.cfg.speakers)
+    taps = getattr(model.connector, "taps", ()) if hasattr(model, "connector") else ()
+    return part == "encoder" and not (model.cfg.ears or taps)
+
+
+TOTAL = [(name, site) for name, site in SITES if site.last in STREAMS and is_total(name, site.part)]
 
 
 @over([(name, site) for turn, (name, site) in enumerate(TOTAL) if turn % 2 or name in THOROUGH])

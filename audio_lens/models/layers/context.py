@@ -50,6 +50,7 @@ class Context:
         allowed: which keys each query may attend to; None for all (or all earlier, if causal).
         rotary: cosines and sines of the positions, ``b t e`` each.
         memory: encoder output that cross-attention reads.
+        memory_allowed: which of its positions may be read; None for all.
         past: cache of earlier positions, extended by this call.
         position_bias: added to attention scores, alike for all rows (WavLM).
     """
@@ -57,12 +58,13 @@ class Context:
     allowed: Bool[Tensor, "#b 1 #q k"] | None = None
     rotary: tuple[Float[Tensor, "#b t e"], Float[Tensor, "#b t e"]] | None = None
     memory: Float[Tensor, "b s d"] | None = None
+    memory_allowed: Bool[Tensor, "b 1 1 s"] | None = None
     past: KVCache | None = None
     position_bias: Float[Tensor, "h q k"] | None = None
 
     def read(self, attn: Attention, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
         """What cross-attention finds in the memory."""
-        return attn.mix(q, *attn.memory_keys_values(self), None)
+        return attn.mix(q, *attn.memory_keys_values(self), self.memory_allowed)
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "1 1 q k"]:

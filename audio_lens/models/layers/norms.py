@@ -52,7 +52,7 @@ class RMSNorm(Norm):
 
     def fused(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(self._mean_square(x32))).to(x.dtype)
+        return self.gain * (x32 * torch.rsqrt(self._mean_square(x32))).to(x.dtype)
 
     def written_out(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         x32 = x.float()
@@ -60,10 +60,26 @@ class RMSNorm(Norm):
         scale = mean_square.sqrt()
         edit = scale / self.hook_scale(scale.clone())  # 1 exactly, unless a hook writes the scale
         normalized = (x32 * torch.rsqrt(mean_square) * edit).to(x.dtype)
-        return self.weight * self.hook_normalized(normalized)
+        return self.gain * self.hook_normalized(normalized)
+
+    @property
+    def gain(self) -> Float[Tensor, " d"]:
+        """What the normalized stream is multiplied by."""
+        return self.weight
 
     def _mean_square(self, x32: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
         return x32.pow(2).mean(-1, keepdim=True) + self.eps
+
+
+class PreciseRMSNorm(RMSNorm):
+    """An RMS norm whose gain, too, multiplies in float32."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return super().forward(x.float()).to(x.dtype)
+
+    @property
+    def gain(self) -> Float[Tensor, " d"]:
+        return self.weight.float()
 
 
 NORMS = {"LN": LayerNorm, "RMS": RMSNorm}

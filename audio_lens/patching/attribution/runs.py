@@ -464,7 +464,7 @@ def writes_of(model: HookedAudioTransformer, part: str) -> list[str]:
 
 
 def _hidden(
-    model: HookedAudioTransformer, inputs: AudioInputs, encoded: Tensor
+    model: HookedAudioTransformer, inputs: AudioInputs, encoded: Tensor | None
 ) -> Float[Tensor, "b r d"]:
     """Final hidden states of all positions, or of those that a `_Reader`'s hook leaves."""
     if model.cfg.decoder is None:

@@ -125,7 +125,9 @@ class SuffixRoute(FromBase):
         past = self._earlier(first, start, n)
         inputs = _from_position(self.base.inputs, start).repeat(n)
         resid = repeat(trace.residuals[first][:, start:], "b ... -> (n b) ...", n=n)
-        encoded = repeat(self.base.encoded, "c ... -> (n c) ...", n=n)
+        encoded = self.base.encoded
+        if encoded is not None:
+            encoded = repeat(encoded, "c ... -> (n c) ...", n=n)
         with self.model.hooks(Overwrites(self.table, self.source, cells, start).hooks()):
             return self.model.decode(inputs, encoded, resid, first, past=past), start
 
@@ -156,12 +158,10 @@ class SuffixRoute(FromBase):
 
 def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
     """The inputs of the positions from ``start`` on, as one gives them beside a filled cache."""
-    positions = inputs.position_ids
-    return replace(
-        inputs,
-        tokens=inputs.tokens[:, start:],
-        position_ids=None if positions is None else positions[:, start:],
-    )
+    by_position = ("position_ids", "streams", "audio_mask")
+    given = {name: getattr(inputs, name) for name in by_position}
+    later = {name: x[..., start:] for name, x in given.items() if x is not None}
+    return replace(inputs, tokens=inputs.tokens[:, start:], **later)
 
 
 class HookedRoute(Route):

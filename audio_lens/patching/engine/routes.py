@@ -35,14 +35,15 @@ class Run:
     """One run of the model, as far as a sweep needs it.
 
     Attributes:
-        encoded: what the decoder received; the final hidden states where there is none.
+        encoded: what the decoder received, None without an encoder; the final hidden states where
+            there is no decoder.
         encoder: the encoder's run, for sites in there.
         connector: what went into the connector and came out, for sites there.
         decoder: the decoder's run; None where there is none.
     """
 
     inputs: AudioInputs
-    encoded: Tensor
+    encoded: Tensor | None
     encoder: Trace | None
     connector: Mapping[str, Tensor]
     decoder: Trace | None
@@ -99,7 +100,8 @@ class Run:
     def n_bytes(self) -> int:
         """Memory that is held."""
         traces = [t.n_bytes for t in (self.encoder, self.decoder) if t is not None]
-        return sum(traces) + sum(x.nbytes for x in (self.encoded, *self.connector.values()))
+        others = (self.encoded, *self.connector.values())
+        return sum(traces) + sum(x.nbytes for x in others if x is not None)
 
 
 @contextmanager
@@ -233,6 +235,8 @@ class _AudioRoute(FromBase):
             filled[lane] = self.readout.of_sequences(encoded, clip).to(filled.dtype)
             return filled.unflatten(0, (n_cells, self.batch))
         if self.by_cross_attention:
+            if changed is not None:
+                encoded = torch.where(changed[..., None], encoded, self.base.encoded[clip])
             return self._filled(self._read_by_attention(cell, clip, encoded), n_cells)
         merged = self._merged(cell, clip, changed, encoded)
         return self._filled(self.walk.run([merged], self._lane_prompts(n_cells)), n_cells)

@@ -1,0 +1,695 @@
+"""Moshi (Défossez et al. 2024, arXiv:2410.00037): a voice that listens while it speaks.
+
+At every step of 80 ms the decoder reads the sum of one text token, eight codes of what Moshi says
+and eight of what the user says. It writes the next text token; from its hidden state and that token
+the depth decoder writes the eight codes that Moshi says next, each from those before it. Codebooks
+but the first enter one step late.
+
+What the published model does is what is done here. It differs from transformers 5.23 in this:
+
+- The depth decoder is causal. In transformers it is with fused attention (sdpa) only: written out
+  ("eager") and called without a mask, every codebook there sees the later ones too.
+- A position sees the ``window`` last ones (3000, four minutes) and none before. In transformers it
+  does so while decoding step by step, but a prompt is read whole.
+- The depth decoder of a step is given the text and the codes that the *next* position reads, as
+  when decoding. ``forward(text_labels=..., audio_labels=...)`` of transformers takes them as they
+  are: labels that are not shifted by one position give other logits.
+- ``depth_hidden_states`` and ``depth_attentions`` of transformers are the decoder's; here
+  ``depth.blocks.{l}`` are the depth decoder's own.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from audio_lens.hooks import HookPoint
+from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.base import (
+    AudioConfig,
+    HookedAudioTransformer,
+    LoadingError,
+    check_switches,
+)
+from audio_lens.models.codec_lm import (
+    UNKNOWN,
+    CodecStack,
+    CodecTime,
+    CodeTables,
+    code_track,
+    delayed,
+)
+from audio_lens.models.codecs import Speaking
+from audio_lens.models.layers import Context, KVCache, PartConfig, Rotary, causal_mask
+from audio_lens.models.layers.depth import DepthConfig, DepthDecoder, PreciseBlock
+from audio_lens.models.layers.norms import PreciseRMSNorm
+from audio_lens.timeline import Track
+
+_UNDERSTOOD = """
+    audio_encoder_config audio_vocab_size depth_decoder_config ffn_dim head_dim hidden_act
+    hidden_size input_size max_position_embeddings num_attention_heads num_codebooks
+    num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters sliding_window vocab_size
+"""
+_BLOCK = {
+    "input_layernorm": "ln1",
+    "self_attn.q_proj.linear": "attn.q_proj",
+    "self_attn.k_proj.linear": "attn.k_proj",
+    "self_attn.v_proj.linear": "attn.v_proj",
+    "self_attn.o_proj.linear": "attn.o_proj",
+    "post_attention_layernorm": "ln2",
+    "mlp.fc1.gate": "mlp.gate",  # `split_gates` takes these two apart
+    "mlp.fc1.value": "mlp.fc_in",
+    "mlp.fc2": "mlp.fc_out",
+}
+
+
+@dataclass(kw_only=True)
+class CodecLMConfig(AudioConfig):
+    """Shape of a language model of Moshi's kind.
+
+    Attributes:
+        n_codebooks: streams of codes that enter.
+        n_codes: codes that can be read in one of them, the initial token among them.
+        n_texts: text tokens that can be written.
+        window: how many positions, its own among them, a position sees.
+    """
+
+    n_codebooks: int
+    n_codes: int
+    n_texts: int
+    window: int
+
+
+def decoder_config(hf_config: Any, d_vocab: int) -> PartConfig:
+    """The shape of the decoder of a Hugging Face config of Moshi's kind.
+
+    Raises:
+        LoadingError: for rotary positions that are not implemented.
+    """
+    rope = hf_config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise LoadingError(f"rotary positions of type {rope['rope_type']!r} are not implemented")
+    return PartConfig(
+        **shape_of_stack(hf_config),
+        n_ctx=hf_config.max_position_embeddings,
+        d_vocab=d_vocab,
+        rotary_base=float(rope["rope_theta"]),
+    )
+
+
+def shape_of_stack(hf_config: Any) -> dict[str, Any]:
+    """What decoder and depth decoder have in common, in `PartConfig`'s names."""
+    return {
+        "n_layers": hf_config.num_hidden_layers,
+        "n_heads": hf_config.num_attention_heads,
+        "n_key_value_heads": hf_config.num_key_value_heads,
+        "d_model": hf_config.hidden_size,
+        "d_head": hf_config.head_dim,
+        "d_mlp": hf_config.ffn_dim // 2,
+        "act_fn": hf_config.hidden_act,
+        "eps": hf_config.rms_norm_eps,
+        "normalization_type": "RMS",
+        "model_name": hf_config.name_or_path,
+        "attn_biases": (),
+        "causal": True,
+        "gated_mlp": True,
+        "mlp_bias": False,
+        "softmax_float32": True,
+    }
+
+
+def block_weight_names(theirs: str, ours: str) -> dict[str, str]:
+    """The name table of blocks: ``theirs`` and ``ours`` are prefixes."""
+    return {f"{theirs}.layers.{{l}}.{a}": f"{ours}.blocks.{{l}}.{b}" for a, b in _BLOCK.items()}
+
+
+def split_gates(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with the two halves of every ``fc1`` as ``fc1.gate`` and ``fc1.value``; no copies."""
+    split = {}
+    for name, tensor in state.items():
+        if name.endswith("mlp.fc1.weight"):
+            stem = name.removesuffix("weight")
+            split[f"{stem}gate.weight"], split[f"{stem}value.weight"] = tensor.chunk(2, dim=-2)
+        else:
+            split[name] = tensor
+    return split
+
+
+# -------------------------------------------------------------------------------- the stack
+
+
+class MoshiStack(CodecStack):
+    """Reads the sum of text and codes; rotary positions, RMS norms, gated MLPs."""
+
+    def __init__(self, cfg: PartConfig, n_codebooks: int, n_tokens: int, n_texts: int):
+        super().__init__(cfg, PreciseBlock, n_codebooks)
+        self.ln_final = PreciseRMSNorm(cfg.d_model, cfg.eps)
+        self.token_embed = nn.Embedding(n_tokens, cfg.d_model)
+        self.rotary = Rotary(cfg)
+        self.hook_token_embed = HookPoint()
+        self.unembed = nn.Linear(cfg.d_model, n_texts, bias=False)
+
+    def embed(
+        self, tokens: Int[Tensor, "b t"], codes: Int[Tensor, "b k t"]
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        text = self.hook_token_embed(self.token_embed(tokens))
+        return self.hook_embed(text + self.summed_codes(codes))
+
+
+class MoshiDecoder(MoshiStack):
+    """A stack with one table of embeddings per codebook; each holds the initial token too."""
+
+    def __init__(self, cfg: CodecLMConfig):
+        super().__init__(cfg.decoder, cfg.n_codebooks, cfg.n_texts + 1, cfg.n_texts)
+        self.code_embed = CodeTables(cfg.n_codebooks, cfg.n_codes, cfg.decoder.d_model)
+
+    def code_vectors(self, codes: Int[Tensor, "b k t"]) -> list[Float[Tensor, "b t d"]]:
+        return self.code_embed(codes)
+
+
+# -------------------------------------------------------------------------------- the kind
+
+
+class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
+    """Language models of Moshi's kind: text and codes enter together, no encoder.
+
+    `AudioInputs.tokens` (``b t``) is the text and `AudioInputs.streams` (``b k t``) the codes that
+    enter at each position, behind an initial token of each. Streams may reach further than the
+    text: these codes lie ahead, and enter while text is written. Clips of unequal length are filled
+    up with silence.
+    """
+
+    @classmethod
+    def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> Mapping[str, Tensor]:
+        """The tensors without those of the codec, gates and values of MLPs apart."""
+        return split_gates(
+            {name: x for name, x in state.items() if not name.startswith(f"{cls.codec_name}.")}
+        )
+
+    def make_feature_extractor(self) -> Any:
+        """The feature extractor that the configuration tells of."""
+        return transformers.EncodecFeatureExtractor(sampling_rate=self.cfg.sampling_rate)
+
+    # ---------------------------------------------------------------- what a family defines
+
+    @property
+    @abstractmethod
+    def initial_text(self) -> int:
+        """The token that stands where nothing was written yet."""
+
+    @abstractmethod
+    def choose(
+        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"]
+    ) -> tuple[Int[Tensor, " b"], Int[Tensor, "b k 1"]]:
+        """The text and the codes that enter next, from a hidden state and the codes known ahead."""
+
+    # ---------------------------------------------------------------- forward
+
+    def encoder_context(self, inputs: AudioInputs) -> Context:
+        raise NotImplementedError(f"{self.cfg.family} has no encoder")
+
+    def send(self, resid: Float[Tensor, "segments frames d"]) -> Tensor:
+        raise NotImplementedError(f"{self.cfg.family} has no encoder")
+
+    def enter_decoder(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """The sum of the embeddings of text and codes."""
+        return self.decoder.embed(inputs.tokens, inputs.streams[..., : inputs.tokens.shape[1]])
+
+    def decoder_context(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Context:
+        """Masks and rotary positions."""
+        earlier = past.length if past is not None else 0
+        positions = inputs.position_ids
+        if positions is None:
+            n_new = inputs.tokens.shape[1]
+            positions = torch.arange(earlier, earlier + n_new, device=inputs.device)[None]
+        return Context(
+            allowed=self.decoder_mask(inputs, past),
+            rotary=self.decoder.rotary(positions, self.dtype),
+            past=past,
+        )
+
+    def decoder_mask(
+        self, inputs: AudioInputs, past: KVCache | None
+    ) -> Bool[Tensor, "b 1 t seen"] | None:
+        """Causal, without padding, and within the window."""
+        n_new = inputs.tokens.shape[1]
+        n_seen = n_new + (past.length if past is not None else 0)
+        allowed = super().decoder_mask(inputs, past)
+        if n_seen <= self.cfg.window:
+            return allowed
+        causal = causal_mask(n_new, n_seen, inputs.device)
+        near = causal & ~causal.tril(n_seen - n_new - self.cfg.window)
+        own = causal & ~causal.tril(n_seen - n_new - 1)  # what a query on padding sees at least
+        allowed = near.expand(len(inputs), -1, -1, -1) if allowed is None else allowed & near
+        return allowed | (own & ~allowed.any(-1, keepdim=True))
+
+    # ---------------------------------------------------------------- inputs
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless every text token can be read.
+
+        Raises:
+            InputError: naming the first that cannot.
+        """
+        n_known = self.decoder.token_embed.num_embeddings
+        unknown = tokens[(tokens < 0) | (tokens >= n_known)]
+        if len(unknown):
+            raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n_known}")
+
+    def check_codes(self, streams: Tensor, n_positions: int) -> None:
+        """Raise unless these are the codes of so many positions, and perhaps of some ahead.
+
+        Raises:
+            InputError: for another number of codebooks, too few steps, or no such codes.
+        """
+        if streams.ndim != 3 or streams.shape[1] != self.cfg.n_codebooks:
+            raise InputError(
+                f"codes are (b, {self.cfg.n_codebooks} codebooks, positions), "
+                f"got {tuple(streams.shape)}"
+            )
+        if streams.shape[2] < n_positions:
+            raise InputError(f"{streams.shape[2]} steps of codes for {n_positions} text tokens")
+        known = self.is_code(streams)
+        known[..., n_positions:] |= streams[..., n_positions:] == UNKNOWN
+        if not known.all():
+            raise InputError(
+                f"no code {streams[~known][0].item()}: a codebook has {self.cfg.n_codes}"
+            )
+
+    def is_code(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Which codes can be read."""
+        return (codes >= 0) & (codes < self.cfg.n_codes)
+
+    def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
+        """True at attended tokens that can be written."""
+        return inputs.attended & (inputs.tokens < self.cfg.n_texts)
+
+    def assembled(
+        self,
+        tokens: Int[Tensor, "b t"],
+        streams: Int[Tensor, "prompts k ahead"],
+        mask: Tensor | None = None,
+        **made: Any,
+    ) -> AudioInputs:
+        """Inputs of text and codes as they enter.
+
+        Raises:
+            InputError: for tokens or codes that the model cannot read.
+        """
+        self.check_tokens(tokens)
+        self.check_codes(streams, tokens.shape[1])
+        if len(streams) != len(tokens):
+            raise InputError(f"codes of {len(streams)} prompts, and text of {len(tokens)}")
+        mask = None if mask is None or mask.all() else mask.bool()
+        return AudioInputs(
+            features=torch.empty(len(tokens), 0, device=tokens.device),
+            tokens=tokens,
+            streams=streams.to(tokens.device),
+            clips_per_row=(1,) * len(tokens),
+            attention_mask=mask,
+            **made,
+        )
+
+    def clips(self, audio: Any, sampling_rate: int | None) -> list[Float[np.ndarray, " _"]]:
+        """Waveforms from a path, array or tensor, or a list of them.
+
+        Raises:
+            AudioError: unusable audio.
+            InputError: if there is none.
+        """
+        sources = audio if isinstance(audio, (list, tuple)) else [audio]
+        if not sources:
+            raise InputError("no audio: pass at least one clip")
+        return [self.load_audio(source, sampling_rate) for source in sources]
+
+    def encoded(self, clips: Sequence[Float[np.ndarray, " _"]]) -> Int[Tensor, "b k t"]:
+        """The codes of clips, filled up with silence to the length of the longest."""
+        longest = max(map(len, clips))
+        audio = [F.pad(torch.from_numpy(clip), (0, longest - len(clip))) for clip in clips]
+        return self.codec.encode(torch.stack(audio)).to(self.device)
+
+    def texts_before(self, texts: Any, n_prompts: int) -> Tensor:
+        """The initial token of every prompt and the text that is known of it, ``b t``.
+
+        Raises:
+            InputError: unless these are as many token ids in every row.
+        """
+        texts = [[]] * n_prompts if texts is None else texts
+        is_ids = not isinstance(texts, str) and not any(isinstance(row, str) for row in texts)
+        if not is_ids or len(texts) != n_prompts or len({len(row) for row in texts}) > 1:
+            raise InputError(
+                f"text is one list of token ids for each of {n_prompts} prompts, one id per step "
+                "and as many in every row: when a word is said matters"
+            )
+        known = torch.tensor([[self.initial_text, *row] for row in texts], dtype=torch.long)
+        return known.to(self.device)
+
+    # ---------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def continued(
+        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 64
+    ) -> AudioInputs:
+        """The prompts with what the model writes greedily behind them, all streams of it.
+
+        Codes that lie ahead in the prompts' streams enter as they are. Hooks that are attached run
+        at every step.
+
+        Raises:
+            InputError: prompts that are padded on the right.
+        """
+        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
+        n_given = inputs.tokens.shape[1]
+        ahead = F.pad(inputs.streams[..., n_given:], (0, max_new_tokens), value=UNKNOWN)
+        step = replace(inputs, streams=inputs.streams[..., :n_given])
+        ends = torch.tensor(self._end_tokens(), dtype=torch.long, device=inputs.device)
+        done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+        past, made = KVCache(), [step]
+        for index in range(max_new_tokens):
+            hidden = self.decode(step, None, past=past)[:, -1:]
+            text, codes = self.choose(hidden, ahead[..., index : index + 1])
+            text = torch.where(done, self._pad_token(), text)
+            step = replace(self._next_step(step, text), streams=codes)
+            made.append(step)
+            done = done | torch.isin(text, ends)
+            if done.all():
+                break
+        return replace(
+            inputs,
+            tokens=torch.cat([one.tokens for one in made], dim=1),
+            streams=torch.cat([one.streams for one in made], dim=2),
+            attention_mask=step.attention_mask,
+            position_ids=None,
+        )
+
+    def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
+        return self.continued(inputs, max_new_tokens).tokens
+
+
+def _check_depth(hf_config: Any, depth: Any) -> None:
+    """Raise unless a depth decoder fits its decoder, and is of the kind that is implemented."""
+    pairs = {
+        "num_codebooks": hf_config.num_codebooks,
+        "input_size": hf_config.hidden_size,
+        "vocab_size": hf_config.vocab_size,
+        "audio_vocab_size": hf_config.audio_vocab_size,
+    }
+    for name, ours in pairs.items():
+        if getattr(depth, name) != ours:
+            raise LoadingError(f"{name} of the depth decoder is {getattr(depth, name)}, not {ours}")
+    if not 1 < depth.num_codebooks <= depth.sliding_window:
+        raise LoadingError(
+            f"a depth decoder of {depth.num_codebooks} codebooks with a window of "
+            f"{depth.sliding_window} is not implemented"
+        )
+
+
+# -------------------------------------------------------------------------------- Moshi
+
+
+class HookedMoshi(HookedCodecLM):
+    """Moshi with every activation of its decoder and its depth decoder hooked.
+
+    Logits (``b t text+8*codes``) are those of the text token and of the eight codes that enter at
+    the next position, side by side: `stream` cuts them apart ("text", "audio.0" ...). Codes are
+    predicted from the text and the earlier codes that do enter there. Behind the last position
+    these are not known and initial tokens stand in for them: logits of codes at a last position
+    are not to be read (those of the text are).
+
+    Streams that enter are eight of Moshi's own codes ("audio.0" ...), then eight of the user's
+    ("user.0" ...).
+    """
+
+    features_key = "user_audio_codes"
+    hf_class = "MoshiForConditionalGeneration"
+    codec_name = "audio_encoder"
+    weight_names: ClassVar = {
+        "embed_tokens.{l}": "decoder.code_embed.{l}",
+        "decoder.model.embed_tokens": "decoder.token_embed",
+        **block_weight_names("decoder.model", "decoder"),
+        "decoder.model.norm": "decoder.ln_final",
+        "decoder.lm_head": "decoder.unembed",
+        "depth_decoder.text_embed_tokens": "depth.text_embed",
+        "depth_decoder.embed_tokens.{l}": "depth.code_embed.{l}",
+        "depth_decoder.input_projections": "depth.hidden_embed",
+        **block_weight_names("depth_decoder", "depth"),
+        "depth_decoder.lm_heads": "depth.code_heads",
+    }
+
+    def __init__(self, cfg: CodecLMConfig):
+        super().__init__(cfg)
+        self.decoder = MoshiDecoder(cfg)
+        self.depth = DepthDecoder(cfg.speakers["depth"])
+        self.setup()
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> CodecLMConfig:
+        """The shape of a `MoshiConfig` of transformers.
+
+        Raises:
+            LoadingError: for what is not implemented, or parts that do not fit together.
+        """
+        depth, codec = hf_config.depth_decoder_config, hf_config.audio_encoder_config
+        check_switches(hf_config, _UNDERSTOOD.split())
+        check_switches(depth, _UNDERSTOOD.split())
+        _check_depth(hf_config, depth)
+        n_codebooks, n_texts, n_codes = (
+            hf_config.num_codebooks,
+            hf_config.vocab_size,
+            hf_config.audio_vocab_size,
+        )
+        return CodecLMConfig(
+            family="moshi",
+            model_name=hf_config.name_or_path,
+            encoder=None,
+            decoder=decoder_config(hf_config, d_vocab=n_texts + n_codebooks * n_codes),
+            n_mels=None,
+            n_frames=None,
+            sampling_rate=codec.sampling_rate,
+            hop=round(codec.sampling_rate / codec.frame_rate),
+            speakers={
+                "depth": DepthConfig(
+                    **shape_of_stack(depth),
+                    n_ctx=None,
+                    final_norm=False,
+                    n_codebooks=n_codebooks,
+                    n_codes=n_codes,
+                    n_texts=n_texts + 1,
+                    d_hidden=hf_config.hidden_size,
+                )
+            },
+            head="streams",
+            streams=(("text", n_texts), *((f"audio.{k}", n_codes) for k in range(n_codebooks))),
+            n_codebooks=2 * n_codebooks,
+            n_codes=n_codes + 1,
+            n_texts=n_texts,
+            window=hf_config.sliding_window,
+        )
+
+    @property
+    def n_spoken(self) -> int:
+        return self.cfg.n_codebooks // 2
+
+    @property
+    def initial_text(self) -> int:
+        return self.cfg.n_texts
+
+    @property
+    def initial_code(self) -> int:
+        return self.cfg.n_codes - 1
+
+    @property
+    def delays(self) -> tuple[int, ...]:
+        """By how many positions each stream of codes is late, Moshi's own and the user's."""
+        return (0, *(1,) * (self.n_spoken - 1)) * 2
+
+    @property
+    def lags_s(self) -> dict[str, float]:
+        names = [f"{voice}.{k}" for voice in ("audio", "user") for k in range(self.n_spoken)]
+        late = {
+            name: delay * self.cfg.step_s for name, delay in zip(names, self.delays, strict=True)
+        }
+        return {"text": 0.0, **late}
+
+    def tracks(
+        self, steps: Int[Tensor, " t"], attended: Bool[Tensor, " t"]
+    ) -> dict[str, list[Track]]:
+        """Positions of the decoder by what enters; of the depth decoder by the code it writes."""
+        written = [self.seconds_of(steps + 1, f"audio.{k}") for k in range(self.n_spoken)]
+        depth = code_track(
+            torch.stack(written, dim=1).flatten(), attended.repeat_interleave(self.n_spoken)
+        )
+        return {**super().tracks(steps, attended), "depth": [depth]}
+
+    # ---------------------------------------------------------------- forward
+
+    def read_out(
+        self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs
+    ) -> Float[Tensor, "b t v"]:
+        """Logits of the text, and of the codes that are said with the next position's text."""
+        return self._columns(hidden, *self.next_tokens(inputs))
+
+    def _columns(
+        self, hidden: Float[Tensor, "b t d"], text: Int[Tensor, "b t"], codes: Int[Tensor, "b k t"]
+    ) -> Float[Tensor, "b t v"]:
+        place = self.device_of("depth")
+        spoken = self.depth.write(hidden.to(place), text.to(place), codes.to(place))
+        return torch.cat([self.decoder.unembed(hidden), spoken.to(hidden.device)], dim=-1)
+
+    def next_tokens(self, inputs: AudioInputs) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b k t"]]:
+        """The text and Moshi's own codes that enter at the next position.
+
+        Initial tokens where there is no next position.
+        """
+        n_given = inputs.tokens.shape[1]
+        own = inputs.streams[:, : self.n_spoken, :n_given]
+        known = F.pad(inputs.attended[:, 1:], (0, 1), value=False)
+        text = F.pad(inputs.tokens[:, 1:], (0, 1))
+        codes = F.pad(own[..., 1:], (0, 1))
+        return (
+            torch.where(known, text, self.initial_text),
+            torch.where(known[:, None], codes, self.initial_code),
+        )
+
+    def loss(self, logits: Float[Tensor, "b t v"], inputs: AudioInputs) -> Float[Tensor, ""]:
+        """Mean cross-entropy of the next text token, plus that of Moshi's next codes.
+
+        Raises:
+            InputError: if there is no such target (a prompt of one position).
+        """
+        text, codes = self.next_tokens(inputs)
+        said = logits[..., self.cfg.n_texts :]
+        said = rearrange(said, "b t (k v) -> b k t v", k=self.n_spoken)
+        of_text = self._cross_entropy(self.stream(logits, "text"), text, inputs.attended)
+        return of_text + self._cross_entropy(said, codes, inputs.attended[:, None])
+
+    @staticmethod
+    def _cross_entropy(
+        logits: Float[Tensor, "*b v"], targets: Int[Tensor, "*b"], counts: Bool[Tensor, "*#b"]
+    ) -> Float[Tensor, ""]:
+        """Mean over the targets that can be written."""
+        counts = counts & (targets < logits.shape[-1])
+        if not counts.any():
+            raise InputError("nothing to predict: the loss needs at least two positions")
+        precise = logits[counts].to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(precise, targets[counts])
+
+    # ---------------------------------------------------------------- inputs
+
+    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
+        """Inputs from what `MoshiForConditionalGeneration.forward` takes, as codes.
+
+        Codes are those that enter at each position: behind an initial token and late, as
+        `conversation` makes them of codes of a codec.
+
+        Raises:
+            InputError: without tokens or codes, or for what the model cannot read.
+        """
+        keys = ("input_ids", "moshi_audio_codes", "user_audio_codes", "attention_mask")
+        given = self._mapping_tensors(mapping, keys)
+        voices = [given[key] for key in keys[1:3]]
+        if any(voice is None for voice in voices):
+            raise InputError(f"inputs need the codes of both voices: {' and '.join(keys[1:3])}")
+        if voices[0].shape != voices[1].shape:
+            shapes = " and ".join(str(tuple(voice.shape)) for voice in voices)
+            raise InputError(f"the codes of both voices are of different shapes: {shapes}")
+        return self.assembled(given["input_ids"], torch.cat(voices, 1), given["attention_mask"])
+
+    def conversation(
+        self,
+        user: Int[Tensor, "b k t"],
+        own: Int[Tensor, "b k n"] | None = None,
+        text: Any = None,
+        **made: Any,
+    ) -> AudioInputs:
+        """Inputs from codes of the codec.
+
+        Args:
+            user: what the user says.
+            own: what Moshi says along; None leaves it to `continued`.
+            text: the token ids that Moshi writes along, one per step, in a list per prompt: so
+                many positions follow the first, and the codes of later steps lie ahead.
+
+        Raises:
+            InputError: more text than codes, or text without Moshi's codes.
+        """
+        own = user[..., :0] if own is None else own
+        n_steps = max(user.shape[-1], own.shape[-1])
+        both = [F.pad(one, (0, n_steps - one.shape[-1]), value=UNKNOWN) for one in (own, user)]
+        streams = delayed(torch.cat(both, dim=1), self.delays, self.initial_code)
+        tokens = self.texts_before(text, len(user))
+        return self.assembled(tokens, streams, text=text, **made)
+
+    def prepare(
+        self, audio: Any, text: Any = None, sampling_rate: int | None = None, own: Any = None
+    ) -> AudioInputs:
+        """Inputs from what the user says, and what Moshi says and writes along.
+
+        With audio alone nothing of Moshi's is known: prompts are one position, behind which the
+        user's codes lie ahead; `continued` and `generate` let Moshi answer while they enter.
+
+        Args:
+            audio: what the user says: a path, array or tensor, or a list of them (a batch is a
+                list, not an array).
+            text: token ids that Moshi writes, one per step of 80 ms, in a list per prompt.
+            sampling_rate: of arrays, in Hz; files know their own.
+            own: what Moshi says, as ``audio``.
+
+        Raises:
+            AudioError: unusable audio.
+            InputError: no clip, text without what Moshi says, or more text than audio.
+        """
+        heard = self.clips(audio, sampling_rate)
+        return self.conversation(
+            self.encoded(heard),
+            None if own is None else self.encoded(self.clips(own, sampling_rate)),
+            text,
+            audio=heard,
+            sampling_rate=self.cfg.sampling_rate,
+            remake=partial(self.prepare, own=own),
+        )
+
+    # ---------------------------------------------------------------- generation
+
+    def choose(
+        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"]
+    ) -> tuple[Int[Tensor, " b"], Int[Tensor, "b k 1"]]:
+        """The most probable text and, given it, code after code; silence where the user is unknown.
+
+        Codes that are known ahead take the place of those that are chosen, after all are.
+        """
+        text = ahead.new_full((len(hidden), 1), self.initial_text)
+        own = ahead.new_full((len(hidden), self.n_spoken, 1), self.initial_code)
+        for index, (stream, _) in enumerate(self.cfg.streams):
+            logits = self.hook_logits(self._columns(hidden, text, own))
+            chosen = self.stream(logits, stream).argmax(-1)
+            if index == 0:
+                text = chosen
+            else:
+                own[:, index - 1] = chosen
+        is_known = ahead != UNKNOWN
+        user = ahead[:, self.n_spoken :]
+        if not is_known[:, self.n_spoken :].all():
+            user = self._silence.to(ahead.device).expand(len(hidden), -1, -1)
+        return text[:, 0], torch.where(is_known, ahead, torch.cat([own, user], dim=1))
+
+    @cached_property
+    def _silence(self) -> Int[Tensor, "1 k 1"]:
+        """The codes of one step without a sound."""
+        return self.codec.encode(torch.zeros(1, self.cfg.hop))
