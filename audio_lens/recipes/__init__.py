@@ -10,6 +10,7 @@ from audio_lens.recipes.llama_omni import llama_omni, llama_omni2
 from audio_lens.recipes.openai_whisper import openai_whisper
 from audio_lens.recipes.qwen_audio import qwen_audio
 from audio_lens.recipes.salmonn import salmonn
+from audio_lens.recipes.soundwave import soundwave
 
 __all__ = [
     "desta2",
@@ -20,4 +21,5 @@ __all__ = [
     "openai_whisper",
     "qwen_audio",
     "salmonn",
+    "soundwave",
 ]

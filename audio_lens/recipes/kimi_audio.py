@@ -524,6 +524,11 @@ class HookedKimiAudio(StackedAudioLLM):
     def templated(self, conversation: list) -> str:
         return self.tokenizer.apply_chat_template(conversation, chat_template=_CHAT, tokenize=False)
 
+    def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
+        """What stands at every position: the text, and the audio stream where that is blank."""
+        text = inputs.streams[:, 0]
+        return torch.where(text == self.cfg.special(_BLANK), inputs.tokens, text)
+
     # ---------------------------------------------------------------- decoding
 
     @torch.no_grad()
@@ -546,6 +551,31 @@ class HookedKimiAudio(StackedAudioLLM):
         first = self.cfg.first_code
         codes = [[token - first for token in row if token >= first] for row in audio.tolist()]
         return [Spoken(*answer) for answer in zip(texts, codes, strict=True)]
+
+    @torch.no_grad()
+    def continued(
+        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 64
+    ) -> AudioInputs:
+        """The prompts with the text that the model writes greedily behind them.
+
+        Raises:
+            InputError: prompts that are padded on the right.
+        """
+        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
+        new = self._written(inputs, max_new_tokens, speaks=False)
+        added = torch.ones_like(new[:, 0], dtype=torch.bool)
+        tokens = torch.cat([inputs.tokens, new[:, 0]], dim=1)
+        heard, seen = self.is_audio(inputs), inputs.attention_mask
+        longer = replace(
+            inputs,
+            tokens=tokens,
+            streams=torch.cat([inputs.streams, new[:, 1:]], dim=2),
+            audio_mask=torch.cat([heard, ~added], dim=1),
+            attention_mask=None if seen is None else torch.cat([seen.bool(), added], dim=1),
+            position_ids=None,
+        )
+        is_padded = longer.attention_mask is not None
+        return replace(longer, position_ids=longer.counted_positions()) if is_padded else longer
 
     def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
         """The text stream with its continuation, while the audio stream stays blank."""
