@@ -182,13 +182,13 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
                 model, or a `LanguageModel`.
             merge: the placeholder of a clip: its text in prompts, its token id (which may lie
                 outside the vocabulary), or a `Placeholder` with both.
-            options: see `audio_lens.models.composed.compose`.
+            options: see `audio_lens.models.compose.compose`.
 
         Raises:
             LoadingError: parts that are not implemented.
             CompositionError: parts that do not fit together.
         """
-        from audio_lens.models.composed import compose
+        from audio_lens.models.compose import compose
 
         return compose(encoder, connector, decoder, merge, **options)
 

@@ -3,8 +3,8 @@
 Both ears give 50 positions per second, Whisper's along time and BEATs's patches in their order
 (eight frequencies, then the next 0.16 s). Position by position they stand side by side, and one
 query reads every 17 of them: a token per 0.34 s, 88 of 30 s, silence behind a clip included. The
-last four positions are not read. A single query attends to nothing but itself, so that the
-Q-Former's self-attention has patterns of 1 and its queries, keys and scores change nothing.
+last four positions are not read. A single query attends to nothing but itself: its self-attention
+has patterns of 1, and no queries and keys, which could change nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from audio_lens.hooks import HookPoint
 from audio_lens.models.adapters import Adapter
 from audio_lens.models.base import LoadingError
 from audio_lens.models.beats import HookedBeats
-from audio_lens.models.composed import HookedComposed, Placeholder
+from audio_lens.models.compose import Placeholder
+from audio_lens.models.composed import HookedComposed
 from audio_lens.models.connectors import Connector
 from audio_lens.models.layers import LayerNorm
 from audio_lens.models.layers.qformer import QFormer, QFormerConfig, qformer_weight_names
@@ -36,6 +37,8 @@ WINDOW = 17  # positions that become one token: a third of a second, rounded
 N_HEADS = 12  # of the Q-Former, which has the shape of BERT-base
 LEAST_S = 1.0  # BEATs hears shorter clips with silence behind them
 ADAPTED = ("q_proj", "v_proj")  # linear maps of Vicuna's blocks with an adapter
+
+_ASKING = (".attn.q_proj.", ".attn.k_proj.")  # of one query, that sees itself alone: say nothing
 
 _BERT, _LLAMA = "speech_Qformer.bert", "llama_model.base_model.model.model"
 _QFORMER = {
@@ -141,7 +144,8 @@ def salmonn_connector(tensors: Mapping[str, Tensor]) -> SalmonnConnector:
     )
     with torch.device("meta"):
         connector = SalmonnConnector(cfg, d_speech, d_out)
-    fill(connector, tensors)
+    idle = _ASKING if n_queries == 1 else ()
+    fill(connector, {name: x for name, x in tensors.items() if not any(i in name for i in idle)})
     return connector
 
 

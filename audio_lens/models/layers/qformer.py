@@ -13,6 +13,7 @@ from audio_lens.hooks import HookPoint
 from audio_lens.models.layers.blocks import PostNormBlock, Stack
 from audio_lens.models.layers.config import PartConfig
 from audio_lens.models.layers.context import Context
+from audio_lens.models.layers.lone import LoneAttention
 from audio_lens.models.layers.norms import NORMS
 from audio_lens.models.layers.windowed import WindowedAttention
 
@@ -99,6 +100,9 @@ class QFormer(Stack):
         super().__init__(cfg, QueryBlock)
         for layer in range(0, cfg.n_layers, cfg.cross_every):
             self.blocks[layer] = ReadingBlock(cfg)
+        if cfg.n_queries == 1:  # which sees nothing but itself
+            for block in self.blocks:
+                block.attn = LoneAttention(cfg, causal=False)
         self.query = nn.Parameter(torch.empty(1, cfg.n_queries, cfg.d_model))
         self.ln_embed = NORMS[cfg.normalization_type](cfg.d_model, cfg.eps)
 
