@@ -1,11 +1,12 @@
-"""How closely every family matches Hugging Face, and what it is made of.
+"""How closely every family matches Hugging Face or what was published, and what it is made of.
 
     python -m benchmarks.parity
     python -m benchmarks.parity --write      # also renews the table `audio-lens models` prints
 
 Runs tiny random models (every parameter random) of the families under test, in all their shapes
-and on all their batches, beside transformers, in float32 and float64 with attention written out,
-and prints the largest difference in any output, residual stream or pattern.
+and on all their batches, in float32 and float64 with attention written out, beside transformers
+(recipes beside the published computation, written anew in `tests/published`), and prints the
+largest difference in any output, residual stream or pattern.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def entry_of(family: Family) -> Entry:
     steps = seconds_per_position(family, model)
     return Entry(
         name=family.name,
-        family=type(model).__module__.rpartition(".")[2],
+        family=file_of(model),
         parts=list(steps),
         hooks_per_block=blocks,
         hooks_elsewhere=len(model.hook_dict) - in_blocks,
@@ -54,10 +55,17 @@ def entry_of(family: Family) -> Entry:
     )
 
 
+def file_of(model: HookedAudioTransformer) -> str:
+    """The file that implements a model, below `audio_lens.models` or as ``recipes/name``."""
+    *_, folder, name = type(model).__module__.split(".")
+    return name if folder == "models" else f"{folder}/{name}"
+
+
 def seconds_per_position(family: Family, model: HookedAudioTransformer) -> dict[str, float | None]:
     """Distance of neighbouring positions of every part; None where they have no time."""
     noise = np.random.default_rng(0).standard_normal(model.cfg.sampling_rate).astype(np.float32)
-    timeline = model.timeline(family.clips(model, [noise]))
+    inputs = family.batch() if family.clips is None else family.clips(model, [noise])
+    timeline = model.timeline(inputs)[0]
     steps = {}
     for part in timeline.rows[0].tracks:
         seconds = timeline.seconds(part)

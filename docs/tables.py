@@ -27,7 +27,7 @@ AXES = {
     "b t h d": "result",
     "b t f": "pre post pre_linear glu dw",
     "b t x": "router_logits expert_weights expert_indices",
-    "b t v": "logits probs",
+    "b t v": "logits probs patch_logits",
     "b v": "logits",
     "b t 1": "scale",
     "b t h 1": "scale",
@@ -37,6 +37,7 @@ AXES = {
     "b m n": "mel",
     "b d n": "conv1",
     "b n": "wav",
+    "b t n": "tap_weights",
     "n d": "audio_embed",
 }
 RESIDUAL = "b t d"
@@ -64,11 +65,10 @@ def tiny_models() -> Iterator[tuple[str, Any, dict[str, tuple[int, ...]]]]:
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
 
-    from audio_lens import HookedAudioTransformer
     from families import FAMILIES
 
     for name, family in FAMILIES.items():
-        model = HookedAudioTransformer.from_hf(family.build())
+        model = family.hooked(family.build())
         shapes: dict[str, tuple[int, ...]] = {}
         note = functools.partial(_note, shapes)
         with torch.inference_mode():

@@ -78,9 +78,12 @@ def _print_info(facts: dict[str, Any], hooks: bool) -> None:
     parts = facts["parts"]
     table = Table("", *parts, box=None, header_style="bold")
     for what in dict.fromkeys(what for sizes in parts.values() for what in sizes):
-        row = (str(sizes.get(what, "")) for sizes in parts.values())
-        table.add_row(what.replace("_", " "), *row)
+        row = (sizes.get(what) for sizes in parts.values())
+        table.add_row(what.replace("_", " "), *("" if x is None else str(x) for x in row))
     out.print(table)
+    if facts["streams"]:
+        widths = ", ".join(f"{name} ({width})" for name, width in facts["streams"].items())
+        out.print(f"writes {escape(widths)}", soft_wrap=True)
     out.print(f"{len(facts['hooks'])} hook points, shapes for {facts['shapes_for']}:")
     shown = facts["hooks"] if hooks else _one_block_each(facts["hooks"])
     for name, shape in shown.items():

@@ -146,6 +146,7 @@ def map_command(
             raise ValueError("--save and --checkpoint keep one map: name one site and direction")
         shared.check_audio(case.clips.clean, case.clips.corrupted)
         listener = shared.load(model)
+        _check_answers(listener, model)
         from audio_lens import metrics, patching, report
 
         for one in sites:
@@ -207,6 +208,16 @@ def map_command(
             for result in results:
                 _print_map(result)
             _print_written(written)
+
+
+def _check_answers(model: Any, name: str) -> None:
+    """Raise for models whose answer does not stand behind the clip."""
+    shared.check_writes_text(model, name)
+    if "encoder" not in model.cfg.parts:
+        raise ValueError(
+            f"{name} writes while it listens, so that the place of the answer must be named: in "
+            "Python, patching.sweep of model.continued(inputs), with position= in the metric"
+        )
 
 
 def _listed(names: str) -> list[str]:

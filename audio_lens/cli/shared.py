@@ -142,9 +142,19 @@ def load(name: str, **options: Any) -> Any:
 
 
 def said(model: Any, inputs: Any, max_new_tokens: int = ANSWER_TOKENS) -> str:
-    """What the model says to one prompt; models without a decoder say all they can."""
-    options = {"max_new_tokens": max_new_tokens} if "decoder" in model.cfg.parts else {}
+    """What the model says to one prompt; one that writes along with the clip says all it can."""
+    is_bounded = {"encoder", "decoder"} <= model.cfg.parts.keys()
+    options = {"max_new_tokens": max_new_tokens} if is_bounded else {}
     return model.generate(inputs, **options)[0]
+
+
+def check_writes_text(model: Any, name: str) -> None:
+    """Raise for a model whose streams this command has no words for."""
+    if model.cfg.streams:
+        raise ValueError(
+            f"{name} writes {', '.join(dict(model.cfg.streams))} side by side: in Python, "
+            "model.generate has its answer, and patching.sweep takes metrics.of_stream"
+        )
 
 
 def check_not_empty(options: dict[str, str | None]) -> None:

@@ -50,6 +50,7 @@ def transcribe(
             raise ValueError(f"{model} answers questions: audio-lens ask CLIP --question ...")
         if listener.pools:
             raise ValueError(f"{model} names classes: audio-lens classify CLIP")
+        shared.check_writes_text(listener, model)
         from audio_lens.patching.clip_pair import language_options
 
         options = language_options(listener, language)
@@ -76,6 +77,7 @@ def ask(
         shared.check_audio(*audio)
         listener = shared.load(model)
         if not listener.takes_question:
+            shared.check_writes_text(listener, model)
             raise ValueError(
                 f"{model} takes no question: audio-lens transcribe, or audio-lens classify"
             )

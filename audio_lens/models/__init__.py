@@ -1,6 +1,7 @@
 """Hooked re-implementations of audio models, one file per family."""
 
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError
+from audio_lens.models.base import HookedAudioTransformer, TokenError
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.loading import LoadingError
 
 __all__ = ["AudioConfig", "HookedAudioTransformer", "LoadingError", "TokenError"]

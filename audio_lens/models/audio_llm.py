@@ -19,13 +19,8 @@ from torch import Tensor, nn
 
 from audio_lens.audio import AudioError
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import (
-    AudioConfig,
-    AudioPlaces,
-    HookedAudioTransformer,
-    LoadingError,
-    check_switches,
-)
+from audio_lens.models.base import AudioPlaces, HookedAudioTransformer
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.timeline import Row, Timeline, Track

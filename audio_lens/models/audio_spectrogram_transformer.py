@@ -20,12 +20,8 @@ from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
-from audio_lens.models.base import (
-    AudioConfig,
-    HookedAudioTransformer,
-    LoadingError,
-    check_switches,
-)
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.heads import EncoderOutput
 from audio_lens.models.layers import Context, LayerNorm, PartConfig, PreNormBlock, Stack
 from audio_lens.timeline import Row, Timeline, Track

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from audio_lens.models.audio_llm import check_encoder
-from audio_lens.models.base import AudioConfig
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.connectors import (
     ConnectedConfig,
     ConnectorConfig,

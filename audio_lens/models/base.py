@@ -19,12 +19,7 @@ from audio_lens import audio as audio_io
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.config import (  # noqa: F401
-    AudioConfig,
-    Head,
-    LoadingError,
-    check_switches,
-)
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.decoding import GreedyDecoding
 from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.models.lora import Adaptable

@@ -26,7 +26,8 @@ from transformers.audio_utils import mel_filter_bank
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.audio_spectrogram_transformer import WINDOW, PatchGrid
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer, LoadingError
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.heads import IGNORED, EncoderOutput
 from audio_lens.models.layers import Block, Context, LayerNorm, PostNormBlock, padding_mask
 from audio_lens.models.wav2vec2 import EPS

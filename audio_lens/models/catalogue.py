@@ -1,4 +1,4 @@
-"""The table of model families: what each is made of, and how closely it matches Hugging Face.
+"""The table of model families: what each is made of, and how closely it matches its original.
 
 The figures are measured, not computed here: `python -m benchmarks.parity --write` makes
 ``catalogue.json``.
@@ -18,14 +18,15 @@ class Entry:
     """One kind of model.
 
     Attributes:
-        name: as transformers calls it, with its head where it has several.
-        family: the file of `audio_lens.models` that implements it.
+        name: as transformers or its recipe calls it, with its head where it has several.
+        family: the file of `audio_lens.models` that implements it, or ``recipes/name``.
         parts: those that have positions, in the order sound takes.
         hooks_per_block: hook points in one block of each stack.
         hooks_elsewhere: hook points outside the blocks.
         seconds_per_position: distance in seconds of neighbouring positions of each part in time.
-        float32, float64: largest difference from Hugging Face in any output, residual stream or
-            pattern of random models with every parameter random, relative to the largest value.
+        float32, float64: largest difference from Hugging Face (of recipes: from the published
+            computation, written anew) in any output, residual stream or pattern of random models
+            with every parameter random, relative to the largest value.
     """
 
     name: str

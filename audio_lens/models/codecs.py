@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from audio_lens import audio as audio_io
 from audio_lens.hooks import HookedRoot, HookPoint
 from audio_lens.inputs import InputError
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer, LoadingError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.composed import (
     AUDIO,
     QUESTION,
@@ -23,6 +23,7 @@ from audio_lens.models.composed import (
     HookedComposed,
     children_of_ear,
 )
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import Connector
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import Stack

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.audio_llm import AudioLLM, Segment
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.connectors import Connector
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.base import AudioConfig
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.layers import LayerNorm
 
 

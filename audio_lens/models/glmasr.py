@@ -12,7 +12,7 @@ import torch
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.audio_llm import check_encoder
-from audio_lens.models.base import AudioConfig, LoadingError
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import ConnectedConfig, ConnectorConfig, connector_weight_names
 from audio_lens.models.language_model import language_model_config, weight_names
 from audio_lens.models.layers import Context, PartConfig, PreNormBlock, Rotary

@@ -24,7 +24,7 @@ from audio_lens.audio import AudioError
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import HookedAudioLLM, Segment
-from audio_lens.models.base import AudioConfig, LoadingError, check_switches
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.connectors import Connector
 from audio_lens.models.language_model import (
     LanguageModel,

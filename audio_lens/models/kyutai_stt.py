@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import LoadingError, check_switches
 from audio_lens.models.codec_lm import delayed
-from audio_lens.models.moshi import (
+from audio_lens.models.config import LoadingError, check_switches
+from audio_lens.models.moshi_kind import (
     CodecLMConfig,
     HookedCodecLM,
     MoshiStack,

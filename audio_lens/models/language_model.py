@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.base import LoadingError, check_switches
+from audio_lens.models.config import LoadingError, check_switches
 from audio_lens.models.layers import Block, PartConfig, PreNormBlock, Rotary, Stack, multiplied
 
 _QKV = ("q", "k", "v")

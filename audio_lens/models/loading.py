@@ -31,7 +31,8 @@ from audio_lens.models.adapters import (
 )
 from audio_lens.models.audio_spectrogram_transformer import HookedAST
 from audio_lens.models.audioflamingo3 import HookedAudioFlamingo3
-from audio_lens.models.base import HookedAudioTransformer, LoadingError
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import LoadingError
 from audio_lens.models.glmasr import HookedGlmAsr
 from audio_lens.models.granite_speech import HookedGraniteSpeech
 from audio_lens.models.kyutai_stt import HookedKyutaiSTT

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from audio_lens.models.audio_llm import check_encoder
-from audio_lens.models.base import AudioConfig
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.connectors import (
     ConnectedConfig,
     ConnectorConfig,

@@ -21,7 +21,7 @@ from torch import Tensor
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audioflamingo3 import HookedAudioFlamingo3
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import ConnectedConfig, ConnectorConfig, MLPConnector
 
 FRAMES_PER_TOKEN = 4  # mel frames

@@ -23,13 +23,7 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import (
-    AudioConfig,
-    HookedAudioTransformer,
-    LoadingError,
-    TokenError,
-    check_switches,
-)
+from audio_lens.models.base import HookedAudioTransformer, TokenError
 from audio_lens.models.codec_lm import (
     UNKNOWN,
     CodecStack,
@@ -39,6 +33,7 @@ from audio_lens.models.codec_lm import (
     undelayed,
 )
 from audio_lens.models.codecs import CODECS, CodecConfig, Speaking
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.layers import (
     Context,

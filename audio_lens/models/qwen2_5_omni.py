@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import check_encoder
-from audio_lens.models.base import AudioConfig, LoadingError
 from audio_lens.models.chunked import ChunkedAudioLLM, Sinusoids
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.language_model import language_model_config, weight_names
 from audio_lens.models.layers import PartConfig

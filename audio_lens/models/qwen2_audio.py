@@ -16,7 +16,7 @@ from torch import Tensor
 
 from audio_lens.hooks import HookPoint
 from audio_lens.models.audio_llm import HookedAudioLLM, check_encoder
-from audio_lens.models.base import AudioConfig
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.language_model import language_model_config, weight_names
 from audio_lens.models.layers import PartConfig

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.models.audio_llm import check_encoder
-from audio_lens.models.base import LoadingError
 from audio_lens.models.chunked import ChunkedAudioLLM, Sinusoids
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import (
     ConnectedConfig,
     ConnectorConfig,

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.models.audio_llm import check_encoder
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import PartConfig
 from audio_lens.models.layers.moe import MixtureBlock

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.base import check_switches
+from audio_lens.models.config import check_switches
 from audio_lens.models.layers import Attention, Context, PartConfig, PreNormBlock, RMSNorm, Stack
 
 _UNDERSTOOD = """

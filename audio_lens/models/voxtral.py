@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.models.audio_llm import FRAME_S, HookedAudioLLM, check_encoder
-from audio_lens.models.base import AudioConfig, LoadingError, TokenError
+from audio_lens.models.base import TokenError
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import (
     ConnectedConfig,
     ConnectorConfig,

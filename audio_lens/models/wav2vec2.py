@@ -19,7 +19,8 @@ from transformers.activations import ACT2FN
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.heads import IGNORED, EncoderOutput, PooledClassifier
 from audio_lens.models.layers import (
     MLP,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.models.base import AudioConfig, LoadingError, check_switches
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.heads import CTCConfig
 from audio_lens.models.layers import PartConfig
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
-from audio_lens.models.base import AudioConfig, HookedAudioTransformer, TokenError, check_switches
+from audio_lens.models.base import HookedAudioTransformer, TokenError
+from audio_lens.models.config import AudioConfig, check_switches
 from audio_lens.models.layers import (
     Block,
     Context,

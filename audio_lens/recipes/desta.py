@@ -27,9 +27,10 @@ from transformers.utils import cached_file
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import InputError
-from audio_lens.models.base import HookedAudioTransformer, LoadingError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.compose import Placeholder
 from audio_lens.models.composed import HookedComposed
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import Connector
 from audio_lens.models.layers import Context, LayerNorm, PartConfig, Stack
 from audio_lens.models.layers.qformer import QFormerConfig, ReadingBlock, qformer_weight_names

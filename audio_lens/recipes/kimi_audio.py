@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, WhisperConfig
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import ConnectedConfig, ConnectorConfig, NormedConnector
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import LoadingError
 from audio_lens.models.compose import Placeholder, compose
 from audio_lens.models.composed import HookedComposed
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import ConnectorConfig, StackingConnector
 from audio_lens.models.heads import CTCConfig
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names

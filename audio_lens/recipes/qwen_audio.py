@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from audio_lens.audio import AudioError
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import AudioConfig, LoadingError
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context, KVCache, PartConfig

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.models.adapters import Adapter
-from audio_lens.models.base import LoadingError
 from audio_lens.models.beats import HookedBeats
 from audio_lens.models.compose import Placeholder
 from audio_lens.models.composed import HookedComposed
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import Connector
 from audio_lens.models.layers import LayerNorm
 from audio_lens.models.layers.qformer import QFormer, QFormerConfig, qformer_weight_names

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, WhisperConfig
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.base import LoadingError
 from audio_lens.models.compose import Placeholder, compose
+from audio_lens.models.config import LoadingError
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import Attention, Context, LayerNorm, PartConfig
 from audio_lens.models.layers.lone import LoneBlock

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from audio_lens import HookedAudioTransformer, InputError, TokenError
 from audio_lens.audio import AudioError
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.models.layers import KVCache
 from families import FAMILIES
 from families.audio_llms import N_FRAMES, extractor

@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audio_lens import HookedAudioTransformer, InputError, metrics, patching
-from audio_lens.models.base import LoadingError
 from audio_lens.models.codec_lm import UNKNOWN, delayed, undelayed
+from audio_lens.models.config import LoadingError
 from audio_lens.models.kyutai_stt import HookedKyutaiSTT
 from audio_lens.models.layers import KVCache
 from audio_lens.models.moshi import HookedMoshi

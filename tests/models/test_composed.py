@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.inputs import InputError
-from audio_lens.models.base import LoadingError
 from audio_lens.models.compose import Placeholder
 from audio_lens.models.composed import CompositionError, HookedComposed
+from audio_lens.models.config import LoadingError
 from audio_lens.models.connectors import Connector, ConnectorConfig, StackingConnector
 from audio_lens.models.embedded import default_pair
 from families import FAMILIES

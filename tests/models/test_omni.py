@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer, InputError
 from audio_lens.audio import AudioError
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.models.layers import KVCache
 from families import FAMILIES, qwen2_5_omni, qwen3_asr
 from families.base import AUDIO_TOKEN, PAD, Family

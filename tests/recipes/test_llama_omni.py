@@ -17,7 +17,7 @@ from torch import Tensor
 
 from audio_lens import InputError
 from audio_lens.hooks import DeadHookError
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.recipes.llama_omni import (
     FIRST,
     QUESTION,

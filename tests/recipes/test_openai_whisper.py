@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.recipes.openai_whisper import openai_whisper
 from families.base import randomise
 from published.llama_omni import Whisper

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from audio_lens import InputError
 from audio_lens.audio import AudioError
-from audio_lens.models.base import LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.recipes.qwen_audio import (
     HookedQwenAudio,
     qwen_audio,
