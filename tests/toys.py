@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from audio_lens.inputs import AudioInputs
-from audio_lens.models.base import AudioConfig
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.layers import PartConfig
 from audio_lens.models.qwen2_audio import HookedQwen2Audio
 

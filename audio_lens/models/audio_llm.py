@@ -131,21 +131,6 @@ class AudioLLM(HookedAudioTransformer):
         """The connector's output."""
         return self.connector(self.encoder.finish(resid))
 
-    def decoder_context(
-        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
-    ) -> Context:
-        """Masks and rotary positions."""
-        earlier = past.length if past is not None else 0
-        positions = inputs.position_ids
-        if positions is None:
-            n_new = inputs.tokens.shape[1]
-            positions = torch.arange(earlier, earlier + n_new, device=inputs.device)[None]
-        return Context(
-            allowed=self.decoder_mask(inputs, past),
-            rotary=self.decoder.rotary(positions, self.dtype),
-            past=past,
-        )
-
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:

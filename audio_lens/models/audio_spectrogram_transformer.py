@@ -23,7 +23,7 @@ from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.heads import EncoderOutput
-from audio_lens.models.layers import Context, LayerNorm, PartConfig, PreNormBlock, Stack
+from audio_lens.models.layers import LayerNorm, PartConfig, PreNormBlock, Stack
 from audio_lens.timeline import Row, Timeline, Track
 
 N_SPECIAL = 2  # positions before the patches: class and distillation token
@@ -232,14 +232,6 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
     def enter_encoder(self, inputs: AudioInputs) -> Float[Tensor, "b t d"]:
         """Both special positions and all patches, with their places."""
         return self.encoder.embed(self.frontend(inputs.features))
-
-    def encoder_context(self, inputs: AudioInputs) -> Context:
-        """Nothing is masked: padding is heard too."""
-        return Context()
-
-    def send(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The encoder's output."""
-        return self.encoder.finish(resid)
 
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """Logits of the classes, ``b labels``, or the hidden states of a bare encoder."""

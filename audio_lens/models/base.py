@@ -189,13 +189,13 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
 
     # ---------------------------------------------------------------- what a family defines
 
-    @abstractmethod
     def encoder_context(self, inputs: AudioInputs) -> Context:
-        """What the encoder's blocks need beside the residual stream."""
+        """What the encoder's blocks need beside the residual stream: nothing is masked, here."""
+        return Context()
 
-    @abstractmethod
     def send(self, resid: Float[Tensor, "segments frames d"]) -> Tensor:
         """From the encoder's last residual stream to what the decoder receives."""
+        return self.encoder.finish(resid)
 
     def send_rows(
         self,
@@ -212,8 +212,17 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
     def decoder_context(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Context:
-        """What the decoder's blocks need beside the residual stream."""
-        raise NotImplementedError(f"{self.cfg.family} has no decoder")
+        """What the decoder's blocks need beside the residual stream: masks, rotary positions."""
+        earlier = past.length if past is not None else 0
+        positions = inputs.position_ids
+        if positions is None:
+            n_new = inputs.tokens.shape[1]
+            positions = torch.arange(earlier, earlier + n_new, device=inputs.device)[None]
+        return Context(
+            allowed=self.decoder_mask(inputs, past),
+            rotary=self.decoder.rotary(positions, self.dtype),
+            past=past,
+        )
 
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None

@@ -324,10 +324,6 @@ class HookedBeats(EncoderOutput, HookedAudioTransformer):
             position_bias=self.encoder.position_bias(length),
         )
 
-    def send(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The encoder's output."""
-        return self.encoder.finish(resid)
-
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """Logits of the classes, ``b labels``, or the hidden states of a bare encoder."""
         return hidden if self.cfg.head is None else self.classifier(hidden, self._valid(inputs))

@@ -150,10 +150,6 @@ class HookedComposed(AudioLLM):
         tapped[-1] = self.encoder.finish(tapped[-1])
         return self.connector(torch.cat(tapped, dim=-1)).to(self.device)
 
-    def send(self, resid: Float[Tensor, "segments frames d"]) -> Float[Tensor, "segments t d_out"]:
-        """The connector's output, where it reads the encoder's output alone."""
-        return self.connector(self.encoder.finish(resid))
-
     def send_rows(
         self,
         resid: Float[Tensor, "rows frames d"],

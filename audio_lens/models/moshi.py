@@ -37,7 +37,7 @@ from audio_lens.models.codec_lm import (
     code_track,
     delayed,
 )
-from audio_lens.models.config import check_switches
+from audio_lens.models.config import LoadingError, check_switches
 from audio_lens.models.layers.depth import DepthConfig, DepthDecoder
 from audio_lens.models.moshi_kind import (
     CodecLMConfig,
@@ -337,3 +337,21 @@ class HookedMoshi(HookedCodecLM):
     def _silence(self) -> Int[Tensor, "1 k 1"]:
         """The codes of one step without a sound."""
         return self.codec.encode(torch.zeros(1, self.cfg.hop))
+
+
+def _check_depth(hf_config: Any, depth: Any) -> None:
+    """Raise unless a depth decoder fits its decoder, and is of the kind that is implemented."""
+    pairs = {
+        "num_codebooks": hf_config.num_codebooks,
+        "input_size": hf_config.hidden_size,
+        "vocab_size": hf_config.vocab_size,
+        "audio_vocab_size": hf_config.audio_vocab_size,
+    }
+    for name, ours in pairs.items():
+        if getattr(depth, name) != ours:
+            raise LoadingError(f"{name} of the depth decoder is {getattr(depth, name)}, not {ours}")
+    if not 1 < depth.num_codebooks <= depth.sliding_window:
+        raise LoadingError(
+            f"a depth decoder of {depth.num_codebooks} codebooks with a window of "
+            f"{depth.sliding_window} is not implemented"
+        )

@@ -24,7 +24,7 @@ from audio_lens.models.codec_lm import (
 )
 from audio_lens.models.codecs import Speaking
 from audio_lens.models.config import AudioConfig, LoadingError
-from audio_lens.models.layers import Context, KVCache, PartConfig, Rotary, causal_mask
+from audio_lens.models.layers import KVCache, PartConfig, Rotary, causal_mask
 from audio_lens.models.layers.depth import PreciseBlock
 from audio_lens.models.layers.norms import PreciseRMSNorm
 
@@ -173,32 +173,11 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
 
     # ---------------------------------------------------------------- forward
 
-    def encoder_context(self, inputs: AudioInputs) -> Context:
-        raise NotImplementedError(f"{self.cfg.family} has no encoder")
-
-    def send(self, resid: Float[Tensor, "segments frames d"]) -> Tensor:
-        raise NotImplementedError(f"{self.cfg.family} has no encoder")
-
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
         """The sum of the embeddings of text and codes."""
         return self.decoder.embed(inputs.tokens, inputs.streams[..., : inputs.tokens.shape[1]])
-
-    def decoder_context(
-        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
-    ) -> Context:
-        """Masks and rotary positions."""
-        earlier = past.length if past is not None else 0
-        positions = inputs.position_ids
-        if positions is None:
-            n_new = inputs.tokens.shape[1]
-            positions = torch.arange(earlier, earlier + n_new, device=inputs.device)[None]
-        return Context(
-            allowed=self.decoder_mask(inputs, past),
-            rotary=self.decoder.rotary(positions, self.dtype),
-            past=past,
-        )
 
     def decoder_mask(
         self, inputs: AudioInputs, past: KVCache | None
@@ -356,24 +335,3 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
 
     def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
         return self.continued(inputs, max_new_tokens).tokens
-
-
-def _check_depth(hf_config: Any, depth: Any) -> None:
-    """Raise unless a depth decoder fits its decoder, and is of the kind that is implemented."""
-    pairs = {
-        "num_codebooks": hf_config.num_codebooks,
-        "input_size": hf_config.hidden_size,
-        "vocab_size": hf_config.vocab_size,
-        "audio_vocab_size": hf_config.audio_vocab_size,
-    }
-    for name, ours in pairs.items():
-        if getattr(depth, name) != ours:
-            raise LoadingError(f"{name} of the depth decoder is {getattr(depth, name)}, not {ours}")
-    if not 1 < depth.num_codebooks <= depth.sliding_window:
-        raise LoadingError(
-            f"a depth decoder of {depth.num_codebooks} codebooks with a window of "
-            f"{depth.sliding_window} is not implemented"
-        )
-
-
-# -------------------------------------------------------------------------------- Moshi

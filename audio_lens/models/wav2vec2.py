@@ -291,10 +291,6 @@ class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
             position_bias=self.encoder.position_bias(length),
         )
 
-    def send(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The encoder's output."""
-        return self.encoder.finish(resid)
-
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """Logits of labels (``b t v``) or of classes (``b v``), or the hidden states."""
         if self.cfg.head == "classes":

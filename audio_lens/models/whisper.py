@@ -175,14 +175,6 @@ class HookedWhisper(HookedAudioTransformer):
 
     # ---------------------------------------------------------------- forward
 
-    def encoder_context(self, inputs: AudioInputs) -> Context:
-        """Nothing is masked: Whisper's encoder always hears the full length, padding too."""
-        return Context()
-
-    def send(self, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The encoder's output."""
-        return self.encoder.finish(resid)
-
     def decoder_context(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Context:

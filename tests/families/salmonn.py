@@ -38,7 +38,7 @@ from published.salmonn import WINDOW, BertSelfAttention, Salmonn
 
 N_FRAMES = 200  # mel frames of the tiny Whisper: 2 s
 WINDOWS = N_FRAMES // 2 // WINDOW
-QUERIES = 2  # the released models have one, for whose self-attention nothing matters
+QUERIES = 1
 D_FORMER = 48
 N_MELS = 128  # of BEATs
 
@@ -233,13 +233,13 @@ SALMONN = Family(
     reference=reference,
     models={
         "tiny": {},
-        "as released: one query": {"queries": 1},
+        "three queries, which see each other": {"queries": 3},
         "three layers of the Q-Former": {"former_layers": 3},
         "another rank": {"rank": 3},
         "BEATs with its head": {"beats_finetuned_model": True},
         "no GQA": {"num_key_value_heads": 6},
     },
-    model_batches={"as released: one query": {"queries": 1}},
+    model_batches={"three queries, which see each other": {"queries": 3}},
     batches={
         "unequal clips, left padding": {"padding": "left"},
         "unequal clips, right padding": {"lengths": (32_000, 6_000), "words": (4, 7)},

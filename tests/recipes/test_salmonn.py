@@ -33,7 +33,7 @@ from published.salmonn import Salmonn, published_shapes
 RATE = 16_000
 PROMPT = "USER: <Speech><SpeechHere></Speech> {}\nASSISTANT:"
 QUESTION = "What is said?"
-AS_RELEASED = {"queries": 1, "ear_max_source_positions": 1500, "ear_encoder_layers": 1}
+AS_RELEASED = {"ear_max_source_positions": 1500, "ear_encoder_layers": 1}
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -120,7 +120,7 @@ def published_logits(published: Salmonn, spectrograms: Tensor, waves: list[np.nd
 
 @torch.no_grad()
 def test_from_files_and_waveforms_to_what_was_published(tmp_path: Path) -> None:
-    published = build(queries=1, beats_finetuned_model=True)
+    published = build(beats_finetuned_model=True)
     model = salmonn(**files(published, tmp_path), dtype=torch.float32)
     waves = [noise(1.7), noise(1.2, seed=1)]
     inputs = model.prepare(waves, QUESTION, sampling_rate=RATE)
@@ -221,10 +221,18 @@ def test_prompts_are_the_published_ones() -> None:
         model.tokenizer.encode(text, add_special_tokens=False)
         for text in PROMPT.format(QUESTION).split("<SpeechHere>")
     )
-    audio = [model.audio_token_id] * (2 * WINDOWS)
+    audio = [model.audio_token_id] * WINDOWS
     assert inputs.tokens[0].tolist() == [1, *before, *audio, *after]
     whole = model.prepare(noise(1.0), PROMPT.format(QUESTION), sampling_rate=RATE)
     assert torch.equal(whole.tokens, inputs.tokens)
+
+
+def test_a_single_query_has_no_queries_and_keys_of_its_own() -> None:
+    names = [n for n in model_of().hook_dict if n.startswith("connector.blocks.0.attn.")]
+    assert {name.rpartition(".")[2] for name in names} == {
+        *("hook_v", "hook_pattern", "hook_z", "hook_result"),
+    }
+    assert "connector.blocks.0.attn.hook_q" in model_of(queries=2).hook_dict
 
 
 def test_short_clips_are_heard_with_silence_behind_them() -> None:
@@ -294,7 +302,7 @@ def test_time_profiles_lie_within_windows() -> None:
     assert profile.dims == ("clip", "token", "time")
     np.testing.assert_allclose(profile.sum("time"), 1)
     moments = (profile * profile.time).sum("time").values
-    starts = 0.02 * WINDOW * np.repeat(np.arange(WINDOWS), 2)
+    starts = 0.02 * WINDOW * np.arange(WINDOWS)
     assert (moments >= starts).all() and (moments < starts + 0.02 * WINDOW).all()
 
 
