@@ -8,6 +8,7 @@ the mask.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ Word = str | int
 Words = Word | Sequence[Word]
 Transcript = str | tuple[int, ...]
 MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
+TEXT = "text"  # the stream that a tokenizer writes
 
 
 @dataclass(frozen=True)
@@ -227,9 +229,17 @@ def of_stream(stream: str, metric: Metric) -> Metric:
 
     Args:
         stream: "text", "audio.0" ...
-        metric: of this module; its words are tokens of that stream, by their ids in it (texts
-            where the model's tokenizer writes it).
+        metric: one of this module at a single position; its words are ids of tokens in that
+            stream, or words where the stream is the text. Your own function: `read_at`.
+
+    Raises:
+        TypeError: for a bare function, or a metric that names its stream already.
     """
+    if not isinstance(metric, Metric) or metric.names_stream:
+        raise TypeError(
+            "of_stream takes a metric that names no stream yet; a function of the stream's logits "
+            "is one by metrics.read_at(fn)"
+        )
     return _OfStream(stream, metric)
 
 
@@ -428,8 +438,13 @@ class _WritingStream:
         return getattr(self.model, name)
 
     def to_single_token(self, word: Word) -> int:
-        token = self.model.to_single_token(word)
-        if token >= self.width:
+        if isinstance(word, str) and self.stream != TEXT:
+            raise InputError(
+                f"{word!r} is a word, and {self.stream} writes none: name its tokens by their ids, "
+                f"0 to {self.width - 1}"
+            )
+        token = self.model.to_single_token(word) if isinstance(word, str) else operator.index(word)
+        if not 0 <= token < self.width:
             raise InputError(f"{self.stream} has {self.width} tokens, so none is {token}")
         return token
 
@@ -512,6 +527,11 @@ class _SequenceLogProb(Metric):
         return f"log-probability of {self.tokens!r}"
 
     def _bind(self, model, inputs, reference) -> Reading:
+        if model.cfg.head == "streams":
+            raise InputError(
+                "sequence_log_prob scores the tokens of models that write a single stream: score "
+                "one token at a time, as in metrics.log_prob(token, position=-2)"
+            )
         if model.cfg.head != "tokens":
             raise InputError("sequence_log_prob scores what a decoder writes; use ctc_log_prob")
         ids = self.tokens

@@ -196,7 +196,7 @@ def _heads(found: Attention) -> dict[str, Any]:
 def _print_heads(found: Sequence[Attention], page: Path) -> None:
     for one in found:
         table = Table(
-            f"sharpest heads of {one.site}", "on audio", "entropy (bits)", "peak",
+            f"sharpest heads of {one.site}", one.share_head, "entropy (bits)", "peak",
             box=None, header_style="dim",
         )  # fmt: skip
         for head in sorted(one.summary(), key=lambda head: head.entropy)[:SHARPEST]:
@@ -254,7 +254,8 @@ def lens(
         from audio_lens.report.cache_page import layer_lines, streams_shown, write_streams
 
         prompts, told = asked.prompts(listener), {}
-        for path, prompt, page in zip(asked.clips, prompts, pages, strict=True):
+        for path, given, page in zip(asked.clips, prompts, pages, strict=True):
+            prompt = given.shown()
             found = streams_shown(
                 prompt, None, part or None, False if norms else None, token or (), layer or None
             )

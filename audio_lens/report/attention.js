@@ -99,6 +99,8 @@ await start(async (data, stage) => {
     const rows = pattern();
     await stage.draw(painted(rows), { ...view().layout, shapes: boxes(rows) });
     byId("of-layer").textContent = layer.value;
+    byId("share-head").textContent = view().share_head;
+    byId("how").textContent = view().how;
     fillQueries();
     fillSummary();
     byId("stage").dataset.shown = [view().site, layer.value, head.value, query ?? ""].join(" ");
@@ -136,11 +138,11 @@ await start(async (data, stage) => {
   }
 
   function describe(rows) {
-    const { queries, on_audio: onAudio } = view();
+    const { queries, on_audio: onAudio, share_of: shareOf } = view();
     const share = onAudio[number(layer)][number(head)][query];
     const spans = listened(rows).map((span) => inSeconds(...span)).join(", ");
     const held = spans ? `; ${part.selectedOptions[0].text.replace("what holds ", "")} of that in ${spans}` : "";
-    return `${queries[query].label}: ${(100 * share).toFixed(1)} % of its attention is on the clip${held}`;
+    return `${queries[query].label}: ${(100 * share).toFixed(1)} % ${shareOf}${held}`;
   }
 
   async function choose(index, plays = false) {

@@ -16,16 +16,13 @@ from torch import Tensor
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import InputError
-from audio_lens.report.prompts import Places, Prompt, chosen_numbers, token_label
+from audio_lens.models import HookedAudioTransformer
+from audio_lens.report.prompts import Places, Prompt, chosen_numbers
 
 MOST_BINS, LEAST_BINS = 250, 50  # stretches that the seconds of a clip are cut into
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 TOP_LEVEL = len(LETTERS) - 1
-SITES = {
-    "decoder.cross_attn": "decoder, text to frames (cross)",
-    "decoder.attn": "decoder, text to audio",
-    "encoder.attn": "encoder, frames to frames",
-}
+CROSS = "decoder.cross_attn"
 
 Edges = Float[np.ndarray, " edges"]
 
@@ -70,6 +67,9 @@ class Attention:
         edges: bounds of the stretches in seconds.
         queries: what attends.
         skipped: layers that were left out to keep the file small.
+        is_read: whether the rows are the words of a text that the stretches of the clip attend to:
+            `share` is then the mean share that a word gets of the positions of a stretch,
+            `on_audio` that of all, and `entropy` that of how a word's attention spreads over them.
     """
 
     site: str
@@ -81,11 +81,26 @@ class Attention:
     edges: Edges
     queries: list[Query]
     skipped: tuple[int, ...] = ()
+    is_read: bool = False
 
     @property
     def is_timed(self) -> bool:
         """Whether queries are stretches of the clip, not tokens."""
-        return self.site.startswith("encoder")
+        return self.queries[0].span is not None
+
+    @property
+    def name(self) -> str:
+        """What a page calls the site."""
+        part, cross = self.site.split(".")[0], " (cross)" if self.site == CROSS else ""
+        if self.is_read:
+            return f"{part}, steps to text{cross}"
+        steps = "steps to steps" if part == "decoder" else "frames to frames"
+        return f"{part}, {steps if self.is_timed else 'text to audio'}{cross}"
+
+    @property
+    def share_head(self) -> str:
+        """What `on_audio` is called in tables."""
+        return "per word" if self.is_read else "on audio"
 
     def summary(self) -> list[HeadSummary]:
         """One line for every head."""
@@ -132,12 +147,11 @@ class Attention:
 
     def coarser(self) -> Attention:
         """With stretches joined by twos: attention to them adds up, that of them is averaged."""
-        edges = _every_second(self.edges)
+        edges, n = _every_second(self.edges), len(self.edges) - 1
+        sizes = np.add.reduceat(np.ones(n, dtype=np.float32), np.arange(0, n, 2))
         share = _joined(self.share, -1)
         if not self.is_timed:
-            return replace(self, share=share, edges=edges)
-        n = len(self.queries)
-        sizes = np.add.reduceat(np.ones(n, dtype=np.float32), np.arange(0, n, 2))
+            return replace(self, share=share / sizes if self.is_read else share, edges=edges)
         return replace(
             self,
             share=_joined(share, -2) / sizes[:, None],
@@ -212,23 +226,49 @@ def timed_queries(edges: Edges) -> list[Query]:
 
 
 def sites_of(prompt: Prompt, wanted: str | Sequence[str] | None = None) -> list[str]:
-    """The sites whose heads can look at the clip; all, or those wanted.
+    """The sites whose heads look at the clip, or from its moments at a text; all, or those wanted.
 
     Raises:
         InputError: for one that the model does not have.
     """
-    hooks = prompt.model.hook_dict
-    there = [site for site in SITES if pattern_name(site, 0) in hooks]
-    if "decoder.attn" in there and not len(prompt.places("decoder")):
-        there.remove("decoder.attn")  # tokens only
+    there = [site for site in _with_patterns(prompt.model) if _lies_in_time(prompt, site)]
     chosen = there if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [site for site in chosen if site not in there]
     if unknown or not chosen:
         raise InputError(
-            f"no attention to audio at {', '.join(unknown) or 'no site'}: in this model there is "
-            f"{', '.join(there) or 'none'}"
+            f"no attention to audio at {', '.join(unknown) or 'any site'}: in this model there is "
+            f"{', '.join(there) or 'none'}{_profile_hint(prompt)}"
         )
     return chosen
+
+
+def _with_patterns(model: HookedAudioTransformer) -> list[str]:
+    """Sites with patterns, of the parts that write first."""
+    cfg, hooks = model.cfg, model.hook_dict
+    writing = [part for part in cfg.parts if part not in cfg.is_heard_in]
+    sites = [CROSS, *(f"{part}.attn" for part in [*writing, *cfg.is_heard_in])]
+    return [site for site in sites if pattern_name(site, 0) in hooks]
+
+
+def _lies_in_time(prompt: Prompt, site: str) -> bool:
+    """Whether queries or keys lie in the seconds of the clip, each position at another moment."""
+    part = site.split(".")[0]
+    if site == CROSS and prompt.reads_text:
+        return len(prompt.text_places("encoder")) > 0 and len(prompt.places("decoder")) > 0
+    if site == CROSS:
+        return len(prompt.places("encoder")) > 0
+    is_own = part not in prompt.model.cfg.speakers or prompt.lies_as_decoder(part)
+    return is_own and len(prompt.places(part)) > 0
+
+
+def _profile_hint(prompt: Prompt) -> str:
+    """What to do where audio enters a language model in no order of time."""
+    if not prompt.has_untimed_audio:
+        return ""
+    return (
+        "; its audio tokens have no seconds: when each of them listens, "
+        "audio_lens.profile.time_profile says"
+    )
 
 
 def pattern_name(site: str, layer: int) -> str:
@@ -251,7 +291,8 @@ def read_attention(
         InputError: layers or heads that a site does not have, or a cache of another batch.
         HookNameError: a cache without these patterns.
     """
-    readers = [Reader(prompt, site, layers, heads) for site in sites]
+    kinds = [WordReader if site == CROSS and prompt.reads_text else Reader for site in sites]
+    readers = [kind(prompt, site, layers, heads) for kind, site in zip(kinds, sites, strict=True)]
     if cache is None:
         hooks = [(name, reader) for reader in readers for name in reader.names]
         prompt.model.run_with_hooks(prompt.inputs, fwd_hooks=hooks, return_type=None)
@@ -278,9 +319,15 @@ class Reader:
         cfg = prompt.model.cfg.parts[self.part]
         self.layers = chosen_numbers("layers", layers, cfg.n_layers, self.part)
         self.heads = chosen_numbers("heads", heads, cfg.n_heads, self.part)
-        self.keys = prompt.places("decoder" if site == "decoder.attn" else "encoder")
-        self.edges, self.key_bins = self.keys.bins(prompt.heard.seconds, MOST_BINS)
-        self.queries = self.keys if self.part == "encoder" else self._tokens()
+        self.timed = self._timed()
+        self.edges, self.bins = self.timed.bins(prompt.heard.seconds, MOST_BINS)
+        self.is_timed = prompt.is_codec_lm or self.part in prompt.model.cfg.is_heard_in
+        self.rows = self._rows()
+        if not len(self.rows):
+            raise InputError(
+                f"no token of this prompt attends to the clip at {site}: answer= lets the model "
+                "write some"
+            )
         self._found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -294,50 +341,89 @@ class Reader:
     def take(self, layer: int, pattern: Float[Tensor, "b h q k"]) -> None:
         """Keep the pattern of a layer."""
         own = self.prompt.own(self.part, pattern)[:, self.heads]
-        rows = [self._on_clip(own[row], row) for row in range(len(own))]
-        found = [torch.cat(of_rows, dim=1) for of_rows in zip(*rows, strict=True)]
-        if self.part == "encoder":
-            found = [_means(values, self.key_bins, len(self.edges) - 1) for values in found]
-        self._found[layer] = tuple(found)
+        self._found[layer] = tuple(x.cpu() for x in self._on_clip(own))
 
     def attention(self) -> Attention:
         """What was taken in."""
         found = [self._found[layer] for layer in self.layers]
         arrays = (torch.stack(of_layers).numpy() for of_layers in zip(*found, strict=True))
-        queries = timed_queries(self.edges) if self.part == "encoder" else self._token_queries()
-        return Attention(self.site, self.layers, self.heads, *arrays, self.edges, queries)
+        return Attention(self.site, self.layers, self.heads, *arrays, self.edges, self._queries())
 
-    def _on_clip(
-        self, pattern: Float[Tensor, "h q k"], row: int
-    ) -> tuple[Float[Tensor, "h n bins"], Float[Tensor, "h n"], Float[Tensor, "h n"]]:
-        """Shares per stretch, their sum and their entropy, for the queries of one row."""
-        device = pattern.device
-        queries, keys = self.queries.of_row(row).to(device), self.keys.of_row(row).to(device)
-        bins = self.key_bins[self.keys.row == row].to(device)
-        here = pattern[:, queries][..., keys].float()
-        share = here.new_zeros(*here.shape[:2], len(self.edges) - 1).index_add_(-1, bins, here)
-        on_audio = here.sum(-1)
-        spread = here / on_audio.clamp_min(torch.finfo(here.dtype).tiny)[..., None]
-        entropy = torch.special.entr(spread).sum(-1) / math.log(2)
-        return share.cpu(), on_audio.cpu(), entropy.cpu()
+    def _timed(self) -> Places:
+        """The positions with seconds: what is attended to."""
+        return self.prompt.places("encoder" if self.site == CROSS else self.part)
 
-    def _tokens(self) -> Places:
-        """The text that can look at the clip: in a language model, what stands behind its start."""
-        text = self.prompt.text_places()
-        if self.site == "decoder.cross_attn":
+    def _rows(self) -> Places:
+        """What attends: the same, or the text that can: in a language model, behind its start."""
+        if self.is_timed:
+            return self.timed
+        text = self.prompt.text_places(self.part)
+        if self.site == CROSS:
             return text
-        behind = text.index > self.keys.index[0]
+        behind = text.index > self.timed.index[0]
         return Places(text.row[behind], text.index[behind], text.seconds[behind])
 
-    def _token_queries(self) -> list[Query]:
-        tokens, model = self.prompt.tokens, self.prompt.model
-        return [Query(token_label(model, tokens[at])) for at in self.queries.index.tolist()]
+    def _queries(self) -> list[Query]:
+        if self.is_timed:
+            return timed_queries(self.edges)
+        return [Query(label) for label in self.prompt.labels(self.part, self.rows)]
+
+    def _on_clip(self, own: Float[Tensor, "rows h q k"]) -> list[Tensor]:
+        """Shares per stretch, their sum and their entropy, for what attends: ``h n ...``."""
+        rows = [self._of_row(pattern, row) for row, pattern in enumerate(own)]
+        found = [torch.cat(of_rows, dim=1) for of_rows in zip(*rows, strict=True)]
+        if not self.is_timed:
+            return found
+        return [_means(values, self.bins, len(self.edges) - 1) for values in found]
+
+    def _of_row(
+        self, pattern: Float[Tensor, "h q k"], row: int
+    ) -> tuple[Float[Tensor, "h n bins"], Float[Tensor, "h n"], Float[Tensor, "h n"]]:
+        device = pattern.device
+        queries, keys = self.rows.of_row(row).to(device), self.timed.of_row(row).to(device)
+        bins = self.bins[self.timed.row == row].to(device)
+        here = pattern[:, queries][..., keys].float()
+        share = here.new_zeros(*here.shape[:2], len(self.edges) - 1).index_add_(-1, bins, here)
+        return share, here.sum(-1), _entropy(here)
+
+
+class WordReader(Reader):
+    """Takes in how steps of the clip attend to the words of a text; see `Attention.is_read`."""
+
+    def _timed(self) -> Places:
+        """The positions with seconds: what attends."""
+        return self.prompt.places(self.part)
+
+    def _rows(self) -> Places:
+        """The words."""
+        return self.prompt.text_places("encoder")
+
+    def _queries(self) -> list[Query]:
+        return [Query(label) for label in self.prompt.labels("encoder", self.rows)]
+
+    def attention(self) -> Attention:
+        """What was taken in."""
+        return replace(super().attention(), is_read=True)
+
+    def _on_clip(self, own: Float[Tensor, "1 h q k"]) -> list[Tensor]:
+        device = own.device
+        steps, words = self.timed.index.to(device), self.rows.index.to(device)
+        here = own[0][:, steps][..., words].float()
+        share = _means(here, self.bins, len(self.edges) - 1).transpose(1, 2)
+        return [share, here.mean(1), _entropy(here.transpose(1, 2))]
+
+
+def _entropy(given: Float[Tensor, "h n m"]) -> Float[Tensor, "h n"]:
+    """How attention spreads over the last axis, in bits."""
+    whole = given.sum(-1, keepdim=True).clamp_min(torch.finfo(given.dtype).tiny)
+    return torch.special.entr(given / whole).sum(-1) / math.log(2)
 
 
 def _means(
     values: Float[Tensor, "h n *rest"], bins: Int[Tensor, " n"], n_bins: int
 ) -> Float[Tensor, "h bins *rest"]:
     """Means over the positions of every stretch."""
+    bins = bins.to(values.device)
     sums = values.new_zeros(len(values), n_bins, *values.shape[2:]).index_add_(1, bins, values)
     counts = torch.bincount(bins, minlength=n_bins)
     return sums / counts.reshape(-1, *[1] * (values.ndim - 2))

@@ -16,7 +16,6 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.report.attention import (
     LETTERS,
-    SITES,
     TOP_LEVEL,
     Attention,
     fitted,
@@ -24,7 +23,7 @@ from audio_lens.report.attention import (
     sites_of,
 )
 from audio_lens.report.html import traces_json, write_page
-from audio_lens.report.prompts import ANSWER_TOKENS, Prompt, drawn
+from audio_lens.report.prompts import Prompt, drawn
 from audio_lens.report.rows import STYLE, Panel, Rows
 from audio_lens.timeline import Span
 
@@ -33,6 +32,14 @@ PROFILE_PX, TOKEN_PX, MOST_PX, SQUARE_PX = 70, 18, 620, 420
 LABEL_LETTERS, MOST_LABELS = 22, 40
 BLUES = sequential.Blues  # safe for colour-blind readers
 SCALE = [[(i / (len(BLUES) - 1)) ** 2, colour] for i, colour in enumerate(BLUES)]  # of roots
+HOW = (
+    "Darker: more of the attention of the row's query falls there. Click a row or a token to see "
+    "and hear where it listened."
+)
+HOW_READ = (
+    "Darker: more of the attention of what plays there falls on the row's word. Click a row or a "
+    "word to see and hear where it is read."
+)
 SHARES = (0.25, 0.5, 0.75, 0.9)  # how much of a query's attention a click plays
 
 Inputs = AudioInputs | Mapping[str, Any]
@@ -68,8 +75,9 @@ def attention_page(
         path: the HTML file to write.
         cache: activations of a run on these inputs that hold patterns (``attention=True``, or by
             name); None runs the model on the prompt.
-        sites: some of "encoder.attn", "decoder.cross_attn" and "decoder.attn" (of an audio LLM, to
-            its audio); None for all there are.
+        sites: some of "encoder.attn" (or of another ear), "decoder.cross_attn" and "decoder.attn"
+            (of an audio LLM, to its audio); None for all there are. In models whose encoder reads
+            text, the cross-attention of the moments of the clip to its words.
         layers, heads: numbers to show, negative ones from the end; None for all.
         answer: how many tokens the model writes first, which then are shown behind the prompt
             (not with a cache); None is 64, or none for models that write no tokens.
@@ -114,10 +122,10 @@ def write_attention(
         rows,
         {"views": [_view(one, rows) for one in fitting], "letters": LETTERS},
         title=title,
-        sites=[SITES[one.site] for one in fitting],
+        sites=[one.name for one in fitting],
         shares=SHARES,
         facts=prompt.facts(),
-        notes=_notes(fitting),
+        notes=_notes(fitting) + prompt.notes(),
     )
 
 
@@ -177,8 +185,7 @@ def prompt_shown(prompt: Prompt, cache: AudioCache | None, answer: int | None) -
         raise InputError(f"answer= has nothing to do here: {why}")
     if cache is not None:
         return prompt
-    wanted = ANSWER_TOKENS if answer is None else answer
-    return prompt.answered(wanted) if writes and wanted else prompt.alone()
+    return prompt.shown(answer) if writes else prompt.alone()
 
 
 # -------------------------------------------------------------------------------- drawing
@@ -198,6 +205,7 @@ def _view(attention: Attention, rows: Rows) -> dict[str, Any]:
     return {
         "site": attention.site,
         "timed": attention.is_timed,
+        **_told(attention),
         "layers": attention.layers,
         "heads": attention.heads,
         "edges": attention.edges.round(6).tolist(),
@@ -215,6 +223,15 @@ def _view(attention: Attention, rows: Rows) -> dict[str, Any]:
         "traces": traces_json([profile.update(rows.axes(0)), heat.update(rows.axes(1))]),
         "layout": rows.layout(panels).to_plotly_json(),
     }
+
+
+def _told(attention: Attention) -> dict[str, str]:
+    """How to read the rows, what share of attention they have, and the table of the heads."""
+    if attention.is_read:
+        how, share = HOW_READ, "of the attention of all steps is on it"
+    else:
+        how, share = HOW, "of its attention is on the clip"
+    return {"how": how, "share_of": share, "share_head": attention.share_head}
 
 
 def _heat_style(attention: Attention) -> dict[str, Any]:
@@ -257,8 +274,9 @@ def _cut(label: str) -> str:
 def _notes(found: Sequence[Attention]) -> list[str]:
     """How patterns were made small, and how to read them."""
     notes = [
-        "A share says how much of a query's attention falls into a stretch of the clip; what is "
-        "missing to 100 % falls on padding, on text or on other clips.",
+        "A share says how much of a query's attention falls into a stretch of the clip (of a row "
+        "that is a word: how much of the attention of a stretch falls on it); what is missing to "
+        "100 % falls on padding, on text or on other clips.",
         "Entropy is of how attention spreads over the positions of the clip; share on audio, "
         "entropy and peak are means over the queries shown, taken before anything is rounded.",
         f"Patterns are kept as square roots in {TOP_LEVEL + 1} steps up to the largest share of "
@@ -266,17 +284,23 @@ def _notes(found: Sequence[Attention]) -> list[str]:
         "A click plays the shortest time that holds the chosen part of what a query gives to the "
         "clip; stretches below 0.1 s are played a little longer.",
     ]
-    if any(not one.is_timed for one in found):
+    if any(one.is_read for one in found):
+        notes.append(
+            "In steps to text a row is a word, and its share in a stretch the mean of what the "
+            "steps there give to it. Its entropy is of how that spreads over the steps."
+        )
+    if any(not (one.is_timed or one.is_read) for one in found):
         notes.append(
             "A row of tokens is what the model attends to at that token, while it decides on the "
             "next one. Text in front of the audio cannot attend to it and is left out."
         )
     for one in found:
         width = (one.edges[-1] - one.edges[0]) / (len(one.edges) - 1)
-        of_queries = ", attention from them is averaged" if one.is_timed else ""
+        of_keys = "" if one.is_read else "attention to the positions in them is added up"
+        of_queries = "attention from them is averaged" if one.is_timed or one.is_read else ""
         notes.append(
-            f"{one.site}: {len(one.edges) - 1} stretches of about {1000 * width:.0f} ms; attention "
-            f"to the positions in them is added up{of_queries}."
+            f"{one.site}: {len(one.edges) - 1} stretches of about {1000 * width:.0f} ms; "
+            f"{', '.join(filter(None, (of_keys, of_queries)))}."
         )
         if one.skipped:
             notes.append(

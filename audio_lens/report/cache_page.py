@@ -90,6 +90,7 @@ def cache_page(
         TokenError: a word that is not one token.
     """
     prompt = Prompt.of(model, inputs, row, clip, audio, {"words": words, "phones": phones})
+    prompt = prompt.shown() if cache is None else prompt
     found = streams_shown(prompt, cache, parts, lens, tokens, layers)
     return write_streams(prompt, found, path, title)
 
@@ -108,7 +109,7 @@ def write_streams(prompt: Prompt, found: Sequence[Streams], path: str | Path, ti
         views=views,
         tables={streams.part: layer_lines(prompt, streams) for streams in found},
         facts=prompt.facts(),
-        notes=_notes(drawings),
+        notes=_notes(drawings) + prompt.notes(),
     )
 
 
@@ -135,6 +136,7 @@ def cache_figure(
     The rest, and the errors, are as of `cache_page`.
     """
     prompt = Prompt.of(model, inputs, row, clip, audio, {"words": words, "phones": phones})
+    prompt = prompt.shown() if cache is None else prompt
     tokens = () if show in ("norm", "lens") else (show,)
     part = model.output_part if part is None else part
     (streams,) = streams_shown(prompt, cache, part, show != "norm", tokens)
@@ -157,8 +159,11 @@ def streams_shown(
 ) -> list[Streams]:
     """The streams of the parts wanted, what makes the output first.
 
+    Without a cache the prompt is `Prompt.shown`.
+
     Raises:
-        InputError: a part that does not exist, or a lens or tokens where no part has a vocabulary.
+        InputError: a part that does not exist or holds nothing, or a lens or tokens where no part
+            has a vocabulary.
     """
     there = list(reversed(prompt.model.cfg.parts))
     wanted = there if parts is None else [parts] if isinstance(parts, str) else list(parts)
@@ -169,7 +174,10 @@ def streams_shown(
         raise InputError("tokens= are read by the logit lens: leave out lens=False")
     if lens or tokens:
         check_vocabulary(prompt, wanted)
-    prompt = prompt.alone() if cache is None else prompt
+    empty = [part for part in wanted if not prompt.holds(part)]  # no text for a text encoder
+    if empty and parts is not None:
+        raise InputError(f"the {' and the '.join(empty)} has no positions to show in this prompt")
+    wanted = [part for part in wanted if part not in empty]
     return read_streams(prompt, wanted, lens is not False, tokens, cache, layers)
 
 
@@ -386,7 +394,7 @@ def layer_lines(prompt: Prompt, streams: Streams) -> list[dict[str, Any]]:
     ]
     if streams.lens is None:
         return lines
-    texts = texts_of(prompt, streams.lens)
+    texts = texts_of(prompt, streams)
     return [line | {"text": text} for line, text in zip(lines, texts, strict=True)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.report.prompts import Prompt
 
 SIZES = {
     "layers": "n_layers",
@@ -24,14 +25,15 @@ SIZES = {
 
 
 def describe(model: HookedAudioTransformer) -> dict[str, Any]:
-    """Family, sizes of the parts, seconds per position, and every hook with its shape.
+    """Family, sizes of parts and streams, seconds per position, and every hook with its shape.
 
     Shapes are those of one forward on a second of silence (less where the model takes less).
     """
     seconds, rate = min(1.0, model.cfg.max_audio_s), model.cfg.sampling_rate
     silence = np.zeros(int(seconds * rate), dtype=np.float32)
     question = "?" if model.takes_question else None
-    inputs = model.prepare(silence, text=question, sampling_rate=rate)
+    prompt = Prompt.of(model, model.prepare(silence, text=question, sampling_rate=rate))
+    inputs = prompt.shown().inputs
     return {
         "model": model.cfg.model_name,
         "family": model.cfg.family,
@@ -39,6 +41,7 @@ def describe(model: HookedAudioTransformer) -> dict[str, Any]:
         "sampling_rate": rate,
         "longest_clip_s": model.cfg.max_audio_s,
         "parts": _parts(model, inputs),
+        "streams": dict(model.cfg.streams),
         "shapes_for": f"{seconds:g} s of silence",
         "hooks": _hook_shapes(model, inputs),
     }
@@ -51,7 +54,7 @@ def _parts(model: HookedAudioTransformer, inputs: AudioInputs) -> dict[str, dict
         cfg = model.cfg.parts.get(part)
         parts[part] = {name: getattr(cfg, at) for name, at in SIZES.items()} if cfg else {}
         seconds = timeline.seconds(part)
-        seconds = seconds[seconds.isfinite()]
+        seconds = seconds[seconds.isfinite()].unique()
         if len(seconds) > 1:
             parts[part]["seconds_per_position"] = round((seconds[1] - seconds[0]).item(), 6)
     return parts

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from audio_lens.cache import AudioCache
 from audio_lens.inputs import InputError
+from audio_lens.metrics import TEXT
 from audio_lens.report.prompts import Places, Prompt, chosen_numbers, token_label
 
 TOP_TOKENS = 3
@@ -55,7 +56,23 @@ class Streams:
 
 def has_vocabulary(prompt: Prompt, part: str) -> bool:
     """Whether what the part holds at a position can be read as tokens or labels."""
-    return part == prompt.model.output_part and prompt.model.cfg.head in ("tokens", "ctc")
+    cfg = prompt.model.cfg
+    is_read = cfg.head in ("tokens", "ctc") or TEXT in dict(cfg.streams)
+    return part == prompt.model.output_part and is_read
+
+
+def _logits(prompt: Prompt, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n v"]:
+    """What is read of final hidden states: of several streams, the text."""
+    model = prompt.model
+    if model.cfg.head == "streams":
+        return model.decoder.unembed(hidden)
+    return model.read_out(hidden, prompt.inputs)
+
+
+def _vocabulary(prompt: Prompt) -> int:
+    """How many tokens there are to read."""
+    cfg = prompt.model.cfg
+    return dict(cfg.streams)[TEXT] if cfg.head == "streams" else cfg.output.d_vocab
 
 
 def check_vocabulary(prompt: Prompt, parts: Sequence[str]) -> None:
@@ -68,6 +85,8 @@ def check_vocabulary(prompt: Prompt, parts: Sequence[str]) -> None:
         return
     output = prompt.model.output_part
     other = f" (the {output} has one)" if has_vocabulary(prompt, output) else ""
+    if prompt.model.cfg.streams and not other:
+        other = f" (it writes {', '.join(dict(prompt.model.cfg.streams))}, which are codes)"
     raise InputError(
         f"the {' and the '.join(parts)} of {prompt.model.cfg.model_name} has no vocabulary that a "
         f"logit lens could read{other}: leave out the lens and its tokens to see norms"
@@ -120,8 +139,7 @@ def _read_part(
     lens: bool,
     tokens: Sequence[str | int],
 ) -> Streams:
-    audio = prompt.places(part)
-    text = prompt.text_places() if part == "decoder" else audio.none()
+    audio, text = prompt.places(part), prompt.untimed_places(part)
     streams = []
     for name in names.values():
         found = cache[name] if cache.has_batch_dim else cache[name][None]
@@ -133,7 +151,7 @@ def _read_part(
         torch.stack([stream.float().norm(dim=-1).cpu() for stream in streams]).numpy(),
         audio,
         text,
-        [token_label(prompt.model, prompt.tokens[at]) for at in text.index.tolist()],
+        prompt.labels(part, text),
         _read_tokens(prompt, streams, tokens) if lens else None,
     )
 
@@ -141,10 +159,17 @@ def _read_part(
 def _read_tokens(
     prompt: Prompt, streams: Sequence[Float[Tensor, "n d"]], tokens: Sequence[str | int]
 ) -> Lens:
-    ids = [prompt.model.to_single_token(token) for token in tokens]
+    ids = [_token_id(prompt, token) for token in tokens]
     read = [_written(prompt, stream, ids) for stream in streams]
     best, probs, watched = (torch.stack(x).numpy() for x in zip(*read, strict=True))
     return Lens(best, probs, {str(token): watched[..., i] for i, token in enumerate(tokens)})
+
+
+def _token_id(prompt: Prompt, token: str | int) -> int:
+    found, count = prompt.model.to_single_token(token), _vocabulary(prompt)
+    if found >= count:
+        raise InputError(f"the text has {count} tokens, so none is {found}")
+    return found
 
 
 def _written(
@@ -152,22 +177,25 @@ def _written(
 ) -> tuple[Int[Tensor, "n top"], Float[Tensor, "n top"], Float[Tensor, "n watched"]]:
     """Likeliest tokens, their probabilities, and those of the watched ones."""
     model, found = prompt.model, []
-    size = max(1, AT_ONCE // model.cfg.output.d_vocab)
+    size = max(1, AT_ONCE // _vocabulary(prompt))
     with model.without_hooks():  # the user's hooks had their say in the run
         for piece in stream.to(model.device).split(size):
             hidden = model.output_stack.finish(piece[None])
-            probs = model.read_out(hidden, prompt.inputs)[0].float().softmax(-1).cpu()
+            probs = _logits(prompt, hidden)[0].float().softmax(-1).cpu()
             best = probs.topk(min(TOP_TOKENS, probs.shape[-1]))
             found.append((best.indices, best.values, probs[:, list(watched)]))
     return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
 
 
-def texts_of(prompt: Prompt, lens: Lens) -> list[str]:
-    """What every stream would write: a transcript (CTC), or the next token of the prompt."""
-    best = torch.as_tensor(lens.tokens[..., 0])
+def texts_of(prompt: Prompt, streams: Streams) -> list[str]:
+    """What every stream would write: a transcript, or the next token of the prompt."""
+    best = torch.as_tensor(streams.lens.tokens[..., 0])
     if prompt.model.cfg.head == "ctc":
         return [_transcript(prompt, path) for path in best]
-    return [token_label(prompt.model, int(path[-1])) for path in best]
+    order = torch.cat([streams.audio.index, streams.text.index]).argsort()
+    if prompt.is_codec_lm:
+        return [prompt.text(path[order].tolist()) for path in best]
+    return [token_label(prompt.model, int(path[order[-1]])) for path in best]
 
 
 def _transcript(prompt: Prompt, path: Int[Tensor, " frames"]) -> str:

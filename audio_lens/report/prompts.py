@@ -16,7 +16,9 @@ from torch import Tensor
 
 from audio_lens.audio import AudioSource
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.metrics import TEXT
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.models.codec_lm import FIRST, UNKNOWN, CodecTime
 from audio_lens.report.clips import Clip
 from audio_lens.timeline import NO_CLIP, Row, Span, Track
 
@@ -114,23 +116,57 @@ class Prompt:
             raise InputError(f"there is no clip {clip}: prompt {row} holds {inputs.clips_per_row}")
         if audio is None:
             if inputs.audio is None:
-                raise InputError("these inputs hold no waveform to show and play: pass audio=")
+                raise InputError(
+                    "these inputs hold no waveform to show and play: pass audio= (what was heard, "
+                    "or made of the codes)"
+                )
             audio = inputs.audio[sum(inputs.clips_per_row[:row]) + clip]
         heard = Clip.load("clip", audio, model.cfg.sampling_rate, tiers or {})
         timeline = model.timeline(inputs).rows
         longest = timeline[row].duration_s(clip)
-        if heard.seconds > longest + ROUNDING_S:
+        if heard.seconds > longest + max(ROUNDING_S, model.cfg.step_s):
             raise InputError(
                 f"the audio is {heard.seconds:.2f} s long, the clip in the inputs at most "
                 f"{longest:.2f} s: pass the clip that the inputs were made of"
             )
-        return Prompt(model, inputs, row, clip, heard, timeline)
+        return Prompt(model, inputs, row, clip, heard, timeline).with_silence()
+
+    def with_silence(self) -> Prompt:
+        """With a clip as long as what the decoder reads of it: codecs hear silence behind it."""
+        if not self.is_codec_lm:
+            return self
+        (track,) = self.tracks("decoder")
+        steps = track.seconds[track.valid & track.seconds.isfinite()]
+        if not len(steps):
+            return self
+        heard, end = self.heard, float(steps.max()) + self.model.cfg.step_s / 2
+        missing = max(0, round(end * heard.sampling_rate) - len(heard.samples))
+        return replace(self, heard=replace(heard, samples=np.pad(heard.samples, (0, missing))))
 
     def alone(self) -> Prompt:
         """The prompt as a batch of its own."""
         return replace(
             self, inputs=self.inputs[self.row], row=0, timeline=[self.timeline[self.row]]
         )
+
+    def shown(self, answer: int | None = 0) -> Prompt:
+        """The prompt alone, with an answer of so many tokens, or of as many as is usual for None.
+
+        Codes that lie ahead enter, as long as no other number of tokens is named.
+
+        Raises:
+            InputError: an answer of a model that writes none.
+        """
+        if self.model.text_of(self.inputs) is None and answer:
+            raise InputError(
+                "answer= has nothing to do here: this model writes codes, not text; show what it "
+                "played by the inputs that hold these codes, and audio="
+            )
+        if self.is_codec_lm:
+            wanted = answer or self.n_ahead
+        else:
+            wanted = ANSWER_TOKENS if answer is None else answer
+        return self.answered(wanted) if wanted else self.alone()
 
     def answered(self, max_new_tokens: int = ANSWER_TOKENS) -> Prompt:
         """The prompt alone, with what the model writes to it (greedily) behind its tokens."""
@@ -140,6 +176,14 @@ class Prompt:
             max_new_tokens = min(max_new_tokens, cfg.n_ctx - inputs.tokens.shape[1])
         if max_new_tokens < 1:
             return alone
+        if hasattr(self.model, "continued"):  # what enters beside the text goes on too
+            longer = self.model.continued(inputs, max_new_tokens)
+        else:
+            longer = self._continued(inputs, max_new_tokens)
+        timeline = self.model.timeline(longer).rows
+        return replace(alone, inputs=longer, timeline=timeline).with_silence()
+
+    def _continued(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs:
         tokens = self.model.generate(inputs, max_new_tokens=max_new_tokens, return_type="tokens")
         longer = replace(inputs, tokens=tokens)
         n_new = tokens.shape[1] - inputs.tokens.shape[1]
@@ -149,10 +193,36 @@ class Prompt:
         if inputs.position_ids is not None:
             later = inputs.position_ids[:, -1:] + torch.arange(1, n_new + 1, device=inputs.device)
             positions = torch.cat([inputs.position_ids, later], dim=1)
-            longer = replace(longer, position_ids=positions)
-        elif inputs.attention_mask is not None:
-            longer = replace(longer, position_ids=longer.counted_positions())
-        return replace(alone, inputs=longer, timeline=self.model.timeline(longer).rows)
+            return replace(longer, position_ids=positions)
+        if inputs.attention_mask is not None:
+            return replace(longer, position_ids=longer.counted_positions())
+        return longer
+
+    # ---------------------------------------------------------------- kinds of models
+
+    @property
+    def is_codec_lm(self) -> bool:
+        """Whether the decoder's own positions are steps of the clip."""
+        return isinstance(self.model, CodecTime)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the encoder reads text."""
+        return len(self.inputs.features) > 0 and not self.inputs.features.is_floating_point()
+
+    def lies_as_decoder(self, part: str) -> bool:
+        """Whether a part has the positions of the decoder."""
+        return self.tracks(part) is self.tracks("decoder")
+
+    @property
+    def n_ahead(self) -> int:
+        """Steps of the clip that are known and have yet to enter, with what is written along."""
+        if not self.is_codec_lm or self.model.text_of(self.inputs) is None:
+            return 0
+        lags = {name: lag for name, lag in self.model.lags_s.items() if name != TEXT}
+        is_first = torch.tensor([lag == lags[FIRST] for lag in lags.values()])
+        ahead = self.inputs.streams[self.row, :, self.inputs.shape[1] :].cpu()
+        return int((ahead[is_first] != UNKNOWN).any(0).sum())
 
     # ---------------------------------------------------------------- positions
 
@@ -183,11 +253,29 @@ class Prompt:
             [t.valid & (t.clip == self.clip) & (t.seconds <= end) for t in tracks], part
         )
 
-    def text_places(self) -> Places:
-        """The attended positions of the decoder that hold text."""
-        return self._places([t.valid & (t.clip == NO_CLIP) for t in self.tracks("decoder")])
+    def text_places(self, part: str = "decoder") -> Places:
+        """The attended positions of a part that hold text."""
+        return self._places([t.valid & (t.clip == NO_CLIP) for t in self.tracks(part)], part)
 
-    def _places(self, masks: list[Tensor], part: str = "decoder") -> Places:
+    def untimed_places(self, part: str) -> Places:
+        """The attended positions of a part without seconds: text, and audio in no order of time."""
+        if part in self.model.cfg.is_heard_in and not self.reads_text:
+            return self.places(part).none()
+        tracks = self.tracks(part)
+        own = [(t.clip == NO_CLIP) | ((t.clip == self.clip) & t.seconds.isnan()) for t in tracks]
+        return self._places([t.valid & here for t, here in zip(tracks, own, strict=True)], part)
+
+    def holds(self, part: str) -> bool:
+        """Whether a part has positions to show."""
+        return len(self.places(part)) > 0 or len(self.untimed_places(part)) > 0
+
+    @property
+    def has_untimed_audio(self) -> bool:
+        """Whether the decoder holds the clip in no order of time."""
+        tracks = self.tracks("decoder") if "decoder" in self.model.cfg.parts else []
+        return any((t.valid & (t.clip == self.clip) & t.seconds.isnan()).any() for t in tracks)
+
+    def _places(self, masks: list[Tensor], part: str) -> Places:
         index = [mask.nonzero().flatten() for mask in masks]
         rows = [torch.full_like(found, row) for row, found in enumerate(index)]
         tracks = self.tracks(part)
@@ -198,26 +286,77 @@ class Prompt:
 
     @property
     def tokens(self) -> list[int]:
-        """The decoder's token ids, padding included."""
-        return self.inputs.tokens[self.row].tolist()
+        """The decoder's token ids, padding included; of models that write codes, the first code."""
+        text = self.model.text_of(self.inputs)
+        return (self.inputs.tokens if text is None else text)[self.row].tolist()
+
+    def labels(self, part: str, places: Places) -> list[str]:
+        """What stands at positions of a part that have no seconds."""
+        index, model = places.index.tolist(), self.model
+        if part in model.cfg.is_heard_in:
+            words = [int(self.inputs.features[self.row, at]) for at in index]
+            return [token_label(model, word) for word in words]
+        if not self.lies_as_decoder(part):
+            return [f"position {at}" for at in index]
+        clips, tokens = self.tracks("decoder")[0].clip.tolist(), self.tokens
+        writes_codes, numbers = model.text_of(self.inputs) is None, itertools.count()
+        return [
+            f"[audio {next(numbers)}]"
+            if clips[at] != NO_CLIP
+            else f"#{tokens[at]}"
+            if writes_codes
+            else token_label(model, tokens[at])
+            for at in index
+        ]
 
     def facts(self) -> dict[str, str]:
         """What a page says of the prompt."""
         facts = {"model": self.model.cfg.model_name, "family": self.model.cfg.family}
-        if "decoder" in self.model.cfg.parts:
-            track = self.tracks("decoder")[0]
-            runs = itertools.groupby(
-                zip(self.tokens, track.clip.tolist(), strict=True), key=lambda pair: pair[1]
-            )
-            facts["prompt"] = "".join(
-                "[audio]" if clip != NO_CLIP else self._written([token for token, _ in run])
-                for clip, run in runs
-            )
+        if self.reads_text:
+            (words,) = self.tracks("encoder")
+            facts["text"] = self._written(self.inputs.features[self.row][words.valid].tolist())
+        elif self.is_codec_lm:
+            (track,) = self.tracks("decoder")
+            said = [t for t, is_valid in zip(self.tokens, track.valid, strict=True) if is_valid]
+            facts["written along"] = self.text(said)
+        elif "decoder" in self.model.cfg.parts:
+            facts["prompt"] = self._prompt()
         return facts | {"inputs": self.inputs.digest()}
 
-    def _written(self, tokens: list[int]) -> str:
+    def _prompt(self) -> str:
+        clips = self.tracks("decoder")[0].clip.tolist()
+        runs = itertools.groupby(zip(self.tokens, clips, strict=True), key=lambda pair: pair[1])
+        return "".join(
+            "[audio]" if clip != NO_CLIP else self._written([token for token, _ in run])
+            for clip, run in runs
+        )
+
+    def _written(self, tokens: list[int], **options: bool) -> str:
         tokenizer = self.model.tokenizer
-        return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens)
+        if tokenizer is None:
+            return " ".join(map(str, tokens))
+        return tokenizer.decode(tokens, **options)
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of tokens, without those that mark padding and the like."""
+        return self._written(tokens, skip_special_tokens=True)
+
+    def notes(self) -> list[str]:
+        """What the seconds of a codec language model mean, and where there are none."""
+        if self.has_untimed_audio:
+            return [
+                "The audio tokens of this model have no seconds: when each of them listens, "
+                "audio_lens.profile.time_profile says."
+            ]
+        if not self.is_codec_lm:
+            return []
+        lags = self.model.lags_s
+        late = {name: lag - lags[FIRST] for name, lag in lags.items() if lag > lags[FIRST]}
+        told = ", ".join(f"{name} by {lag:.2f} s" for name, lag in late.items())
+        return [
+            "A position of the decoder lies where the code of the first codebook does that enters "
+            "there" + (f"; other streams tell there of what was earlier: {told}." if late else ".")
+        ]
 
 
 def token_label(model: HookedAudioTransformer, token: int) -> str:
