@@ -122,12 +122,16 @@ class CodecTime(ABC):
     def lags_s(self) -> Mapping[str, float]:
         """By stream, how many seconds before the step that enters with it lies what it tells of."""
 
+    def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b ahead"]:
+        """The codes of the first codebook that enter, those that lie ahead included."""
+        return inputs.streams[:, 0]
+
     def entering_steps(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """The step of the codec whose first code enters each position; negative before the first.
 
         The first is where the first codebook holds something other than its initial token.
         """
-        codes = inputs.streams[:, 0, : inputs.tokens.shape[1]]
+        codes = self.first_codes(inputs)[:, : inputs.tokens.shape[1]]
         begun = (codes != self.initial_code) & inputs.attended
         first = torch.where(begun.any(1), begun.int().argmax(1), begun.shape[1])
         return torch.arange(begun.shape[1], device=begun.device) - first[:, None]
@@ -162,13 +166,22 @@ class CodecTime(ABC):
     def timeline(self, inputs: Any) -> Timeline:
         """Positions of the decoder by the codes of the first codebook that enter there."""
         inputs = self.as_inputs(inputs)
-        ends = self.stream_seconds(inputs, FIRST) + self.cfg.step_s / 2
-        durations = ends.nan_to_num(0.0).amax(1).tolist()
+        durations = self._durations(inputs).tolist()
         if inputs.audio is not None:
             durations = [len(clip) / inputs.sampling_rate for clip in inputs.audio]
         steps, attended = self.entering_steps(inputs).cpu(), inputs.attended.cpu()
         tracks = map(self.tracks, steps, attended)
         return Timeline([Row(*row) for row in zip(tracks, ([s] for s in durations), strict=True)])
+
+    def _durations(self, inputs: AudioInputs) -> Float[Tensor, " b"]:
+        """Seconds of the audio whose codes have entered, or lie ahead and are known."""
+        steps = self.entering_steps(inputs)
+        ahead = self.first_codes(inputs)[:, steps.shape[1] :]
+        later = steps[:, -1:] + 1 + torch.arange(ahead.shape[1], device=steps.device)
+        is_there = (ahead != UNKNOWN) & (ahead != self.initial_code)
+        ends = self.seconds_of(torch.cat([steps, later], dim=1), FIRST) + self.cfg.step_s / 2
+        there = torch.cat([inputs.attended, is_there], dim=1)
+        return ends.masked_fill(~there, 0.0).nan_to_num(0.0).amax(1)
 
     def tracks(
         self, steps: Int[Tensor, " t"], attended: Bool[Tensor, " t"]

@@ -163,6 +163,11 @@ class HookedMoshi(HookedCodecLM):
         """By how many positions each stream of codes is late, Moshi's own and the user's."""
         return (0, *(1,) * (self.n_spoken - 1)) * 2
 
+    def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b ahead"]:
+        """The codes of Moshi's first codebook; of the user's, where Moshi's are not known yet."""
+        own, user = inputs.streams[:, [0, self.n_spoken]].unbind(1)
+        return torch.where(own == UNKNOWN, user, own)
+
     @property
     def lags_s(self) -> dict[str, float]:
         names = [f"{voice}.{k}" for voice in ("audio", "user") for k in range(self.n_spoken)]

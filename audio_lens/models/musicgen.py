@@ -482,12 +482,9 @@ class HookedMusicgen(Speaking, CodecTime, HookedAudioTransformer):
         delays = zip(names, self.cfg.delays, strict=True)
         return {name: delay * self.cfg.step_s for name, delay in delays}
 
-    def entering_steps(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
-        """The step of the codec whose first code enters each position; negative before the first.
-
-        The first is where the first codebook holds something other than its initial token.
-        """
-        return super().entering_steps(replace(inputs, streams=self.codes_of(inputs)))
+    def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
+        """The codes of the first codebook, which are the tokens."""
+        return inputs.tokens
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """Positions of the decoder by the codes of the first codebook; words have no time."""

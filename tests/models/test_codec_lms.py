@@ -681,3 +681,11 @@ def test_the_released_shapes() -> None:
     stt = HookedKyutaiSTT.config_from_hf(transformers.KyutaiSpeechToTextConfig())
     assert (stt.decoder.n_layers, stt.n_codebooks, stt.window, stt.step_s) == (48, 32, 375, 0.08)
     assert stt.initial_text == 48_000
+
+
+def test_codes_that_lie_ahead_count_to_the_length_of_the_clip(speaking: tuple) -> None:
+    _, model = speaking
+    user = random_codes(10)[:1]
+    alone, answered = model.conversation(user), model.conversation(user, user, [[7] * 6])
+    lengths = [model.timeline(inputs).duration_s(0) for inputs in (alone, answered)]
+    assert lengths == [pytest.approx(0.8), pytest.approx(0.8)]
