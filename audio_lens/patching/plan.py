@@ -85,6 +85,8 @@ class CellTable:
         if site.unit in axes:
             coords[site.unit] = list(range(unit_count(model, site)))
         where, sets = Positions(timeline, site), {}
+        if not where.valid.any():
+            raise SiteError(f"no position of {site} holds anything: the clips are too short for it")
         if "time" in axes:
             coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
             sets["time"] = where.inside(coords["time"])

@@ -36,9 +36,21 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> HookedAudioTran
     return FAMILIES[name].hooked(hf)
 
 
+@functools.cache
 def layouts_of(name: str) -> tuple[str, ...]:
-    """Names of batches: other numbers of prompts and clips, lengths and paddings."""
-    return LAYOUTS_OF.get(name) or tuple(FAMILIES[name].batches)
+    """Names of batches: other numbers of prompts and clips, lengths and paddings.
+
+    Those in which every part has a position that holds something.
+    """
+    known = LAYOUTS_OF.get(name) or tuple(FAMILIES[name].batches)
+    return tuple(layout for layout in known if is_heard(name, layout))
+
+
+def is_heard(name: str, layout: str) -> bool:
+    """Whether clips of a layout are long enough for a position of every part."""
+    rows = tiny_model(name).timeline(batch(name, 0, layout)).rows
+    parts = [[t for row in rows for t in row.tracks[part]] for part in rows[0].tracks]
+    return all(any(track.valid.any() for track in tracks) for tracks in parts)
 
 
 def usual_layout(name: str) -> str:

@@ -13,10 +13,11 @@ from families import FAMILIES
 LAYER = 1
 SPEAKING = [name for name in FAMILIES if tiny_model(name).cfg.speakers]
 ATTRIBUTED = [name for name in FAMILIES if name not in SPEAKING]
+OF_PLAIN_ATTENTION = [name for name in ATTRIBUTED if name not in ("granite_speech", "beats")]
 QUERIES_AND_KEYS = [
     (name, str(site))
     for name, site in SITES
-    if site.last in ("q", "k") and site.part == "encoder" and name != "granite_speech"
+    if site.last in ("q", "k") and site.part == "encoder" and name in OF_PLAIN_ATTENTION
 ]
 
 

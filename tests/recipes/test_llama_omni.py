@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from audio_lens import InputError
+from audio_lens import InputError, metrics, patching
 from audio_lens.hooks import DeadHookError
 from audio_lens.models.config import LoadingError
 from audio_lens.recipes.llama_omni import (
@@ -27,6 +27,7 @@ from audio_lens.recipes.llama_omni import (
     llama_omni2,
     llama_omni_of,
 )
+from families import FAMILIES
 from families.base import TINY_LANGUAGE_MODEL, randomise
 from families.llama_omni import EAR, TOKENS, batch, build
 from published.llama_omni import (
@@ -381,3 +382,17 @@ def test_what_cannot_be_answered() -> None:
 def test_a_speaker_changes_nothing_in_the_text() -> None:
     published, _, model = speaking()
     check_equal(model, published)
+
+
+def test_clips_too_short_for_a_token_have_nothing_to_patch() -> None:
+    made = FAMILIES["llama_omni"].batch(lengths=[1], words=[4])
+    model = FAMILIES["llama_omni"].hooked(FAMILIES["llama_omni"].build())
+    with pytest.raises(patching.SiteError, match=r"no position of connector\.out holds anything"):
+        patching.sweep(
+            model,
+            clean=made,
+            corrupted=made,
+            site="connector.out",
+            axes="position",
+            metric=metrics.logit_diff(5, 6),
+        )
