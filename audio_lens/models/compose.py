@@ -105,6 +105,8 @@ def compose(
     if template is not None and not (AUDIO in template and QUESTION in template):
         raise CompositionError(f"template must hold {AUDIO} and {QUESTION}, got {template!r}")
     ears = _ears(encoder, connector.taps, dtype)
+    if len(ears) > 1 and max_segments > 1:
+        raise CompositionError("clips cannot be cut into windows for several ears: max_segments=1")
     language_model, own_tokenizer, generation = _language_model(decoder, dtype)
     tokenizer = own_tokenizer if tokenizer is None else tokenizer
     placeholder = Placeholder.of(merge, tokenizer)

@@ -343,6 +343,8 @@ def test_parts_that_do_not_fit_raise() -> None:
         put(ear, Stacked(), decoder, template="{audio} what?")
     with pytest.raises(CompositionError, match="the encoder of qwen3_asr cannot be taken out"):
         put(FAMILIES["qwen3_asr"].build(), Stacked(), decoder)
+    with pytest.raises(CompositionError, match="windows for several ears: max_segments=1"):
+        put({"encoder": ear, "other": whisper()}, Stacked(), decoder, max_segments=2)
     with pytest.raises(CompositionError, match="cannot be named decoder"):
         put({"encoder": ear, "decoder": whisper()}, Stacked(), decoder)
     far = Tapped()
