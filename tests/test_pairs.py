@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 import tiny
-from audio_lens import (
-    HookedAudioTransformer,
-    InputError,
-    Span,
-    metrics,
-    minimal_pair,
-    patching,
-)
+from audio_lens import HookedAudioTransformer, InputError, Span, metrics, minimal_pair, patching
 from audio_lens.audio import load, read
 from audio_lens.corruptions import Noise, OtherUtterance, Silence, TextSwap
 from audio_lens.models.embedded import default_pair

@@ -26,17 +26,9 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import HookedAudioLLM, Segment
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.connectors import Connector
-from audio_lens.models.language_model import (
-    LanguageModel,
-    language_model_config,
-    weight_names,
-)
+from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import KVCache
-from audio_lens.models.layers.conformer import (
-    Conformer,
-    ConformerConfig,
-    conformer_weight_names,
-)
+from audio_lens.models.layers.conformer import Conformer, ConformerConfig, conformer_weight_names
 from audio_lens.models.layers.qformer import QFormer, QFormerConfig, qformer_weight_names
 from audio_lens.timeline import Track
 

@@ -31,12 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.codec_lm import (
-    UNKNOWN,
-    CodeTables,
-    code_track,
-    delayed,
-)
+from audio_lens.models.codec_lm import UNKNOWN, CodeTables, code_track, delayed
 from audio_lens.models.config import LoadingError, check_switches
 from audio_lens.models.layers.depth import DepthConfig, DepthDecoder
 from audio_lens.models.moshi_kind import (

@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.codec_lm import (
-    UNKNOWN,
-    CodecStack,
-    CodecTime,
-)
+from audio_lens.models.codec_lm import UNKNOWN, CodecStack, CodecTime
 from audio_lens.models.codecs import Speaking
 from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.layers import KVCache, PartConfig, Rotary, causal_mask

@@ -11,191 +11,48 @@ side by side, ``b t (text audio)``; ``model.stream(logits, "text")`` gives those
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, WhisperConfig
+from transformers import PreTrainedTokenizerFast
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import ConnectedConfig, ConnectorConfig, NormedConnector
-from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
+from audio_lens.models.connectors import NormedConnector
+from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
 from audio_lens.models.voxtral import StackedAudioLLM
 from audio_lens.models.weights import fill, read_weights, renamed
-from audio_lens.models.whisper import (
-    HookedWhisper,
-    WhisperEncoder,
-    encoder_config,
-    encoder_weight_names,
+from audio_lens.models.whisper import WhisperEncoder
+from audio_lens.recipes.kimi_audio_config import (
+    ANSWERS,
+    AUDIO,
+    BEGIN,
+    BLANK,
+    CHAT,
+    CLIP,
+    END,
+    TEXT,
+    TEXT_END,
+    WEIGHT_NAMES,
+    WHISPER_FOLDER,
+    WHISPER_WEIGHT_NAMES,
+    Answer,
+    KimiAudioConfig,
+    SpeechTokenizer,
+    kimi_audio_config,
+    special_tokens,
 )
 from audio_lens.recipes.tiktoken import tiktoken_tokenizer
 from audio_lens.timeline import Timeline
-
-TEXT, AUDIO = "text", "audio"
-WHISPER_FOLDER = "whisper-large-v3"
-Answer = Literal["text", "both"]
-SpeechTokenizer = Callable[[np.ndarray], Sequence[int]]
-
-# -------------------------------------------------------------------------------- names
-
-_NAMES = weight_names("model", head="lm_head")
-WEIGHT_NAMES: dict[str, str | None] = {
-    **_NAMES,
-    **{
-        theirs.replace(".layers.", ".mimo_layers."): ours.replace("decoder.", "speaker.")
-        for theirs, ours in _NAMES.items()
-        if "{l}" in theirs
-    },
-    "model.mimo_norm": "speaker.ln_final",
-    "mimo_output": "speaker.unembed",
-    "model.vq_adaptor.layers.0": "connector.linear_1",
-    "model.vq_adaptor.layers.3": "connector.linear_2",
-    "model.vq_adaptor.layers.4": "connector.norm",
-    "model.layers.{l}.self_attn.rotary_emb": None,  # frequencies, which the config tells
-    "model.mimo_layers.{l}.self_attn.rotary_emb": None,
-}
-"""The names of the published safetensors to ours."""
-
-WHISPER_WEIGHT_NAMES: dict[str, str | None] = {
-    **dict.fromkeys(HookedWhisper.weight_names),
-    **encoder_weight_names("model.encoder"),
-}
-"""Those of the Whisper that is published with them, whose decoder is left out."""
-
-_NAMED = {
-    0: "[BOS]",
-    1: "[EOS]",
-    2: "<|im_msg_end|>",
-    3: "<|im_user_msg_start|>",
-    4: "<|im_assistant_msg_start|>",
-    9: "[EOT]",
-    18: "<|im_media_begin|>",
-    20: "<|im_media_end|>",
-    23: "<|im_kimia_text_blank|>",
-    24: "<|im_kimia_text_eos|>",
-    27: "<|im_kimia_user_msg_start|>",
-    28: "<|im_kimia_assistant_msg_start|>",
-    32: "<|im_kimia_speech_ct_id|>",
-    33: "<|im_kimia_speech_ctd_id|>",
-}
-"""Special tokens, by how many stand before them in the vocabulary; the others are reserved."""
-
-_PLACE_OF = {name: place for place, name in _NAMED.items()}
-_BEGIN, _END = "<|im_media_begin|>", "<|im_media_end|>"
-_BLANK, _TEXT_END = "<|im_kimia_text_blank|>", "<|im_kimia_text_eos|>"
-_CLIP = _BEGIN + _END
-_ANSWERS = {"text": "<|im_kimia_speech_ct_id|>", "both": "<|im_kimia_speech_ctd_id|>"}
-_CHAT = (
-    "{% for message in messages %}{% set content = message['content'] %}"
-    "{% if message['role'] not in ('user', 'assistant') %}"
-    "{{ raise_exception('Kimi-Audio knows the roles user and assistant') }}{% endif %}"
-    "<|im_kimia_{{ message['role'] }}_msg_start|>"
-    "{% if content is string %}{{ content }}{% else %}{% for piece in content %}"
-    "{% if piece['type'] == 'audio' %}" + _CLIP + "{% else %}{{ piece['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if content is not string and content[-1]['type'] == 'audio' %}" + _ANSWERS["text"] + ""
-    "{% elif message['role'] == 'assistant' %}" + _TEXT_END + "{% endif %}<|im_msg_end|>"
-    "{% endfor %}<|im_kimia_assistant_msg_start|>"
-)
-
-
-def special_tokens(count: int) -> list[str]:
-    """The first special tokens of the vocabulary, in order."""
-    reserved = iter(range(count))
-    return [_NAMED.get(i) or f"<|reserved_token_{next(reserved)}|>" for i in range(count)]
-
-
-# -------------------------------------------------------------------------------- the shape
-
-
-@dataclass(kw_only=True)
-class KimiAudioConfig(ConnectedConfig):
-    """Shape of a Kimi-Audio.
-
-    Attributes:
-        fork: the last block that both streams share.
-        delay: how many tokens of text are written before the first of speech.
-        first_special, first_code: ids of the first special token and of discrete audio token 0.
-    """
-
-    fork: int
-    delay: int
-    first_special: int
-    first_code: int
-
-    @property
-    def d_stream(self) -> int:
-        """Tokens that either stream may hold: words, special tokens and discrete audio tokens."""
-        return self.columns(TEXT).stop
-
-    @property
-    def n_codes(self) -> int:
-        """Discrete audio tokens."""
-        return self.d_stream - self.first_code
-
-    def special(self, name: str) -> int:
-        """The id of a special token."""
-        return self.first_special + _PLACE_OF[name]
-
-
-def kimi_audio_config(
-    config: Mapping[str, Any], ear: Mapping[str, Any], model_name: str = ""
-) -> KimiAudioConfig:
-    """The shape that a published ``config.json``, and that of its Whisper, tell of.
-
-    Raises:
-        LoadingError: if they are of another model, or of a variant that is not implemented.
-    """
-    if "kimia_mimo_layers" not in config:
-        raise LoadingError("this config tells of no blocks that speak, so it is no Kimi-Audio")
-    begin, end = config["kimia_media_begin"], config["kimia_media_end"]
-    first_special = begin - _PLACE_OF[_BEGIN]
-    if end - first_special != _PLACE_OF[_END]:
-        raise LoadingError(f"clips between the tokens {begin} and {end}: not implemented")
-    if config.get("tie_word_embeddings") or not config.get("use_whisper_feature", True):
-        raise LoadingError("tied embeddings, or no Whisper: not implemented")
-    whisper = WhisperConfig(**_without_kind(ear))
-    text = Qwen2Config(**_without_kind(config))
-    decoder = language_model_config(text, model_name)
-    width = config["kimia_adaptor_input_dim"]
-    n_stacked, rest = divmod(width, whisper.d_model)
-    if rest or whisper.max_source_positions % n_stacked:
-        raise LoadingError(f"{width} numbers are no whole frames of {whisper.d_model}")
-    fork, n_layers = config["kimia_mimo_transformer_from_layer_index"], decoder.n_layers
-    if not 0 <= fork < n_layers:
-        raise LoadingError(f"streams that part behind layer {fork} of {n_layers}")
-    return KimiAudioConfig(
-        family="kimi_audio",
-        model_name=model_name,
-        encoder=encoder_config(whisper, model_name),
-        decoder=replace(decoder, d_vocab=2 * text.vocab_size),
-        speakers={"speaker": replace(decoder, n_layers=config["kimia_mimo_layers"])},
-        head="streams",
-        streams=((TEXT, text.vocab_size), (AUDIO, text.vocab_size)),
-        n_mels=whisper.num_mel_bins,
-        n_frames=2 * whisper.max_source_positions,
-        max_segments=decoder.n_ctx * n_stacked // whisper.max_source_positions,
-        connector=ConnectorConfig(d_mid=decoder.d_model, act_fn="silu", n_stacked=n_stacked),
-        fork=fork,
-        delay=config["kimia_mimo_audiodelaytokens"],
-        first_special=first_special,
-        first_code=config["kimia_token_offset"],
-    )
-
-
-def _without_kind(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what says of which class of Hugging Face it is."""
-    return {key: value for key, value in config.items() if key != "model_type"}
-
 
 # -------------------------------------------------------------------------------- the model
 
@@ -386,8 +243,8 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def _between_marks(self, tokens: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
         """True between the tokens that open and close a clip."""
-        begins = tokens == self.cfg.special(_BEGIN)
-        ends = tokens == self.cfg.special(_END)
+        begins = tokens == self.cfg.special(BEGIN)
+        ends = tokens == self.cfg.special(END)
         return (begins.cumsum(1) > ends.cumsum(1)) & ~begins
 
     def check_tokens(self, tokens: Tensor) -> None:
@@ -428,7 +285,7 @@ class HookedKimiAudio(StackedAudioLLM):
             InputError: no discrete tokens, or not as many as a clip has; unequal list lengths.
             TokenError: the model was loaded without a tokenizer.
         """
-        if answer not in _ANSWERS:
+        if answer not in ANSWERS:
             raise InputError(f"answer must be text or both, got {answer!r}")
         line = super().prepare(audio, text, sampling_rate)
         codes = self._codes(line, audio_tokens)
@@ -473,10 +330,10 @@ class HookedKimiAudio(StackedAudioLLM):
         is_heard = tokens == self.audio_token_id
         spoken = torch.tensor([code for of_clip in codes for code in of_clip], device=line.device)
         tokens = tokens.masked_scatter(is_heard, spoken + cfg.first_code)
-        asked = tokens == cfg.special(_ANSWERS["text"])
-        tokens = tokens.masked_fill(asked, cfg.special(_ANSWERS[answer]))
-        is_text = (tokens < cfg.first_special) | (tokens == cfg.special(_TEXT_END))
-        blank = cfg.special(_BLANK)
+        asked = tokens == cfg.special(ANSWERS["text"])
+        tokens = tokens.masked_fill(asked, cfg.special(ANSWERS[answer]))
+        is_text = (tokens < cfg.first_special) | (tokens == cfg.special(TEXT_END))
+        blank = cfg.special(BLANK)
         return replace(
             line,
             tokens=tokens.masked_fill(is_text, blank),
@@ -505,29 +362,29 @@ class HookedKimiAudio(StackedAudioLLM):
         return padded([self._line(p) for p in prompts], self._pad_token(), self.device)
 
     def _line(self, prompt: str) -> list[int]:
-        pieces = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompt.split(_CLIP)]
-        clip = [self.cfg.special(_BEGIN), self.audio_token_id, self.cfg.special(_END)]
+        pieces = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompt.split(CLIP)]
+        clip = [self.cfg.special(BEGIN), self.audio_token_id, self.cfg.special(END)]
         return [*pieces[0], *(token for piece in pieces[1:] for token in (*clip, *piece))]
 
     @property
     def placeholder(self) -> str:
-        return _CLIP
+        return CLIP
 
     def _prompt_of(self, text: Any, n_clips: int) -> str:
         """Questions come before their clips, as in the published examples."""
-        if text is None or (isinstance(text, str) and _CLIP not in text):
+        if text is None or (isinstance(text, str) and CLIP not in text):
             question = [{"type": "text", "text": text}] if text else []
             clips = [{"type": "audio"}] * n_clips
             text = [{"role": "user", "content": [*question, *clips]}]
         return super()._prompt_of(text, n_clips)
 
     def templated(self, conversation: list) -> str:
-        return self.tokenizer.apply_chat_template(conversation, chat_template=_CHAT, tokenize=False)
+        return self.tokenizer.apply_chat_template(conversation, chat_template=CHAT, tokenize=False)
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """What stands at every position: the text, and the audio stream where that is blank."""
         text = inputs.streams[:, 0]
-        return torch.where(text == self.cfg.special(_BLANK), inputs.tokens, text)
+        return torch.where(text == self.cfg.special(BLANK), inputs.tokens, text)
 
     # ---------------------------------------------------------------- decoding
 
@@ -587,8 +444,8 @@ class HookedKimiAudio(StackedAudioLLM):
     ) -> Int[Tensor, "b 2 n"]:
         """What is written to the audio stream and to the text stream."""
         cfg, past, encoded = self.cfg, KVCache(), self.encode(inputs)
-        blank, text_end = cfg.special(_BLANK), cfg.special(_TEXT_END)
-        ends = torch.tensor([cfg.special("<|im_msg_end|>"), cfg.special(_END)]).to(inputs.device)
+        blank, text_end = cfg.special(BLANK), cfg.special(TEXT_END)
+        ends = torch.tensor([cfg.special("<|im_msg_end|>"), cfg.special(END)]).to(inputs.device)
         has_said = has_spoken = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         written, step = [], inputs
         for index in range(max_new_tokens):
@@ -607,7 +464,7 @@ class HookedKimiAudio(StackedAudioLLM):
         return torch.stack(written, dim=-1)
 
     def _pad_token(self) -> int:
-        return self.cfg.special(_BLANK)
+        return self.cfg.special(BLANK)
 
 
 def _per_clip(audio_tokens: Any) -> Iterable[Any]:
@@ -673,7 +530,7 @@ def kimi_audio_tokenizer(path: str | Path, cfg: KimiAudioConfig) -> PreTrainedTo
     """The tokenizer of a published ``tiktoken.model``."""
     names = special_tokens(cfg.first_code - cfg.first_special)
     return tiktoken_tokenizer(
-        path, names, bos_token="[BOS]", eos_token="[EOS]", pad_token=names[-1], chat_template=_CHAT
+        path, names, bos_token="[BOS]", eos_token="[EOS]", pad_token=names[-1], chat_template=CHAT
     )
 
 

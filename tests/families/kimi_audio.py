@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Qwen2Config, WhisperConfig
 
 from audio_lens import AudioInputs, HookedAudioTransformer
-from audio_lens.recipes.kimi_audio import HookedKimiAudio, kimi_audio_config, kimi_audio_of
+from audio_lens.recipes.kimi_audio import HookedKimiAudio, kimi_audio_of
+from audio_lens.recipes.kimi_audio_config import kimi_audio_config
 from families.audio_llms import (
     BATCHES,
     LONG_CLIPS,

@@ -19,13 +19,8 @@ from audio_lens.inputs import InputError
 from audio_lens.models.base import TokenError
 from audio_lens.models.config import LoadingError
 from audio_lens.models.weights import renamed
-from audio_lens.recipes.kimi_audio import (
-    WEIGHT_NAMES,
-    HookedKimiAudio,
-    kimi_audio,
-    kimi_audio_config,
-    special_tokens,
-)
+from audio_lens.recipes.kimi_audio import HookedKimiAudio, kimi_audio
+from audio_lens.recipes.kimi_audio_config import WEIGHT_NAMES, kimi_audio_config, special_tokens
 from audio_lens.recipes.tiktoken import tiktoken_tokenizer
 from families.kimi_audio import (
     BLANK,

@@ -25,14 +25,7 @@ from audio_lens.report.prompts import Prompt
 from families import FAMILIES
 from families.audio_llms import extractor
 from families.base import AUDIO_TOKEN, randomise
-from models.test_composed import (
-    D_EAR,
-    Beside,
-    composed,
-    language_model,
-    tokenizer,
-    whisper,
-)
+from models.test_composed import D_EAR, Beside, composed, language_model, tokenizer, whisper
 
 rng = np.random.default_rng(0)
 

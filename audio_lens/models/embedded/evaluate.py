@@ -20,14 +20,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from audio_lens.models.embedded import acoustics, checkpoint, material, questions
-from audio_lens.models.embedded.batches import (
-    Bank,
-    Clip,
-    Prompter,
-    Task,
-    draw_clip,
-    features,
-)
+from audio_lens.models.embedded.batches import Bank, Clip, Prompter, Task, draw_clip, features
 from audio_lens.models.embedded.card import SOURCES, write_card
 from audio_lens.models.embedded.material import Wave
 from audio_lens.models.embedded.network import hear, think
