@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from audio_lens.models.config import LoadingError
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
 
 
 def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
@@ -59,8 +62,9 @@ def read_pickle(path: str | Path) -> Any:
     if not path.is_file():
         raise LoadingError(f"no such file: {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever unpickling raises
+        mappable = zipfile.is_zipfile(path)  # older files cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except _UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LoadingError(f"{path} cannot be read as plain tensors: {first}") from error
 
