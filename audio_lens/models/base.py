@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
 from audio_lens.models.placement import Devices, Placed, moved
+from audio_lens.models.vocabulary import Vocabulary
 from audio_lens.timeline import Timeline, Track
 
 if TYPE_CHECKING:
@@ -47,11 +47,7 @@ class AudioPlaces(NamedTuple):
     index: Int[Tensor, " n"]
 
 
-class TokenError(ValueError):
-    """Text that does not give the tokens that are needed."""
-
-
-class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC):
+class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, HookedRoot, ABC):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
     Use `from_pretrained` or `from_hf`; subclasses are one per family and are chosen for you.
@@ -533,17 +529,6 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
             raise InputError(f"{self.features_key} hold NaN or infinite values")
         return given
 
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raise unless every token id is in the vocabulary.
-
-        Raises:
-            InputError: naming the first that is not.
-        """
-        n = self.cfg.output.d_vocab
-        unknown = tokens[(tokens < 0) | (tokens >= n)]
-        if len(unknown):
-            raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
-
     @staticmethod
     def _positions_of(tokens: Tensor, given: Tensor | None) -> Int[Tensor, "b t"] | None:
         """The positions a mapping gives, one per token."""
@@ -670,47 +655,3 @@ class HookedAudioTransformer(GreedyDecoding, Adaptable, Placed, HookedRoot, ABC)
             "features": made["input_features"].to(self.device),
             "mask": made[self.extracted_mask].bool().to(self.device),
         }
-
-    def need_tokenizer(self, purpose: str) -> Any:
-        if self.tokenizer is None:
-            raise TokenError(
-                f"{purpose} needs a tokenizer, and this model was loaded without one: use a "
-                "directory with tokenizer files, or from_hf(hf_model, processor=...)"
-                + (f" ({self.tokenizer_problem})" if self.tokenizer_problem else "")
-            )
-        return self.tokenizer
-
-    def to_single_token(self, text: str | SupportsIndex) -> int:
-        """The id of a word that is one token, or of a class by its name.
-
-        Raises:
-            TokenError: if the word is none or several tokens, or unknown to the tokenizer, or an
-                id is not in the vocabulary.
-        """
-        if not isinstance(text, str):
-            return self._checked_token(operator.index(text))
-        if self.cfg.labels:
-            return self._label(text)
-        tokenizer = self.need_tokenizer(f"the token of {text!r}")
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            pieces = tokenizer.convert_ids_to_tokens(ids)
-            raise TokenError(
-                f"{text!r} is {len(ids)} tokens ({pieces}), not one: use a word that is one token "
-                "(mind the leading space), a token id, or metrics.sequence_log_prob"
-            )
-        if ids[0] == tokenizer.unk_token_id:
-            raise TokenError(f"{text!r} is unknown to the tokenizer")
-        return self._checked_token(ids[0])
-
-    def _label(self, name: str) -> int:
-        labels = self.cfg.labels
-        if name not in labels:
-            raise TokenError(f"no class {name!r}; {suggest(name, labels)}")
-        return labels.index(name)
-
-    def _checked_token(self, token: int) -> int:
-        n = self.cfg.output.d_vocab
-        if not 0 <= token < n:
-            raise TokenError(f"no token {token}: the vocabulary (d_vocab) has {n} tokens")
-        return token

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import TokenError
+from audio_lens.models.vocabulary import TokenError
 
 IGNORED = -100  # pads labels
 

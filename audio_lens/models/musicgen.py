@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
-from audio_lens.models.base import HookedAudioTransformer, TokenError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.codec_lm import CodecStack, CodecTime, CodeTables, delayed
 from audio_lens.models.codecs import CODECS, CodecConfig, Speaking
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
@@ -31,6 +31,7 @@ from audio_lens.models.connectors import LinearConnector
 from audio_lens.models.layers import Context, CrossAttentionBlock, KVCache, PartConfig, padding_mask
 from audio_lens.models.musicgen_decoding import MusicDecoding
 from audio_lens.models.t5 import T5Encoder, t5_config, t5_weight_names
+from audio_lens.models.vocabulary import TokenError
 from audio_lens.timeline import Row, Timeline, Track
 
 _UNDERSTOOD = """

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.models.audio_llm import FRAME_S, HookedAudioLLM, check_encoder
-from audio_lens.models.base import TokenError
 from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import (
     ConnectedConfig,
@@ -23,6 +22,7 @@ from audio_lens.models.connectors import (
     connector_weight_names,
 )
 from audio_lens.models.language_model import language_model_config, weight_names
+from audio_lens.models.vocabulary import TokenError
 from audio_lens.models.whisper import WhisperEncoder, encoder_config, encoder_weight_names
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
-from audio_lens.models.base import HookedAudioTransformer, TokenError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, check_switches
 from audio_lens.models.layers import (
     Block,
@@ -30,6 +30,7 @@ from audio_lens.models.layers import (
     PartConfig,
     Stack,
 )
+from audio_lens.models.vocabulary import TokenError
 from audio_lens.timeline import Row, Timeline, Track
 
 _UNDERSTOOD = """

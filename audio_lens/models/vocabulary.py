@@ -1,0 +1,74 @@
+"""Words, names of classes and token ids of a model."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, SupportsIndex
+
+from torch import Tensor
+
+from audio_lens.hooks import suggest
+from audio_lens.inputs import InputError
+
+
+class TokenError(ValueError):
+    """Text that does not give the tokens that are needed."""
+
+
+class Vocabulary:
+    """What a `HookedAudioTransformer` knows of tokens; mixed into it."""
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise unless every token id is in the vocabulary.
+
+        Raises:
+            InputError: naming the first that is not.
+        """
+        n = self.cfg.output.d_vocab
+        unknown = tokens[(tokens < 0) | (tokens >= n)]
+        if len(unknown):
+            raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
+
+    def need_tokenizer(self, purpose: str) -> Any:
+        if self.tokenizer is None:
+            raise TokenError(
+                f"{purpose} needs a tokenizer, and this model was loaded without one: use a "
+                "directory with tokenizer files, or from_hf(hf_model, processor=...)"
+                + (f" ({self.tokenizer_problem})" if self.tokenizer_problem else "")
+            )
+        return self.tokenizer
+
+    def to_single_token(self, text: str | SupportsIndex) -> int:
+        """The id of a word that is one token, or of a class by its name.
+
+        Raises:
+            TokenError: if the word is none or several tokens, or unknown to the tokenizer, or an
+                id is not in the vocabulary.
+        """
+        if not isinstance(text, str):
+            return self._checked_token(operator.index(text))
+        if self.cfg.labels:
+            return self._label(text)
+        tokenizer = self.need_tokenizer(f"the token of {text!r}")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            raise TokenError(
+                f"{text!r} is {len(ids)} tokens ({pieces}), not one: use a word that is one token "
+                "(mind the leading space), a token id, or metrics.sequence_log_prob"
+            )
+        if ids[0] == tokenizer.unk_token_id:
+            raise TokenError(f"{text!r} is unknown to the tokenizer")
+        return self._checked_token(ids[0])
+
+    def _label(self, name: str) -> int:
+        labels = self.cfg.labels
+        if name not in labels:
+            raise TokenError(f"no class {name!r}; {suggest(name, labels)}")
+        return labels.index(name)
+
+    def _checked_token(self, token: int) -> int:
+        n = self.cfg.output.d_vocab
+        if not 0 <= token < n:
+            raise TokenError(f"no token {token}: the vocabulary (d_vocab) has {n} tokens")
+        return token
