@@ -1,0 +1,310 @@
+"""Prompts of audio LLMs: text with a place for every clip, and what a clip becomes in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from audio_lens.audio import AudioError
+from audio_lens.inputs import AudioInputs, InputError, padded
+
+
+class Prompts:
+    """How an `AudioLLM` makes inputs of clips and what is asked about them; mixed into it."""
+
+    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
+        """Inputs from what the family's processor returns; single placeholders are expanded.
+
+        Raises:
+            InputError: without tokens or features, or placeholders that do not fit the clips.
+        """
+        given = self._mapping_tensors(mapping, self.known_keys)
+        if given["input_ids"] is None:
+            raise InputError("inputs hold no input_ids: an audio LLM needs a text prompt")
+        self.check_tokens(given["input_ids"])
+        frames = given[self.mask_key]
+        features, frames, per_clip = self.cut(
+            given[self.features_key], None if frames is None else frames.bool()
+        )
+        per_clip = self.segments_given(given) or per_clip
+        return self._assembled(
+            given["input_ids"],
+            given["attention_mask"],
+            features,
+            frames,
+            per_clip,
+            self.extra_given(given),
+            position_ids=given["position_ids"],
+        )
+
+    @property
+    def known_keys(self) -> tuple[str, ...]:
+        """What a processor's mapping may hold."""
+        return ("input_ids", "attention_mask", self.features_key, self.mask_key, "position_ids")
+
+    def extra_given(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """What a processor's mapping holds beside the features of segments: nothing, here."""
+        return {}
+
+    def segments_given(self, given: Mapping[str, Tensor | None]) -> tuple[int, ...] | None:
+        """How many segments each clip has, where a processor's mapping says so: not here."""
+        return None
+
+    def cut(
+        self, features: Tensor, frames: Bool[Tensor, "clips frames"] | None
+    ) -> tuple[Tensor, Bool[Tensor, "segments frames"] | None, tuple[int, ...] | None]:
+        """A processor's features as segments, their masks, and how many segments each clip has.
+
+        Here processors give segments already; None leaves their number to the placeholders.
+        """
+        return features, frames, None
+
+    def _assembled(
+        self,
+        tokens: Int[Tensor, "b t"],
+        mask: Tensor | None,
+        features: Tensor,
+        frames: Bool[Tensor, "segments frames"] | None,
+        per_clip: tuple[int, ...] | None,
+        extra: Mapping[str, Tensor],
+        position_ids: Tensor | None = None,
+    ) -> AudioInputs:
+        """Inputs of prompts and segments, with one placeholder per token of audio."""
+        self.check_features(features)
+        n_frames = features.shape[-1]
+        lengths = [n_frames] * len(features) if frames is None else frames.sum(1).tolist()
+        extra = self.extra_of(features, frames, extra)
+        counts = self.counts_of(lengths, extra)
+        per_clip = per_clip or self._segments_per_clip(tokens, counts, lengths, n_frames)
+        of_clips = _summed(counts, per_clip)
+        mask = torch.ones_like(tokens) if mask is None else mask
+        tokens, mask = self._expanded(tokens, mask.bool(), of_clips)
+        return AudioInputs(
+            features=features,
+            tokens=tokens,
+            clips_per_row=self._clips_per_row(tokens, of_clips),
+            attention_mask=None if mask.all() else mask,
+            feature_mask=frames,
+            position_ids=self._positions_of(tokens, position_ids),
+            extra=extra,
+            segments_per_clip=None if max(per_clip, default=1) == 1 else per_clip,
+        )
+
+    def _segments_per_clip(
+        self,
+        tokens: Int[Tensor, "b t"],
+        counts: Sequence[int],
+        lengths: Sequence[int],
+        n_frames: int,
+    ) -> tuple[int, ...]:
+        """How segments make up clips: a clip is one run of placeholders, full but for its last."""
+        if self.cfg.max_segments == 1:
+            return (1,) * len(counts)
+        per_clip, segment = [], 0
+        for run in self._runs(tokens):
+            n = 0
+            while segment < len(counts) and (run > 0 or counts[segment] == 0):
+                run, n, segment = run - counts[segment], n + 1, segment + 1
+                if lengths[segment - 1] < n_frames:
+                    per_clip.append(n)
+                    n = 0
+            per_clip += [n] if n else []
+        if sum(per_clip) != len(counts):
+            raise InputError(
+                f"the placeholders of the prompts do not match the {len(counts)} segments of audio"
+            )
+        return tuple(per_clip)
+
+    def _runs(self, tokens: Int[Tensor, "b t"]) -> Iterator[int]:
+        """Lengths of the runs of placeholders, prompt after prompt."""
+        for row in (tokens == self.audio_token_id).tolist():
+            yield from (len(list(run)) for is_audio, run in itertools.groupby(row) if is_audio)
+
+    def _expanded(
+        self, tokens: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"], counts: Sequence[int]
+    ) -> tuple[Int[Tensor, "b t2"], Bool[Tensor, "b t2"]]:
+        """One placeholder per audio position, where the prompt has only one per clip.
+
+        Raises:
+            InputError: if the placeholders fit neither the clips nor their lengths.
+        """
+        n_placeholders = int((tokens == self.audio_token_id).sum())
+        if n_placeholders == sum(counts):
+            return tokens, mask
+        if n_placeholders != len(counts):
+            raise InputError(
+                f"the prompts hold {n_placeholders} audio placeholders; {len(counts)} clip(s) need "
+                f"one each, or {sum(counts)} (one per {self._token_ms}). Put the placeholder "
+                "where each clip belongs"
+            )
+        rows, remaining = [], iter(counts)
+        for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True):
+            expanded: list[int] = []
+            for token in itertools.compress(row, kept):
+                is_audio = token == self.audio_token_id
+                expanded += self.placeholders(next(remaining)) if is_audio else [token]
+            rows.append(expanded)
+        return padded(rows, self._pad_token(), self.device, left=bool(mask[:, -1].all()))
+
+    def placeholders(self, count: int) -> list[int]:
+        """The tokens a clip of so many audio tokens takes in a prompt: placeholders only, here."""
+        return [self.audio_token_id] * count
+
+    def _clips_per_row(self, tokens: Int[Tensor, "b t"], counts: Sequence[int]) -> tuple[int, ...]:
+        """How many clips each prompt holds, from its number of placeholders."""
+        clips, remaining = [], list(counts)
+        for total in (tokens == self.audio_token_id).sum(1).tolist():
+            n = 0
+            while total > 0 and n < len(remaining):
+                total -= remaining[n]
+                n += 1
+            if total != 0:
+                raise InputError(
+                    "the placeholders of a prompt do not match the lengths of its clips"
+                )
+            clips.append(n)
+            remaining = remaining[n:]
+        return tuple(clips)
+
+    def prepare(
+        self,
+        audio: Any,
+        text: str | list | None = None,
+        sampling_rate: int | None = None,
+    ) -> AudioInputs:
+        """Inputs from clips and what is asked about them.
+
+        Args:
+            audio: a path, array or tensor; a list of them gives one prompt each; a list of lists
+                gives several clips per prompt. A batch is a list, not one stacked array.
+            text: the question, which is put behind the clips in the chat template; or a whole
+                prompt with the model's audio placeholder where each clip belongs; or a
+                conversation (a list of messages) as the chat template takes it; or a list of
+                these, one per prompt.
+            sampling_rate: of arrays, in Hz; files know their own.
+
+        Raises:
+            AudioError: unusable, too short or too long audio.
+            InputError: no text, placeholders that do not match the clips, unequal list lengths.
+            TokenError: the model was loaded without a tokenizer.
+        """
+        self.need_tokenizer("a prompt")
+        groups = _grouped(audio)
+        texts = _one_per_prompt(text, len(groups))
+        prompts = [self._prompt_of(t, len(group)) for t, group in zip(texts, groups, strict=True)]
+        clips = [self._checked_clip(c, sampling_rate) for group in groups for c in group]
+        segments = self.segments_of(clips)
+        inputs = self._assembled(
+            *self.encoded_prompts(prompts), *segments, self.heard_beside(clips)
+        )
+        rate = self.cfg.sampling_rate
+        return replace(inputs, audio=clips, text=prompts, sampling_rate=rate, remake=self.prepare)
+
+    def encoded_prompts(self, prompts: list[str]) -> tuple[Int[Tensor, "b t"], Tensor]:
+        """Prompts as token ids, padded on the left, and the mask of what is no padding."""
+        made = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        return made["input_ids"].to(self.device), made["attention_mask"].to(self.device)
+
+    def heard_beside(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """What goes beside the features of these clips: nothing, here."""
+        return {}
+
+    def segments_of(
+        self, clips: list[Float[Any, " _"]]
+    ) -> tuple[Tensor, Bool[Tensor, "segments frames"], tuple[int, ...]]:
+        """Features of clips as segments, their masks, and how many segments each clip has."""
+        longest = None if self.cfg.n_frames is None else self.cfg.n_frames * self.cfg.hop
+        pieces = [
+            [clip[start : start + longest] for start in range(0, len(clip), longest)]
+            if longest
+            else [clip]
+            for clip in clips
+        ]
+        made = self.extract_features([piece for of_clip in pieces for piece in of_clip])
+        return made["features"], made["mask"], tuple(map(len, pieces))
+
+    def _checked_clip(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
+        clip = self.load_audio(source, sampling_rate)
+        if self.token_count(-(-len(clip) // self.cfg.hop)) < 1:
+            raise AudioError(
+                f"the clip is {1000 * len(clip) / self.cfg.sampling_rate:.0f} ms long, too short "
+                f"for one audio token ({self._token_ms})"
+            )
+        return clip
+
+    @property
+    def _token_ms(self) -> str:
+        """How far tokens of audio lie apart, for people."""
+        steps = self.token_seconds(2).diff()
+        return f"{1000 * steps.item():.0f} ms" if steps.isfinite().any() else "of any length"
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for a clip in the text of a prompt."""
+        return self.tokenizer.convert_ids_to_tokens(self.audio_token_id)
+
+    def _prompt_of(self, text: Any, n_clips: int) -> str:
+        placeholder = self.placeholder
+        if not (isinstance(text, str) or _is_conversation(text)):
+            raise InputError(
+                "an audio LLM needs a question: pass text= (str, or a conversation), got "
+                f"{type(text).__name__}"
+            )
+        if isinstance(text, str) and ("<|im_start|>" in text or placeholder in text):
+            prompt = text
+        else:
+            prompt = self.templated(_conversation(text, n_clips))
+        if prompt.count(placeholder) != n_clips:
+            raise InputError(
+                f"the prompt holds {prompt.count(placeholder)} placeholder(s) {placeholder} for "
+                f"{n_clips} clip(s): put one where each clip belongs, or pass the bare question"
+            )
+        return prompt
+
+    def templated(self, conversation: list) -> str:
+        """The prompt of a conversation by the chat template, with one placeholder per clip."""
+        return self.processor.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=False
+        )
+
+
+def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:
+    """Tokens of each clip, from those of its segments."""
+    remaining = iter(counts)
+    return [sum(itertools.islice(remaining, n)) for n in per_clip]
+
+
+def _grouped(audio: Any) -> list[list[Any]]:
+    """Clips by prompt."""
+    prompts = audio if isinstance(audio, (list, tuple)) else [audio]
+    groups = [list(p) if isinstance(p, (list, tuple)) else [p] for p in prompts]
+    if not groups or not all(groups):
+        raise InputError("no audio: pass at least one clip per prompt")
+    return groups
+
+
+def _is_conversation(text: Any) -> bool:
+    return isinstance(text, (list, tuple)) and bool(text) and isinstance(text[0], Mapping)
+
+
+def _one_per_prompt(text: Any, n_prompts: int) -> list[Any]:
+    """One text per prompt; a single one serves all."""
+    if not isinstance(text, (list, tuple)) or _is_conversation(text):
+        return [text] * n_prompts
+    if len(text) != n_prompts:
+        raise InputError(f"{n_prompts} prompts need as many texts, got {len(text)}")
+    return list(text)
+
+
+def _conversation(text: Any, n_clips: int) -> Any:
+    """The question behind its clips, as one user turn; conversations stay as they are."""
+    if _is_conversation(text):
+        return text
+    clips = [{"type": "audio", "audio_url": ""} for _ in range(n_clips)]
+    return [{"role": "user", "content": [*clips, {"type": "text", "text": text}]}]
