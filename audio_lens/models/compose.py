@@ -184,6 +184,8 @@ def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
 def _cut_behind(encoder: Stack, taps: tuple[int, ...]) -> Stack:
     """The encoder up to the last block that is read, without a final norm."""
     n_layers = max(taps) + 1
+    if list(taps) != sorted(set(taps)):
+        raise CompositionError(f"name the blocks that the connector reads in rising order: {taps}")
     if not 0 <= min(taps) <= max(taps) < encoder.cfg.n_layers or encoder.frames_pooled > 1:
         raise CompositionError(
             f"the connector reads blocks {', '.join(map(str, taps))} of an encoder with "

@@ -143,12 +143,13 @@ class HookedComposed(AudioLLM):
                 f"encoder layer {min(taps)} or before"
             )
         tapped, begin = [], start
-        for tap in sorted(taps):
+        for tap in taps:
             resid = super().encode(inputs, resid, begin, tap + 1)
             begin = tap + 1
             tapped.append(resid)
         tapped[-1] = self.encoder.finish(tapped[-1])
-        return self.connector(torch.cat(tapped, dim=-1)).to(self.device)
+        others = [self.hear(name, inputs) for name in self.cfg.ears]
+        return self.connector(torch.cat(tapped, dim=-1), *others).to(self.device)
 
     def send_rows(
         self,

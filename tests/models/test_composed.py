@@ -191,6 +191,25 @@ def test_what_the_second_ear_hears_counts() -> None:
 
 
 @torch.no_grad()
+def test_a_connector_with_taps_hears_further_ears_too() -> None:
+    second = FAMILIES["wav2vec2"].build()
+
+    class Both(Tapped):
+        def __init__(self):
+            super().__init__()
+            self.third = nn.Linear(second.config.hidden_size, D_LM)
+
+        def carry(self, early: Tensor, late: Tensor, other: Tensor) -> Tensor:
+            return super().carry(early, late) + self.third(other).mean(1, keepdim=True)
+
+    connector = randomise(Both())
+    ears = {"encoder": whisper(), "second": second}
+    model = HookedAudioTransformer.compose(ears, connector, language_model(), AUDIO_TOKEN)
+    silence = {**heard_twice(), "second": torch.zeros(2, 8000)}
+    assert (model(heard_twice()) - model(silence)).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_the_embedded_model_put_together_from_its_own_parts(
     embedded: HookedAudioTransformer,
 ) -> None:
@@ -347,6 +366,10 @@ def test_parts_that_do_not_fit_raise() -> None:
         put({"encoder": ear, "other": whisper()}, Stacked(), decoder, max_segments=2)
     with pytest.raises(CompositionError, match="cannot be named decoder"):
         put({"encoder": ear, "decoder": whisper()}, Stacked(), decoder)
+    back = Tapped()
+    back.taps = (1, 0)
+    with pytest.raises(CompositionError, match=r"in rising order: \(1, 0\)"):
+        put(ear, back, decoder)
     far = Tapped()
     far.taps = (1, 7)
     with pytest.raises(CompositionError, match="reads blocks 1, 7 of an encoder with 3 blocks"):
