@@ -20,7 +20,7 @@ PLACEHOLDER = re.compile(r"<!-- table: (\w+) -->")
 
 # The axes of activations and the last pieces of their names: b batch, t positions, q and k query
 # and key positions, h heads, e d_head, d d_model, f d_mlp, v vocabulary, labels or classes,
-# x experts, m mel bins, n anything else. Names that are not here have `RESIDUAL`.
+# x experts, m mel bins, r rank of LoRA, n anything else. Names that are not here have `RESIDUAL`.
 AXES = {
     "b t h e": "q k v rot_q rot_k z normalized",
     "b h q k": "attn_scores pattern pos_bias",
@@ -37,7 +37,8 @@ AXES = {
     "b m n": "mel",
     "b d n": "conv1",
     "b n": "wav",
-    "b t n": "tap_weights",
+    "b t n": "tap_weights lora_B",
+    "b t r": "lora_A",
     "n d": "audio_embed",
 }
 RESIDUAL = "b t d"
@@ -84,8 +85,8 @@ def _hook_table(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The names by place and axes; modules of one parent that hold the same share a row."""
     held: dict[str, dict[str, list[str]]] = {}
     for name, shape in shapes.items():
-        place, _, leaf = re.sub(r"\.\d+(?=\.)", ".{l}", f".{name}").rpartition(".")
-        by_axes = held.setdefault(place.removeprefix("."), {})
+        place, leaf = place_and_leaf(name)
+        by_axes = held.setdefault(place, {})
         names = by_axes.setdefault(axes_of(leaf, shape), [])
         names += [] if leaf in names else [leaf]
     rows: dict[tuple[str, str], list[str]] = {}
@@ -95,6 +96,13 @@ def _hook_table(shapes: Mapping[str, tuple[int, ...]]) -> str:
         rows.setdefault((parent, cell), []).append(module)
     lines = [f"| {_place(parent, modules)} | {cell} |" for (parent, cell), modules in rows.items()]
     return "\n".join(["| place | names |", "|---|---|", *lines])
+
+
+def place_and_leaf(name: str) -> tuple[str, str]:
+    """The module that holds a hook and the hook's own name, with letters for numbers."""
+    place, hook, leaf = f".{name}".rpartition("hook_")
+    place = re.sub(r"\.\d+(?=\.)", ".{l}", place).strip(".")
+    return place, hook + re.sub(r"\.\d+$", ".{k}", leaf)
 
 
 def axes_of(leaf: str, shape: tuple[int, ...]) -> str:

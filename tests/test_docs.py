@@ -112,7 +112,6 @@ def tiny_models(tables: ModuleType) -> list[tuple[str, Any, dict[str, tuple[int,
     return list(tables.tiny_models())
 
 
-@pytest.mark.slow
 def test_hook_tables_hold_every_name(tables: ModuleType, tiny_models: list) -> None:
     sections = re.split(r"^### ", tables.hook_tables(), flags=re.MULTILINE)[1:]
     by_family = {
@@ -125,13 +124,19 @@ def test_hook_tables_hold_every_name(tables: ModuleType, tiny_models: list) -> N
         for row in by_family[family].splitlines():
             places, _, names = row.strip("| ").partition(" | ")
             for place in re.findall(r"`(.*?)`", places):
-                told[place.replace("(model)", "")] |= set(re.findall(r"`(hook_\w+)`", names))
+                told[place.replace("(model)", "")] |= set(re.findall(r"`(hook_.*?)`", names))
         for name in model.hook_dict:
-            place, _, leaf = re.sub(r"\.\d+(?=\.)", ".{l}", f".{name}").rpartition(".")
-            assert leaf in told[place.removeprefix(".")], (family, name)
+            place, leaf = tables.place_and_leaf(name)
+            assert leaf in told[place], (family, name)
 
 
-@pytest.mark.slow
+def test_numbers_in_hook_names_become_letters() -> None:
+    place_and_leaf = script("tables").place_and_leaf
+    assert place_and_leaf("hook_logits") == ("", "hook_logits")
+    assert place_and_leaf("decoder.blocks.3.attn.hook_z") == ("decoder.blocks.{l}.attn", "hook_z")
+    assert place_and_leaf("decoder.hook_code_embed.0") == ("decoder", "hook_code_embed.{k}")
+
+
 def test_axes_of_blocks_are_what_the_letters_say(tables: ModuleType, tiny_models: list) -> None:
     for family, model, shapes in tiny_models:
         for part, cfg in model.cfg.parts.items():
@@ -144,7 +149,6 @@ def test_axes_of_blocks_are_what_the_letters_say(tables: ModuleType, tiny_models
                         assert size in sizes.get(letter, {size}), (family, name, axes, shape)
 
 
-@pytest.mark.slow
 def test_drawn_names_exist(tiny_models: list) -> None:
     drawings = script("drawings")
     known = {name.rpartition(".")[2] for _, _, shapes in tiny_models for name in shapes}
@@ -172,7 +176,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     return {path: Page(path) for path in folder.rglob("*.html")}
 
 
-@pytest.mark.slow
 def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
     for path, page in site.items():
         for address in page.loads:
@@ -187,7 +190,6 @@ def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
         assert not REMOTE.search(sheet.read_text(encoding="utf-8")), sheet.name
 
 
-@pytest.mark.slow
 def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     n_checked = 0
     for path, page in site.items():
@@ -203,13 +205,11 @@ def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     assert n_checked > 500
 
 
-@pytest.mark.slow
 def test_no_table_is_left_out(site: dict[Path, Page]) -> None:
     for path in site:
         assert "<!-- table" not in path.read_text(encoding="utf-8"), path.name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", [audio_lens, patching, metrics, report], ids=lambda module: module.__name__
 )
