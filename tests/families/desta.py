@@ -230,7 +230,7 @@ def family(name: str, published: type[Desta]) -> Family:
             "the whole window": {"lengths": [N_FRAMES], "words": [5]},
             "right padding": {},
             "left padding": {"padding": "left"},
-            "several clips": {"lengths": [60, [173, 24]], "words": [4, 5]},
+            "several clips": {"lengths": [[60, 199], [173, 24, 17]], "words": [4, 8]},
         },
         no_float64=("left padding",),
         draw=draw,

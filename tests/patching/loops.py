@@ -68,31 +68,8 @@ def assert_equals_loop(
     scale = max(1.0, slow.nan_to_num().abs().max().item())
     worst = (fast - slow).nan_to_num().abs().amax((0, 1)) / scale
     off = [(cells[i], gap.item()) for i, gap in zip(chosen, worst, strict=True)]
-    off = [
-        (cell, gap)
-        for cell, gap in off
-        if not gap <= tolerance(model, asked["site"], asked["clean"])
-    ]
+    off = [(cell, gap) for cell, gap in off if not gap <= TOLERANCE[model.dtype]]
     assert not off, f"{len(off)} of {len(chosen)} cells differ from the loop: {off[:3]}"
-
-
-AT_ONCE = 16  # float32 numbers that a vector register holds
-
-
-def tolerance(model: HookedAudioTransformer, site: str | Sequence[str], clean: Any) -> float:
-    """Of relative differences.
-
-    A softmax that is written out in float32 rounds differently for every number of keys, masked
-    ones included: in encoders whose padding is cut, and in decoders whose rows are cut behind the
-    last position that is read, if they hold more keys than are summed at once.
-    """
-    sites = [Site.parse(one, model) for one in ([site] if isinstance(site, str) else site)]
-    is_explicit = model.attn_mode == "explicit" or any(one.reads_attention for one in sites)
-    heard = [model.cfg.parts[part] for part in model.cfg.is_heard_in]
-    if model.cfg.decoder is not None and model.as_inputs(clean).shape[1] > AT_ONCE:
-        heard.append(model.cfg.decoder)
-    rounds = is_explicit and any(cfg.softmax_float32 for cfg in heard)
-    return TOLERANCE[torch.float32 if rounds else model.dtype]
 
 
 def evenly(count: int) -> Callable[[int], list[int]]:
