@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.base import AudioPlaces, HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
+from audio_lens.models.ear import Ear
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.models.prompts import Prompts
@@ -41,7 +42,7 @@ class Segment(NamedTuple):
     n_valid: int
 
 
-class AudioLLM(Prompts, HookedAudioTransformer):
+class AudioLLM(Prompts, Ear, HookedAudioTransformer):
     """An encoder, a connector and a language model into whose prompts the audio is merged.
 
     Attributes:

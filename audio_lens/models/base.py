@@ -25,7 +25,7 @@ from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
 from audio_lens.models.placement import Devices, Placed, moved
 from audio_lens.models.vocabulary import Vocabulary
-from audio_lens.timeline import Timeline, Track
+from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
     from audio_lens.patching.sites import Site
@@ -54,7 +54,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
     """
 
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
-    lends_encoder: ClassVar[bool] = False  # whether `compose` can build on its encoder
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
     extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     hf_class: ClassVar[str | tuple[str, ...]]
@@ -229,19 +228,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
     def enter_encoder(self, inputs: AudioInputs) -> Float[Tensor, "segments frames d"]:
         """The residual stream entering the encoder's block 0."""
         return self.encoder.embed(inputs.features)
-
-    def frame_count(self, n_valid: int) -> int:
-        """Encoder positions of a segment with so many valid feature steps."""
-        raise NotImplementedError(f"positions of the encoder of {self.cfg.family} have no time")
-
-    def frame_seconds(self, count: int) -> Float[Tensor, " t"]:
-        """Centres of a segment's encoder positions in seconds from its start."""
-        raise NotImplementedError(f"positions of the encoder of {self.cfg.family} have no time")
-
-    def encoder_track(self, length: int, n_valid: int, clip: int, start_s: float | int) -> Track:
-        """Where the encoder's positions of a segment lie that has so many valid feature steps."""
-        heard = min(length, self.frame_count(n_valid))
-        return Track.of_segment(self.frame_seconds(length), heard, clip, start_s)
 
     def encoder_length(self, inputs: AudioInputs) -> int:
         """Positions of every row of the encoder, padding included."""

@@ -34,6 +34,7 @@ from audio_lens.models.beats_config import (
     log_mel,
 )
 from audio_lens.models.config import AudioConfig, LoadingError
+from audio_lens.models.ear import Ear
 from audio_lens.models.heads import IGNORED, EncoderOutput
 from audio_lens.models.layers import Block, Context, LayerNorm, PostNormBlock, padding_mask
 from audio_lens.models.wav2vec2 import EPS
@@ -123,7 +124,7 @@ class BeatsClassifier(nn.Module):
 _TABLE = "self_attn.relative_attention_bias.weight"  # of a layer; all share it
 
 
-class HookedBeats(EncoderOutput, HookedAudioTransformer):
+class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
     """BEATs with every activation hooked, bare or with its head for the classes of AudioSet.
 
     Classes do not exclude each other: ``logits.sigmoid()`` are their probabilities.

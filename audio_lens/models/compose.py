@@ -25,6 +25,7 @@ from audio_lens.models.composed import (
 )
 from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.connectors import Connector
+from audio_lens.models.ear import Ear
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import Stack
 from audio_lens.models.loading import load_pretrained, processor_of, read_model
@@ -168,7 +169,7 @@ def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
         source = load_pretrained(source, dtype)
     elif not isinstance(source, HookedAudioTransformer):
         source = HookedAudioTransformer.from_hf(source)
-    if not source.lends_encoder:
+    if not (isinstance(source, Ear) and source.lends_encoder):
         raise CompositionError(
             f"the encoder of {source.cfg.family} cannot be taken out of its model; use one of "
             "Whisper, wav2vec 2.0 and its kin, Qwen2-Audio and its kin"

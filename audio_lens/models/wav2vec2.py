@@ -21,6 +21,7 @@ from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig
+from audio_lens.models.ear import Ear
 from audio_lens.models.heads import IGNORED, EncoderOutput, PooledClassifier
 from audio_lens.models.layers import (
     MLP,
@@ -201,7 +202,7 @@ def hf_classes(*stems: str) -> tuple[str, ...]:
     return tuple(f"{stem}{head}" for stem in stems for head in heads)
 
 
-class HookedWav2Vec2(EncoderOutput, HookedAudioTransformer):
+class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
     """wav2vec 2.0, HuBERT, data2vec-audio, UniSpeech or UniSpeech-SAT, with hooks everywhere.
 
     The bare encoder, or with a head for CTC or for the class of a clip; what was saved for

@@ -21,6 +21,7 @@ from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, check_switches
+from audio_lens.models.ear import Ear
 from audio_lens.models.layers import (
     Block,
     Context,
@@ -112,7 +113,7 @@ class WhisperDecoder(Stack):
         return embed + self.hook_pos_embed(self.pos_embed(positions))
 
 
-class HookedWhisper(HookedAudioTransformer):
+class HookedWhisper(Ear, HookedAudioTransformer):
     """Whisper with every activation hooked."""
 
     lends_encoder = True
