@@ -25,6 +25,7 @@ that Whisper returns, of which the first enters layer 0, DeSTA2.5-Audio what its
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -87,15 +88,15 @@ class Perception(nn.Module):
         self.targets = size.targets
 
 
-class Desta(nn.Module):
+class Desta(nn.Module, ABC):
     """Audio vectors written into Llama's prompts; the classes below say where Whisper is read."""
 
     ear: Perception
     language: transformers.LlamaForCausalLM
 
+    @abstractmethod
     def states(self, features: Tensor) -> list[Tensor]:
         """What the connector reads."""
-        raise NotImplementedError
 
     def hear(self, features: Tensor) -> Tensor:
         """The vectors of every clip."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import cache
 from pathlib import Path
@@ -349,8 +350,7 @@ def test_an_answer_of_its_own_is_spoken() -> None:
         torch.testing.assert_close(units[row : row + 1], alone, rtol=1e-4, atol=1e-4)
     best = units.argmax(-1).tolist()
     for row, spoken in zip(best, model.spoken(units), strict=True):
-        changes = [now for before, now in zip([None, *row], row, strict=False) if now != before]
-        assert spoken == [unit for unit in changes if unit != N_UNITS]
+        assert spoken == [unit for unit, _ in itertools.groupby(row) if unit != N_UNITS]
 
 
 def test_every_hook_point_of_the_speaker_is_live() -> None:

@@ -195,7 +195,7 @@ class DepthDecoder(Stack):
         codes: Int[Tensor, "b k t"],
     ) -> Float[Tensor, "b tk d"]:
         """The residual stream entering block 0; the codes of the last codebook are not read."""
-        tables = zip(self.code_embed, codes.unbind(1), strict=False)
+        tables = zip(self.code_embed, codes[:, : len(self.code_embed)].unbind(1), strict=True)
         read = [self.text_embed(text), *(table(of_book) for table, of_book in tables)]
         tokens = self.hook_token_embed(rearrange(read, "k b t d -> b (t k) d"))
         given = repeat(hidden, "b t d -> b (t k) d", k=self.cfg.n_codebooks)
