@@ -176,6 +176,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     return {path: Page(path) for path in folder.rglob("*.html")}
 
 
+@pytest.mark.slow
 def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
     for path, page in site.items():
         for address in page.loads:
@@ -190,6 +191,7 @@ def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
         assert not REMOTE.search(sheet.read_text(encoding="utf-8")), sheet.name
 
 
+@pytest.mark.slow
 def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     n_checked = 0
     for path, page in site.items():
@@ -205,11 +207,13 @@ def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     assert n_checked > 500
 
 
+@pytest.mark.slow
 def test_no_table_is_left_out(site: dict[Path, Page]) -> None:
     for path in site:
         assert "<!-- table" not in path.read_text(encoding="utf-8"), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", [audio_lens, patching, metrics, report], ids=lambda module: module.__name__
 )
