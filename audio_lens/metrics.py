@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.config import TEXT
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -28,7 +29,6 @@ Word = str | int
 Words = Word | Sequence[Word]
 Transcript = str | tuple[int, ...]
 MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
-TEXT = "text"  # the stream that a tokenizer writes
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,14 @@ def named(metric: Any) -> dict[str, Any]:
             raise ValueError("the mapping of metrics is empty")
         return dict(metric)
     return {getattr(metric, "name", None) or getattr(metric, "__name__", "metric"): metric}
+
+
+def streams_read(metric: Any) -> frozenset[str] | None:
+    """The streams that a metric, or several, are known to read alone; None for all there are."""
+    wanted = named(metric).values()
+    if not all(isinstance(one, _OfStream) for one in wanted):
+        return None
+    return frozenset(one.stream for one in wanted)
 
 
 # -------------------------------------------------------------------------------- answers

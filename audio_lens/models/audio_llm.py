@@ -21,7 +21,7 @@ from audio_lens.models.base import AudioPlaces, HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.ear import Ear
 from audio_lens.models.language_model import LanguageModel
-from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
+from audio_lens.models.layers import Context, KVCache, Stack, multiplied, padding_mask
 from audio_lens.models.prompts import Prompts
 from audio_lens.timeline import Row, Timeline, Track
 
@@ -163,6 +163,16 @@ class AudioLLM(Prompts, Ear, HookedAudioTransformer):
         segment = torch.arange(len(counts), device=inputs.device).repeat_interleave(counts)
         index = torch.cat([torch.arange(int(n), device=inputs.device) for n in counts])
         return AudioPlaces(row, position, segment, index)
+
+    def enter_audio(
+        self,
+        audio: Float[Tensor, "m d"],
+        inputs: AudioInputs,
+        prompt: Int[Tensor, " m"],
+        position: Int[Tensor, " m"],
+    ) -> Float[Tensor, "m d"]:
+        """The residual stream that audio becomes at positions of prompts, entering block 0."""
+        return multiplied(audio, self.cfg.decoder.embed_multiplier)
 
     def _lengths(self, inputs: AudioInputs) -> list[int]:
         return [inputs.n_valid(segment) for segment in range(len(inputs.features))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -18,7 +18,7 @@ from audio_lens import audio as audio_io
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.config import AudioConfig, LoadingError
+from audio_lens.models.config import TEXT, AudioConfig, LoadingError
 from audio_lens.models.decoding import GreedyDecoding
 from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
 from audio_lens.models.lora import Adaptable
@@ -54,6 +54,7 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
     """
 
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
+    speaks_behind: ClassVar[bool] = False  # whether its speakers read final hidden states only
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
     extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     hf_class: ClassVar[str | tuple[str, ...]]
@@ -244,6 +245,16 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
         logits, divisor = self.output_stack.unembed(hidden), self.cfg.output.logits_divisor
         return logits if divisor == 1 else logits / divisor
 
+    def read_rows(
+        self,
+        hidden: Float[Tensor, "m d"],
+        inputs: AudioInputs,
+        prompt: Int[Tensor, " m"],
+        position: Int[Tensor, " m"],
+    ) -> Float[Tensor, "m v"]:
+        """The output of final hidden states that stand at positions of prompts of the inputs."""
+        return self.read_out(hidden[None], inputs)[0]
+
     def stream(self, logits: Float[Tensor, "*b v"], name: str) -> Float[Tensor, "*b n"]:
         """The columns of the logits that belong to one of the streams the model writes.
 
@@ -254,14 +265,26 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"] | None:
         """What stands at every position of the decoder, as ids of the tokenizer; None for codes."""
-        is_text = self.cfg.head != "streams" or "text" in dict(self.cfg.streams)
+        is_text = self.cfg.head != "streams" or TEXT in dict(self.cfg.streams)
         return inputs.tokens if is_text else None
 
-    def whole_because(self, site: Site) -> str:
-        """Why sweeps of a site run whole forwards with hooks; empty where they need not."""
-        if self.cfg.speakers:
-            return f"its output is also that of the {' and '.join(self.cfg.speakers)}"
+    def whole_because(self, site: Site, streams: Set[str] | None) -> str:
+        """Why sweeps of a site run whole forwards with hooks; empty where they need not.
+
+        Args:
+            streams: those that are read; None for all.
+        """
+        if beside := self.spoken_beside(streams):
+            return f"its output is also that of the {' and '.join(beside)}"
         return f"the {site.part} is a part of its own" if site.part in self.cfg.ears else ""
+
+    def spoken_beside(self, streams: Set[str] | None) -> tuple[str, ...]:
+        """The parts that write some of these streams (None for all) from other than hidden states.
+
+        Those are the final ones of the decoder.
+        """
+        is_plain = self.speaks_behind or streams == {TEXT}
+        return () if is_plain else tuple(self.cfg.speakers)
 
     @property
     def pools(self) -> bool:

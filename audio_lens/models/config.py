@@ -14,6 +14,7 @@ from audio_lens.inputs import InputError
 from audio_lens.models.layers import PartConfig
 
 Head = Literal["tokens", "streams", "ctc", "classes", None]
+TEXT = "text"  # the stream that a tokenizer writes; of several writing stacks, the decoder's
 
 
 @dataclass
@@ -81,6 +82,13 @@ class AudioConfig:
     def output(self) -> PartConfig:
         """The part that makes the output."""
         return self.decoder or self.encoder
+
+    @property
+    def n_unembedded(self) -> int:
+        """How many columns of the output, the first ones, are an unembedding of hidden states."""
+        if self.head in (None, "classes"):
+            return 0
+        return self.columns(TEXT).stop if self.speakers else self.output.d_vocab
 
     @property
     def step_s(self) -> float:

@@ -75,6 +75,7 @@ class HookedMoshi(HookedCodecLM):
     ("user.0" ...).
     """
 
+    speaks_behind = True
     features_key = "user_audio_codes"
     hf_class = "MoshiForConditionalGeneration"
     codec_name = "audio_encoder"
@@ -188,6 +189,20 @@ class HookedMoshi(HookedCodecLM):
     ) -> Float[Tensor, "b t v"]:
         """Logits of the text, and of the codes that are said with the next position's text."""
         return self._columns(hidden, *self.next_tokens(inputs))
+
+    def read_rows(
+        self,
+        hidden: Float[Tensor, "m d"],
+        inputs: AudioInputs,
+        prompt: Int[Tensor, " m"],
+        position: Int[Tensor, " m"],
+    ) -> Float[Tensor, "m v"]:
+        """The output of final hidden states that stand at positions of prompts of the inputs."""
+        if not len(hidden):
+            return hidden.new_zeros(0, self.cfg.output.d_vocab)
+        text, codes = self.next_tokens(inputs)
+        own = text[prompt, position][:, None], codes[prompt, :, position][..., None]
+        return self._columns(hidden[:, None], *own)[:, 0]
 
     def _columns(
         self, hidden: Float[Tensor, "b t d"], text: Int[Tensor, "b t"], codes: Int[Tensor, "b k t"]

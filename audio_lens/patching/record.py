@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from audio_lens import metrics
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.config import TEXT
 from audio_lens.timeline import Band, Span
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
+    from audio_lens.patching.sites import Site
 
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
 PROBES = 16  # numbers of every tensor of weights that go into their hash
@@ -45,6 +47,20 @@ def check_pair(
         raise InputError(
             f"the audio of {' and '.join(names)} lies at different positions of the prompt, so "
             "these do not correspond: use texts that put it in the same place"
+        )
+
+
+def check_reaches(model: HookedAudioTransformer, sites: Sequence[Site], metric: Any) -> None:
+    """Raise unless what a metric reads depends on the sites.
+
+    Raises:
+        ValueError: naming the site and what is read.
+    """
+    deaf = [str(site) for site in sites if site.part in model.cfg.speakers]
+    if deaf and metrics.streams_read(metric) == {TEXT}:
+        raise ValueError(
+            f"{', '.join(deaf)} can change nothing that is read: of {model.cfg.family} the metric "
+            f"reads the {TEXT}, which the decoder writes; read another stream, or sweep the decoder"
         )
 
 

@@ -110,10 +110,12 @@ def _spellings(text: str, output_part: str) -> list[str]:
 
 
 def parts_from(model: HookedAudioTransformer, part: str) -> list[str]:
-    """The part, if it has blocks, and those that run behind it."""
+    """The part, if it has blocks, and those that run behind it up to the final hidden states."""
     cfg = model.cfg
-    order = [*cfg.is_heard_in, "connector", *(p for p in cfg.parts if p not in cfg.is_heard_in)]
-    return [name for name in cfg.parts if order.index(name) >= order.index(part)]
+    order = [*cfg.is_heard_in, "connector", *(["decoder"] if cfg.decoder else [])]
+    if part not in order:
+        return [part]
+    return [name for name in order[order.index(part) :] if name in cfg.parts]
 
 
 def sites_of(model: HookedAudioTransformer) -> list[Site]:

@@ -16,7 +16,7 @@ from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.engine.request import Direction, Precision, Request
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import Bands, CellTable, Windows
-from audio_lens.patching.record import check_pair, recorded
+from audio_lens.patching.record import check_pair, check_reaches, recorded
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
@@ -97,7 +97,8 @@ def sweep(
         SiteError: a site or axis the model does not have.
         InputError: inputs whose shapes differ, or whose audio lies at other positions.
         ValueError: windows without positions, layers out of range, a metric of another shape, one
-            that is NaN on the unpatched runs, or a budget too small for one cell.
+            that is NaN on the unpatched runs or that the site cannot reach, or a budget too small
+            for one cell.
         PlacementError: a model that is split over devices.
         VerificationError: a cell that a whole forward does not confirm.
         CheckpointError: a file that belongs to another sweep.
@@ -156,6 +157,7 @@ def plan(
     _check_options(model, direction, cells_per_forward, memory_gb, precision)
     named = [site] if isinstance(site, str) else list(site)
     sites = [Site.parse(one, model) for one in named]
+    check_reaches(model, sites, metric)
     table = CellTable.lay_out(model, clean, sites, axes, windows, layers, layer_window, bands)
     request = Request(
         model=model,

@@ -79,19 +79,26 @@ class TwoStreamLanguageModel(LanguageModel):
         if audio is None:
             return embed
         audio = self.hook_audio_embed(audio.to(embed.dtype))
-        joined = (embed[is_audio] + audio) * embed.new_tensor(2.0).sqrt()
-        return embed.masked_scatter(is_audio[..., None], joined)
+        return embed.masked_scatter(is_audio[..., None], self.heard(embed[is_audio], audio))
 
-    def with_text(
-        self, spoken: Float[Tensor, "b t d"], tokens: Int[Tensor, "b t"]
-    ) -> Float[Tensor, "b t d"]:
-        """The residual stream entering block 0, from what the audio stream adds.
+    @staticmethod
+    def heard(embed: Float[Tensor, "n d"], audio: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """What discrete tokens and the audio heard with them add."""
+        return (embed + audio) * embed.new_tensor(2.0).sqrt()
+
+    def written(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """What the text stream adds.
 
         As in the published code, rows that hold nothing but token 0 add nothing: in a step of
         decoding this concerns the word of that id.
         """
-        written = self.token_embed(tokens) * tokens.any(1)[:, None, None]
-        return self.hook_embed(spoken + self.hook_text_embed(written))
+        return self.token_embed(tokens) * tokens.any(1)[:, None, None]
+
+    def with_text(
+        self, spoken: Float[Tensor, "b t d"], tokens: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0, from what the audio stream adds."""
+        return self.hook_embed(spoken + self.hook_text_embed(self.written(tokens)))
 
 
 class Speaker(Stack):
@@ -159,6 +166,18 @@ class HookedKimiAudio(StackedAudioLLM):
         spoken = super().enter_decoder(inputs, encoded, past)
         return self.decoder.with_text(spoken, inputs.streams[:, 0])
 
+    def enter_audio(
+        self,
+        audio: Float[Tensor, "m d"],
+        inputs: AudioInputs,
+        prompt: Int[Tensor, " m"],
+        position: Int[Tensor, " m"],
+    ) -> Float[Tensor, "m d"]:
+        """The residual stream that audio becomes at positions of prompts, entering block 0."""
+        embed = self.decoder.token_embed(inputs.tokens[prompt, position])
+        written = self.decoder.written(inputs.streams[:, 0])[prompt, position]
+        return self.decoder.heard(embed, audio) + written
+
     def decode(
         self,
         inputs: AudioInputs,
@@ -193,9 +212,10 @@ class HookedKimiAudio(StackedAudioLLM):
         return torch.cat([self.decoder.finish(text), self.speaker.finish(audio)], dim=-1)
 
     def read_out(self, hidden: Float[Tensor, "b t states"], inputs: AudioInputs) -> Tensor:
-        """The logits of text and audio side by side."""
-        text, audio = hidden.chunk(2, dim=-1)
-        return torch.cat([self.decoder.unembed(text), self.speaker.unembed(audio)], dim=-1)
+        """The logits of text and audio side by side; of the text alone, if its states are alone."""
+        states = hidden.split(self.cfg.decoder.d_model, dim=-1)
+        stacks = (self.decoder, self.speaker)
+        return torch.cat([s.unembed(own) for s, own in zip(stacks, states, strict=False)], dim=-1)
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """Positions of every part in seconds; those of the speaker are the decoder's."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audio_lens.cache import AudioCache
 from audio_lens.inputs import InputError
-from audio_lens.metrics import TEXT
+from audio_lens.models.config import TEXT
 from audio_lens.report.prompts import Places, Prompt, chosen_numbers, token_label
 
 TOP_TOKENS = 3

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from audio_lens.audio import AudioSource
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.metrics import TEXT
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.models.codec_lm import FIRST, UNKNOWN, CodecTime
+from audio_lens.models.config import TEXT
 from audio_lens.report.clips import Clip
 from audio_lens.timeline import NO_CLIP, Row, Span, Track
 

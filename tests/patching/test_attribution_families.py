@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from subjects import SITES, all_logits, pair, tiny_model
 from torch import Tensor
 
+from audio_lens import metrics
 from audio_lens.patching import Site, attribute
 from families import FAMILIES
 
 LAYER = 1
-SPEAKING = [name for name in FAMILIES if tiny_model(name).cfg.speakers]
-ATTRIBUTED = [name for name in FAMILIES if name not in SPEAKING]
-OF_PLAIN_ATTENTION = [name for name in ATTRIBUTED if name not in ("granite_speech", "beats")]
+BESIDE = [name for name in FAMILIES if tiny_model(name).spoken_beside(None)]
+OF_PLAIN_ATTENTION = [
+    name for name in FAMILIES if name not in ("granite_speech", "beats", "kimi_audio")
+]
 QUERIES_AND_KEYS = [
     (name, str(site))
     for name, site in SITES
@@ -29,10 +33,18 @@ def gradients(name: str, base: dict, points: list[str]) -> dict[str, Tensor]:
         kept[hook.name] = x if x.requires_grad else x.detach().requires_grad_()
         return kept[hook.name]
 
-    values = all_logits(model.run_with_hooks(base, fwd_hooks=[(point, keep) for point in points]))
+    logits = model.run_with_hooks(base, fwd_hooks=[(point, keep) for point in points])
+    values = metrics.bound(metric_of(name), model, model.as_inputs(base))(logits)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     rows = [torch.autograd.grad(value, list(kept.values()), **options) for value in values]
     return dict(zip(kept, map(torch.stack, zip(*rows, strict=True)), strict=True))
+
+
+def metric_of(name: str) -> Any:
+    """Of everything; of models that write beside their decoder, of the text at a position."""
+    if name not in BESIDE:
+        return all_logits
+    return metrics.of_stream("text", metrics.read_at(all_logits, position=-2))
 
 
 def summed(product: Tensor, site: Site) -> Tensor:
@@ -41,7 +53,7 @@ def summed(product: Tensor, site: Site) -> Tensor:
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("name", ATTRIBUTED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_site_is_gradient_times_difference(name, part):
     """Sites of one block on one part's positions, each position by itself."""
     model = tiny_model(name)
@@ -56,7 +68,7 @@ def test_every_site_is_gradient_times_difference(name, part):
             site=[str(site) for site in sites],
             axes=("layer", "position"),
             layers=[LAYER],
-            metric=all_logits,
+            metric=metric_of(name),
             **runs,
         )
         _, source = model.run_with_cache(runs["clean"], names_filter=list(points.values()))
@@ -105,7 +117,39 @@ def test_qk_fix_is_the_patched_pattern_times_its_gradient(name, site):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SPEAKING)
-def test_models_that_write_beside_their_decoder_are_refused(name):
-    with pytest.raises(ValueError, match=r"does not reach through the .*: use sweep"):
-        attribute(tiny_model(name), site="decoder.mlp_out", metric=all_logits, **pair(name))
+@pytest.mark.parametrize("name", [*BESIDE, "moshi"])
+@pytest.mark.parametrize("method", ["ig", "grad_drop"])
+def test_other_methods_reach_through_models_that_speak(name, method):
+    """Integrated gradients explain the change; dropped layers are those of the parts they pass."""
+    options = {"steps": 64} if method == "ig" else {}
+    found = attribute(
+        tiny_model(name),
+        site="decoder.resid_pre",
+        axes=("layer", "position"),
+        metric=metric_of(name),
+        method=method,
+        **options,
+        **pair(name, same_text=False),
+    )
+    assert found.effect.nan_to_num().abs().max() > 1e-6
+    if method == "ig":
+        assert float(found.meta["unexplained"]) < 1e-2
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_written_beside_the_decoder_is_refused(name):
+    model, asked = tiny_model(name), pair(name)
+    with pytest.raises(ValueError, match=r"through the speaker .* read the text alone"):
+        attribute(model, site="decoder.mlp_out", metric=all_logits, **asked)
+    asked |= {"site": "decoder.mlp_out", "metric": metric_of(name)}
+    for point in ("hook_logits", "speaker.blocks.0.hook_mlp_out"):
+        model.add_hook(point, lambda x, hook: x)
+        with pytest.raises(ValueError, match=point):
+            attribute(model, **asked)
+        model.reset_hooks()
+
+
+@pytest.mark.parametrize(("name", "site"), [("moshi", "depth.z"), ("kimi_audio", "speaker.z")])
+def test_stacks_that_speak_are_refused(name, site):
+    with pytest.raises(ValueError, match=f"does not reach into {site.partition('.')[0]}"):
+        attribute(tiny_model(name), site=site, metric=all_logits, **pair(name))

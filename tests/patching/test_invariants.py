@@ -7,7 +7,8 @@ full forward with hooks per cell (loops.py). The long form of it is marked slow.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,11 @@ ANY_HEAD = ANY_OUTPUT | {
 }
 METRICS: dict[str | None, dict[str, Callable[[int], Any]]] = {
     None: ANY_OUTPUT,
-    "streams": ANY_HEAD,
+    "streams": ANY_HEAD
+    | {
+        "text_logit_diff": lambda early: metrics.logit_diff(5, 3, position=early),
+        "text_kl": lambda early: metrics.kl(position=early),
+    },
     "ctc": ANY_HEAD
     | {
         "ctc_log_prob": lambda early: metrics.ctc_log_prob([3]),
@@ -114,19 +119,25 @@ METRICS: dict[str | None, dict[str, Callable[[int], Any]]] = {
 
 
 def metric_of(family: str, name: str, layout: str) -> Any:
-    """A metric that the family's output allows; where it is of several streams, of the last."""
+    """A metric that the family's output allows.
+
+    Of several streams it is of the first if it is of the text, else of the last.
+    """
     cfg = tiny_model(family).cfg
     metric = METRICS[cfg.head][name](early_position(family, layout))
     if cfg.head == "streams" and isinstance(metric, metrics.Metric):
-        return metrics.of_stream(cfg.streams[-1][0], metric)
+        stream, _ = cfg.streams[0 if name.startswith("text_") else -1]
+        return metrics.of_stream(stream, metric)
     return metric
 
 
-def metrics_of(family: str, layout: str) -> list[str]:
-    """Names of the metrics for a layout."""
-    names = list(METRICS[tiny_model(family).cfg.head])
-    is_ended = ends_in_words(batch(family, 0, layout))
-    return [name for name in names if is_ended or name != "sequence_log_prob"]
+def metrics_of(family: str, layout: str, site: Site) -> list[str]:
+    """Names of the metrics for a layout that a site can change."""
+    cfg = tiny_model(family).cfg
+    left_out = set() if ends_in_words(batch(family, 0, layout)) else {"sequence_log_prob"}
+    if site.part in cfg.speakers:
+        left_out |= {"text_logit_diff", "text_kl"}
+    return [name for name in METRICS[cfg.head] if name not in left_out]
 
 
 # -------------------------------------------------------------------------------- exact
@@ -209,7 +220,7 @@ def case_of(family: str, site: Site, direction: str | None, lot: int) -> Case:
         windows=windows_of(rng, family, site, layout) if "time" in axes else None,
         layers=layers,
         layer_window=rng.choice([1, 2]) if windowed else 1,
-        metric=rng.choice(metrics_of(family, layout)),
+        metric=rng.choice(metrics_of(family, layout, site)),
         same_text=rng.random() < 0.5,
         source=rng.choice([None, None, None, "inputs", "activations"]),
         cells_per_forward=rng.choice([None, rng.randint(1, 7)]),
@@ -476,7 +487,7 @@ def is_total(name: str, part: str) -> bool:
     """Whether the output depends on nothing but the stream of this part."""
     model = tiny_model(name)
     if part == "decoder":
-        return not (model.decoder_needs_encoder or model.cfg.speakers)
+        return not (model.decoder_needs_encoder or model.spoken_beside(None))
     taps = getattr(model.connector, "taps", ()) if hasattr(model, "connector") else ()
     return part == "encoder" and not (model.cfg.ears or taps)
 
@@ -581,14 +592,14 @@ def test_user_hooks_stay_in_force(family, site, name):
 
 def assert_exact_under_hooks(family: str, lots: range) -> None:
     """Sweeps of any site under any hook."""
-    names = list(tiny_model(family).hook_dict)
-    sites = [str(site) for of, site in SITES if of == family]
-    kinds, wanted = list(USER_HOOKS), metrics_of(family, usual_layout(family))
+    names, kinds = list(tiny_model(family).hook_dict), list(USER_HOOKS)
+    sites = [site for of, site in SITES if of == family]
     for lot in lots:
         rng = random.Random(f"{family} {lot}")
-        drawn = [rng.choice(of) for of in (sites, names, kinds, wanted)]
-        print(drawn)
-        assert_exact_under_hook(family, *drawn)
+        site, name, kind = (rng.choice(of) for of in (sites, names, kinds))
+        metric = rng.choice(metrics_of(family, usual_layout(family), site))
+        print(site, name, kind, metric)
+        assert_exact_under_hook(family, str(site), name, kind, metric)
 
 
 @pytest.mark.parametrize("lots", [range(25), pytest.param(range(25, 125), marks=pytest.mark.slow)])
@@ -682,6 +693,9 @@ def test_the_loop_itself_sees_differences(family):
         ("mms", "encoder.adapter_out", hooked.SuffixRoute, "encoder.adapter_out is of its own"),
         ("granite_speech", "encoder.mlp_out", hooked.SuffixRoute, "the encoder is of its own"),
         ("granite_speech", "decoder.mlp_out", routes.DecoderRoute, ""),
+        ("moshi", "decoder.attn.z", routes.DecoderRoute, ""),
+        ("moshi", "depth.attn.z", hooked.BehindRoute, ""),
+        ("kimi_audio", "encoder.mlp_out", hooked.HookedRoute, "its output is also that of the"),
     ],
 )
 def test_blocks_of_their_own_kind_run_whole_and_the_report_says_so(family, site, route, unknown):
@@ -691,3 +705,57 @@ def test_blocks_of_their_own_kind_run_whole_and_the_report_says_so(family, site,
     assert plan.request.route is route
     notes = plan.run(only=[1], progress=False).report
     assert any(unknown in note for note in notes) if unknown else not notes
+
+
+@pytest.mark.parametrize(
+    ("site", "route"),
+    [
+        ("encoder.attn.z", routes.EncoderRoute),
+        ("connector.in", routes.ConnectorRoute),
+        ("decoder.mlp_out", routes.DecoderRoute),
+        (["decoder.attn.k", "decoder.attn.v"], hooked.SuffixRoute),
+    ],
+)
+@pytest.mark.parametrize("layout", layouts_of("kimi_audio"))
+def test_the_text_alone_is_computed_without_the_blocks_that_speak(site, route, layout):
+    model, family = tiny_model("kimi_audio"), "kimi_audio"
+    axes = "position" if site == "connector.in" else ("layer", "position")
+    options = {"site": site, "axes": axes, **pair(family, layout)}
+    options["metric"] = metric_of(family, "text_kl", layout)
+    plan = patching.plan(model, **options)
+    assert plan.request.route is route
+    with unused(model.speaker.blocks[0]):
+        result = plan.run(progress=False)
+    assert not result.report
+    loops.assert_equals_loop(model, result, loops.evenly(4), **options)
+
+
+def test_stacks_behind_the_decoder_run_alone():
+    """Their cells cost what they cost, not what the decoder does."""
+    model = tiny_model("moshi")
+    options = {"axes": ("layer", "head"), "metric": all_logits, **pair("moshi", same_text=False)}
+    plan = patching.plan(model, site="depth.attn.z", **options)
+    assert plan.schedule.loop > 1.5 * plan.schedule.flops([0])
+    plan.run(only=[0], progress=False)
+    with unused(model.decoder.blocks[0]):
+        plan.run(progress=False)
+
+
+@contextmanager
+def unused(module: torch.nn.Module) -> Iterator[None]:
+    """Fails where the module runs."""
+    ran: list[bool] = []
+    handle = module.register_forward_hook(lambda *_: ran.append(True))
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert not ran
+
+
+@pytest.mark.parametrize(("family", "site"), [("moshi", "depth.z"), ("kimi_audio", "speaker.z")])
+def test_sites_that_nothing_read_depends_on_are_refused(family, site):
+    asked = {"site": site, "axes": "layer", **pair(family)}
+    asked["metric"] = metric_of(family, "text_kl", usual_layout(family))
+    with pytest.raises(ValueError, match=r"can change nothing that is read.* reads the text"):
+        patching.plan(tiny_model(family), **asked)

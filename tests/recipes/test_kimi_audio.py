@@ -359,22 +359,16 @@ def test_sweeps_read_one_of_the_streams(model: HookedKimiAudio) -> None:
     clean, corrupted = (
         prepared(model, wave, "hi", audio_tokens=CODES) for wave in (CLIP, CLIP[::-1].copy())
     )
-    values = {}
-    for stream, word in (("text", "a"), ("audio", FIRST_CODE)):
-        found = patching.sweep(
-            model,
-            clean=clean,
-            corrupted=corrupted,
-            site="speaker.resid_pre",
-            axes=("layer", "time"),
-            windows="position",
-            metric=metrics.of_stream(stream, metrics.log_prob(word)),
-            progress=False,
-        )
-        values[stream] = found.values
-        assert found.values.shape == (2, len(CODES))
-    assert (values["text"] == values["text"][0, 0]).all()
-    assert values["audio"].std() > 1e-6
+    asked = {"clean": clean, "corrupted": corrupted, "site": "speaker.resid_pre"}
+    asked |= {"axes": ("layer", "time"), "windows": "position", "progress": False}
+    spoken = metrics.of_stream("audio", metrics.log_prob(FIRST_CODE))
+    written = metrics.of_stream("text", metrics.log_prob("a"))
+    found = patching.sweep(model, metric={"spoken": spoken, "written": written}, **asked)
+    assert found.values.shape == (2, 2, len(CODES))
+    assert (found.values[1] == found.values[1, 0, 0]).all()
+    assert found.values[0].std() > 1e-6
+    with pytest.raises(ValueError, match=r"speaker\.resid_pre can change nothing that is read"):
+        patching.sweep(model, metric=written, **asked)
     with pytest.raises(InputError, match="several streams"):
         model(clean, return_type="loss")
 

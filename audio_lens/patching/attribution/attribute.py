@@ -132,8 +132,8 @@ def attribute(
             which saturated attention needs. Attention is written out.
             "grad_drop" (2403.00745): the mean of |estimate| over backwards that each ignore what
             one layer writes, the cell's own layer left out, for direct and indirect effects that
-            cancel. One backward per layer from the site's part on. Unsigned: ``effect`` is a
-            magnitude, 0 or more.
+            cancel. One backward per layer from the site's part to the decoder's last. Unsigned:
+            ``effect`` is a magnitude, 0 or more.
             "atp*" (2403.00745): both of these; queries and keys get the QK-fix, other sites not.
         steps: of "ig", at the middles of as many equal pieces of the way; None is 5.
         progress: as in `sweep`.
@@ -149,11 +149,6 @@ def attribute(
         PlacementError: a model that is split over devices.
     """
     model.need_one_device("attribution")
-    if model.cfg.speakers:
-        raise ValueError(
-            f"attribution does not reach through the {' and '.join(model.cfg.speakers)} of "
-            f"{model.cfg.family}, which writes beside or behind the decoder: use sweep"
-        )
     clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
     check_pair(model, clean, corrupted)
     if direction not in ("denoise", "noise"):
@@ -161,6 +156,7 @@ def attribute(
     sites = [Site.parse(name, model) for name in ([site] if isinstance(site, str) else site)]
     if not sites or len(set(sites)) < len(sites):
         raise ValueError(f"name one site or several, each once; got {site!r}")
+    _check_speakers(model, sites, metric)
     tables = [
         CellTable.lay_out(model, clean, one, axes, windows, layers, layer_window, bands)
         for one in sites
@@ -228,6 +224,28 @@ def _check_method(
             _check_droppable(model, table)
     if method in FIXES_QUERIES_AND_KEYS and fixed:
         _check_softmax_is_free(model, tables)
+
+
+def _check_speakers(model: HookedAudioTransformer, sites: list[Site], metric: Any) -> None:
+    family, speakers = model.cfg.family, model.cfg.speakers
+    inside = [str(site) for site in sites if site.part in speakers]
+    if inside:
+        raise ValueError(f"attribution does not reach into {', '.join(inside)}: use sweep")
+    if beside := model.spoken_beside(metrics.streams_read(metric)):
+        raise ValueError(
+            f"attribution does not reach through the {' and '.join(beside)} of {family}, which "
+            "writes beside the decoder: read the text alone (metrics.of_stream('text', ...)), or "
+            "use sweep"
+        )
+    if model.speaks_behind or not speakers:
+        return
+    points = ("hook_logits", *(f"{part}." for part in speakers))
+    dead = [name for name in model.list_hooks(dir="fwd") if name.startswith(points)]
+    if dead:
+        raise ValueError(
+            f"your hooks on {', '.join(dead)} do not run: of {family} only the text is computed "
+            "here. Remove them"
+        )
 
 
 def _check_not_at_its_minimum(metric: Any) -> None:

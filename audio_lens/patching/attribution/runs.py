@@ -118,9 +118,9 @@ class Estimate:
             heard = [f"{part}.blocks.0.hook_resid_pre" for part in cfg.is_heard_in]
         elif "connector.in" in map(str, self.sites):
             heard = ["connector.hook_in"]
-        read = "decoder.hook_token_embed"
-        is_merged = read in self.model.hook_dict
-        return [*heard, read if is_merged else "decoder.blocks.0.hook_resid_pre"]
+        merged = ("decoder.hook_token_embed", "decoder.hook_text_embed")
+        read = [name for name in merged if name in self.model.hook_dict]
+        return [*heard, *(read or ["decoder.blocks.0.hook_resid_pre"])]
 
     # ---------------------------------------------------------------- the two runs
 
@@ -342,7 +342,7 @@ class _Reader:
         if not self._compares:
             self._set({name: self._bound(one, None) for name, one in self._wanted.items()})
             busy = tapped | set(model.list_hooks(dir="fwd"))
-            is_opaque = self._readout.reads_all or model.cfg.decoder is None
+            is_opaque = self._readout.reads_all or model.cfg.decoder is None or model.speaks_behind
             self._is_narrow = not (is_opaque or any(map(self._is_late, busy)))
 
     def _bound(self, metric: Any, reference: Float[Tensor, "b *t v"] | None) -> Callable:
@@ -387,7 +387,8 @@ class _Reader:
         if not self._is_narrow:
             return read.measure(read.of_logits(self._logits(hidden)))
         prompts = torch.arange(len(hidden), device=hidden.device)
-        rows = read.logits(hidden.flatten(0, 1), prompts.repeat_interleave(hidden.shape[1]))
+        prompts = prompts.repeat_interleave(hidden.shape[1])
+        rows = read.logits(hidden.flatten(0, 1), prompts, read.positions.flatten())
         return read.measure(rows.unflatten(0, hidden.shape[:2]))
 
     def value(self, name: str, hidden: Float[Tensor, "b t d"]) -> Any:
@@ -422,7 +423,8 @@ class _BaseRun:
         is_behind = all(name.startswith("decoder.") or name == self.end for name in names)
         with torch.no_grad():
             self.encoded = model.encode(base) if is_behind else None
-        drops = self._drops(["decoder"] if is_behind else list(model.cfg.parts))
+        dropped = [part for part in model.cfg.parts if part not in model.cfg.speakers]
+        drops = self._drops(["decoder"] if is_behind else dropped)
         tapped = [hook for tap in taps for hook in tap.hooks]
         self.hooks = [*tapped, *(drops if can_drop else []), *hooks]
 

@@ -51,8 +51,8 @@ def prepared(request: Request, schedule: Schedule) -> State:
     Raises:
         ValueError: a metric of another shape or not finite, or a budget too small.
     """
-    is_whole = request.route is HookedRoute
-    return (_with_hooks if is_whole else _without_hooks)(request, schedule)
+    is_hooked = issubclass(request.route, HookedRoute)
+    return (_with_hooks if is_hooked else _without_hooks)(request, schedule)
 
 
 def _without_hooks(request: Request, schedule: Schedule) -> State:
@@ -127,7 +127,7 @@ def _with_hooks(request: Request, schedule: Schedule) -> State:
     clean_logits = other_logits if request.direction == "denoise" else base_logits
     readout = Readout(model, request.measures(lambda: clean_logits), request.base)
     values = [readout.measure(readout.of_logits(x)) for x in (base_logits, other_logits)]
-    route = HookedRoute(
+    route = request.route(
         model,
         request.base,
         base_logits,

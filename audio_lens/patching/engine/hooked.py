@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import repeat
@@ -105,7 +105,7 @@ class SuffixRoute(FromBase):
             resid = trace.stack.run_blocks(resid, context, first, trace.n_layers)
         hidden = self.model.send_rows(resid, inputs)
         if self.base.decoder is not None:
-            hidden = self.model.decode(inputs, hidden)
+            hidden = self._written(inputs, hidden, self.model.enter_decoder(inputs, hidden))
         return self.readout.of_sequences(hidden, self._lane_prompts(n))
 
     def _decoder(self, cells: Sequence[int], first: int) -> Float[Tensor, "nb r c"]:
@@ -114,7 +114,7 @@ class SuffixRoute(FromBase):
         index, position = self.readout.demanded[prompts].nonzero(as_tuple=True)
         seen = position >= start
         index, position = index[seen], position[seen]
-        found = self.readout.logits(hidden[index, position - start], prompts[index])
+        found = self.readout.logits(hidden[index, position - start], prompts[index], position)
         rows[index, self.readout.slots[prompts[index], position]] = found.to(rows.dtype)
         return rows
 
@@ -129,7 +129,19 @@ class SuffixRoute(FromBase):
         if encoded is not None:
             encoded = repeat(encoded, "c ... -> (n c) ...", n=n)
         with self.model.hooks(Overwrites(self.table, self.source, cells, start).hooks()):
-            return self.model.decode(inputs, encoded, resid, first, past=past), start
+            return self._written(inputs, encoded, resid, first, past), start
+
+    def _written(
+        self,
+        inputs: AudioInputs,
+        encoded: Tensor | None,
+        resid: Float[Tensor, "nb t d"],
+        first: int = 0,
+        past: KVCache | None = None,
+    ) -> Float[Tensor, "nb t d"]:
+        """Final hidden states of the decoder, from the residual stream entering a block."""
+        stack, context = self.model.decoder, self.model.decoder_context(inputs, encoded, past)
+        return stack.finish(stack.run_blocks(resid, context, first, len(stack.blocks)))
 
     def _start(self, cells: Sequence[int]) -> int:
         """The first position that any of the cells changes."""
@@ -189,13 +201,31 @@ class HookedRoute(Route):
         self.base_rows = readout.of_logits(base_logits)
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        logits = self._logits(cells, Overwrites(self.table, self.source, cells).hooks())
+        of_cells = logits.unflatten(0, (len(cells), len(self.inputs)))
+        return torch.stack([self.readout.of_logits(of_cell) for of_cell in of_cells])
+
+    def _logits(self, cells: Sequence[int], hooks: list) -> Float[Tensor, "nb *t v"]:
+        """The output of every cell's run of every prompt."""
         n, encoder_out = len(cells), self.encoder_out
         if encoder_out is not None:
             encoder_out = repeat(encoder_out, "c ... -> (n c) ...", n=n)
-        logits = self.model.run_with_hooks(
-            self.inputs.repeat(n),
-            fwd_hooks=Overwrites(self.table, self.source, cells).hooks(),
-            encoder_out=encoder_out,
+        return self.model.run_with_hooks(
+            self.inputs.repeat(n), fwd_hooks=hooks, encoder_out=encoder_out
         )
-        of_cells = logits.unflatten(0, (n, len(self.inputs)))
-        return torch.stack([self.readout.of_logits(of_cell) for of_cell in of_cells])
+
+
+class BehindRoute(HookedRoute):
+    """Sites of a stack that reads the final hidden states, which are the same in all cells."""
+
+    what = "the stack behind the decoder, with hooks"
+    left_out = "the decoder and all before it: they do not change"
+
+    def __init__(self, model: HookedAudioTransformer, base: AudioInputs, *rest: Any):
+        super().__init__(model, base, *rest)
+        self.hidden = model.decode(base, model.encode(base))
+
+    def _logits(self, cells: Sequence[int], hooks: list) -> Float[Tensor, "nb t v"]:
+        hidden = repeat(self.hidden, "b ... -> (n b) ...", n=len(cells))
+        with self.model.hooks(hooks):
+            return self.model.read_out(hidden, self.inputs.repeat(len(cells)))

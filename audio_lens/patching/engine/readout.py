@@ -85,11 +85,13 @@ class Readout:
         return self.slots >= 0
 
     def logits(
-        self, hidden: Float[Tensor, "m d"], prompt: Int[Tensor, " m"]
+        self, hidden: Float[Tensor, "m d"], prompt: Int[Tensor, " m"], position: Int[Tensor, " m"]
     ) -> Float[Tensor, "m c"]:
-        """The logits read of final hidden states of rows of given prompts."""
-        if self.tokens is None or not self._unembeds:
-            return self._columns(self.model.read_out(hidden[None], self.inputs)[0], prompt)
+        """The logits read of final hidden states at given positions of given prompts."""
+        if not self._unembeds:
+            return self._columns(
+                self.model.read_rows(hidden, self.inputs, prompt, position), prompt
+            )
         unembed, divisor = self.model.output_stack.unembed, self.model.cfg.output.logits_divisor
         chosen = torch.einsum("md,mcd->mc", hidden, unembed.weight[self.tokens][prompt])
         if unembed.bias is not None:
@@ -98,9 +100,9 @@ class Readout:
 
     @functools.cached_property
     def _unembeds(self) -> bool:
-        """Whether the output is an unembedding of every position, so that columns suffice."""
-        is_plain = type(self.model).read_out is HookedAudioTransformer.read_out
-        return is_plain and self.model.cfg.head is not None
+        """Whether what is read are columns of an unembedding, so that these suffice."""
+        n_plain = self.model.cfg.n_unembedded
+        return self.tokens is not None and n_plain > 0 and int(self.tokens.max()) < n_plain
 
     def _columns(
         self, logits: Float[Tensor, "m *r v"], prompt: Int[Tensor, " m"]
@@ -119,9 +121,11 @@ class Readout:
         if self.model.pools:
             logits = self.model.read_out(hidden, self.inputs[prompt.tolist()])
             return self._columns(logits[:, None], prompt)
-        rows = at_positions(hidden, self.positions[prompt])
+        positions = self.positions[prompt]
+        rows = at_positions(hidden, positions)
         prompts = prompt.repeat_interleave(rows.shape[1])
-        return self.logits(rows.flatten(0, 1), prompts).unflatten(0, rows.shape[:2])
+        read = self.logits(rows.flatten(0, 1), prompts, positions.flatten())
+        return read.unflatten(0, rows.shape[:2])
 
     def of_run(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b r c"]:
         """What is read of the final hidden states of a whole batch."""

@@ -15,7 +15,7 @@ from audio_lens import metrics
 from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.engine.changes import is_entered
-from audio_lens.patching.engine.hooked import HookedRoute, SuffixRoute
+from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
 from audio_lens.patching.engine.trace import is_known
 from audio_lens.patching.plan import CellTable
@@ -68,6 +68,8 @@ class Request:
         """The way in which all cells are computed."""
         if self.hooked or self.model.is_split or self.whole_because:
             return HookedRoute
+        if self.table.part in self.model.cfg.speakers:
+            return BehindRoute
         is_single = len(self.table.sites) == 1 and all(len(c.layers) == 1 for c in self.table.cells)
         if is_single and not self.unknown:
             return _OF_PART[self.table.part]
@@ -76,7 +78,8 @@ class Request:
     @cached_property
     def whole_because(self) -> str:
         """Why the model cannot be taken apart for these sites; empty where it can."""
-        reasons = map(self.model.whole_because, self.table.sites)
+        streams = metrics.streams_read(self.metric)
+        reasons = (self.model.whole_because(site, streams) for site in self.table.sites)
         return next(filter(None, reasons), "")
 
     @cached_property
@@ -133,7 +136,7 @@ class Request:
             notes.append("the model lies on several devices: every cell was a whole forward")
         elif self.whole_because:
             notes.append(f"{self.whole_because}: every cell was a whole forward")
-        elif self.unknown and not self.hooked:
+        elif self.unknown and not (self.hooked or self.route is BehindRoute):
             notes.append(f"{self.unknown} is of its own kind: run whole from the first patch on")
         if self.source is not None:
             notes.append("patched from a source of your own, not from the other run")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from audio_lens.hooks import HookPoint, local_name
 from audio_lens.inputs import AudioInputs
-from audio_lens.models.layers import multiplied
 from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Window
 from audio_lens.patching.engine.causal import CausalWalk, Rows
 from audio_lens.patching.engine.changes import Changes, Entry, Lanes, changes_of
@@ -180,7 +179,8 @@ class FromBase(Route):
         prompts = self._lane_prompts(n_cells)[rows.lane]
         filled = self._as_base(n_cells)
         slots = self.readout.slots[prompts, rows.position]
-        filled[rows.lane, slots] = self.readout.logits(rows.x, prompts).to(filled.dtype)
+        read = self.readout.logits(rows.x, prompts, rows.position)
+        filled[rows.lane, slots] = read.to(filled.dtype)
         return filled.unflatten(0, (n_cells, self.batch))
 
 
@@ -249,9 +249,11 @@ class _AudioRoute(FromBase):
         if changed is not None:
             kept = changed[place[:, 0], index]
             place, index = place[kept], index[kept]
-        lane = cell[place[:, 0]] * self.batch + places.row[place[:, 1]]
-        values = multiplied(encoded[place[:, 0], index], self.model.cfg.decoder.embed_multiplier)
-        return Entry(0, lane, places.position[place[:, 1]], values)
+        row, position = places.row[place[:, 1]], places.position[place[:, 1]]
+        lane = cell[place[:, 0]] * self.batch + row
+        heard = encoded[place[:, 0], index]
+        values = self.model.enter_audio(heard, self.base.inputs, row, position)
+        return Entry(0, lane, position, values)
 
     def _read_by_attention(self, cell: Tensor, prompt: Tensor, encoded: Tensor) -> Rows:
         """The rows read when every lane's cross-attention reads its own encoder output."""

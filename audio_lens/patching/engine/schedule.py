@@ -147,7 +147,10 @@ def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) 
     frames = 0 if cfg.encoder is None else model.encoder_reach(inputs)
     is_merged = len(cfg.is_heard_in) > 0 and cfg.decoder is not None and not by_attention
     output = cfg.output
-    all_logits = model.output_attended(inputs).numel() * (output.d_vocab or output.d_model)
+    width = output.d_vocab or output.d_model
+    n_outputs = model.output_attended(inputs).numel()
+    beside = _beside(model, inputs)
+    n_read = n_outputs if reads_all else len(inputs)
     return Shape(
         prompts=len(inputs),
         clips=len(inputs.features),
@@ -155,8 +158,11 @@ def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) 
         tokens=inputs.tokens.shape[1],
         audio_start=int(model.audio_places(inputs).position.min()) if is_merged else 0,
         memory=frames if by_attention else 0,
-        logits=all_logits if reads_all else 8 * len(inputs),
-        beside=_beside(model, inputs),
+        logits=n_outputs * width if reads_all else 8 * len(inputs),
+        beside=beside,
+        behind={
+            part: beside[part] * n_read // n_outputs for part in cfg.speakers if model.speaks_behind
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class Shape:
         memory: encoder positions that cross-attention reads; 0 without.
         logits: numbers read behind the last block, of every cell.
         beside: positions of every part that is neither encoder nor decoder, by its name.
+        behind: positions of parts behind the decoder that are computed of every cell, by name.
     """
 
     prompts: int
@@ -64,6 +65,7 @@ class Shape:
     memory: int
     logits: int
     beside: Mapping[str, int] = field(default_factory=dict)
+    behind: Mapping[str, int] = field(default_factory=dict)
 
 
 class Costs:
@@ -98,13 +100,24 @@ class Costs:
     @property
     def loop(self) -> float | int:
         """Operations of one whole forward."""
+        return self.encoder + self.decoder + self._stacks(self.shape.beside)
+
+    def _stacks(self, positions: Mapping[str, int]) -> float | int:
+        """Operations of whole parts on so many positions."""
         parts = self.cfg.parts
-        beside = (stack_flops(parts[p], n, n, parts[p].n_layers) for p, n in self._beside)
-        return self.encoder + self.decoder + sum(beside)
+        return sum(stack_flops(parts[p], n, n, parts[p].n_layers) for p, n in positions.items())
 
     @property
-    def _beside(self) -> ItemsView[str, int]:
-        return self.shape.beside.items()
+    def _others(self) -> Mapping[str, int]:
+        """Positions of parts other than encoder and decoder that run for a cell."""
+        if self._is_behind:
+            return {self.part: self.shape.beside[self.part]}
+        return self.shape.beside if self.whole else self.shape.behind
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether cells are of a part behind the decoder, which does not run then."""
+        return self.part in self.cfg.speakers and not self.whole
 
     def _decoder_from(self, layer: int, start: int) -> float | int:
         cfg, shape = self.cfg.decoder, self.shape
@@ -117,9 +130,12 @@ class Costs:
         """Operations of a cell patched at a block, from a position on."""
         if self.whole:
             return self.loop
+        others = self._stacks(self._others)
+        if self._is_behind:
+            return others
         if self.part == "decoder":
-            return self.shape.prompts * self._decoder_from(layer, start)
-        heard = self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
+            return others + self.shape.prompts * self._decoder_from(layer, start)
+        heard = others + self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
         if self.part == "connector":
             return heard
         cfg, frames = self.cfg.encoder, self.shape.frames
@@ -131,7 +147,9 @@ class Costs:
         shape = self.shape
         if self.whole:
             own = shape.clips * shape.frames + shape.prompts * shape.tokens
-            return own + sum(n for _, n in self._beside)
+            return own + sum(shape.beside.values())
+        if self._is_behind:
+            return shape.beside[self.part]
         if self.part == "encoder":
             return shape.clips * shape.frames
         first = start if self.part == "decoder" else shape.audio_start
@@ -140,12 +158,13 @@ class Costs:
     def bytes(self, start: int, explicit: bool) -> int:
         """Memory that a cell takes while it runs."""
         total = 3 * self.shape.logits * self.itemsize
-        if self.cfg.decoder is not None:
+        if self.cfg.decoder is not None and not self._is_behind:
             total += self._decoder_bytes(start, explicit)
         if self.cfg.encoder is not None and (self.whole or self.part == "encoder"):
             total += self._encoder_bytes(explicit)
         parts = self.cfg.parts
-        return total + sum(n * row_bytes(parts[p], self.itemsize) for p, n in self._beside)
+        others = self._others.items()
+        return total + sum(n * row_bytes(parts[p], self.itemsize) for p, n in others)
 
     def _decoder_bytes(self, start: int, explicit: bool) -> int:
         shape, cfg = self.shape, self.cfg.decoder
