@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from audio_lens import audio as audio_io
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookedRoot, HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.config import TEXT, AudioConfig, LoadingError
+from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.decoding import GreedyDecoding
-from audio_lens.models.layers import Context, KVCache, Stack, padding_mask
+from audio_lens.models.hearing import Hearing
+from audio_lens.models.layers import Context, KVCache, padding_mask
 from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
 from audio_lens.models.placement import Devices, Placed, moved
 from audio_lens.models.vocabulary import Vocabulary
+from audio_lens.models.writing import ReturnType, Writing
 from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
     from audio_lens.patching.sites import Site
 
-ReturnType = Literal["logits", "loss", "both", None]
 Address = tuple[str, int]  # a part and the index of one of its blocks
 
 
@@ -47,16 +46,15 @@ class AudioPlaces(NamedTuple):
     index: Int[Tensor, " n"]
 
 
-class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, HookedRoot, ABC):
+class HookedAudioTransformer(
+    Hearing, Writing, Vocabulary, GreedyDecoding, Adaptable, Placed, HookedRoot, ABC
+):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
     Use `from_pretrained` or `from_hf`; subclasses are one per family and are chosen for you.
     """
 
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
-    speaks_behind: ClassVar[bool] = False  # whether its speakers read final hidden states only
-    features_key: ClassVar[str] = "input_features"  # of a processor's mapping
-    extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     hf_class: ClassVar[str | tuple[str, ...]]
     outdated_names: ClassVar[tuple[str, ...]] = ()  # in checkpoints that are older than the class
     weight_names: ClassVar[dict[str, str]]
@@ -71,16 +69,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
         self.generation_config: Any = None
         if cfg.head is not None:
             self.hook_logits = HookPoint()
-
-    @property
-    def output_part(self) -> str:
-        """The part that makes the output."""
-        return "encoder" if self.cfg.decoder is None else "decoder"
-
-    @property
-    def output_stack(self) -> Stack:
-        """The module of the part that makes the output."""
-        return getattr(self, self.output_part)
 
     # ---------------------------------------------------------------- loading
 
@@ -238,36 +226,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
         """How many of the encoder's positions can matter to anything: all of them, here."""
         return self.encoder_length(inputs)
 
-    def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
-        """The output of final hidden states: logits, or the states themselves without a head."""
-        if self.cfg.head is None:
-            return hidden
-        logits, divisor = self.output_stack.unembed(hidden), self.cfg.output.logits_divisor
-        return logits if divisor == 1 else logits / divisor
-
-    def read_rows(
-        self,
-        hidden: Float[Tensor, "m d"],
-        inputs: AudioInputs,
-        prompt: Int[Tensor, " m"],
-        position: Int[Tensor, " m"],
-    ) -> Float[Tensor, "m v"]:
-        """The output of final hidden states that stand at positions of prompts of the inputs."""
-        return self.read_out(hidden[None], inputs)[0]
-
-    def stream(self, logits: Float[Tensor, "*b v"], name: str) -> Float[Tensor, "*b n"]:
-        """The columns of the logits that belong to one of the streams the model writes.
-
-        Raises:
-            InputError: if there is no such stream.
-        """
-        return logits[..., self.cfg.columns(name)]
-
-    def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"] | None:
-        """What stands at every position of the decoder, as ids of the tokenizer; None for codes."""
-        is_text = self.cfg.head != "streams" or TEXT in dict(self.cfg.streams)
-        return inputs.tokens if is_text else None
-
     def whole_because(self, site: Site, streams: Set[str] | None) -> str:
         """Why sweeps of a site run whole forwards with hooks; empty where they need not.
 
@@ -277,28 +235,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
         if beside := self.spoken_beside(streams):
             return f"its output is also that of the {' and '.join(beside)}"
         return f"the {site.part} is a part of its own" if site.part in self.cfg.ears else ""
-
-    def spoken_beside(self, streams: Set[str] | None) -> tuple[str, ...]:
-        """The parts that write some of these streams (None for all) from other than hidden states.
-
-        Those are the final ones of the decoder.
-        """
-        is_plain = self.speaks_behind or streams == {TEXT}
-        return () if is_plain else tuple(self.cfg.speakers)
-
-    @property
-    def pools(self) -> bool:
-        """Whether the output is one row of logits per clip, not one per position."""
-        return self.cfg.head == "classes"
-
-    def output_attended(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
-        """True at positions of the output that hold something, False at padding."""
-        if self.cfg.decoder is not None:
-            return inputs.attended
-        if self.pools:
-            return torch.ones(len(inputs), 1, dtype=torch.bool, device=inputs.device)
-        rows = [row.segments("encoder")[0].valid for row in self.timeline(inputs).rows]
-        return torch.stack(rows).to(inputs.device)
 
     def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
         """Where each connector position enters the decoder's residual stream (audio LLMs)."""
@@ -493,58 +429,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
                 f"{(*rows, cfg.d_model)} for these inputs; got {tuple(resid.shape)}"
             )
 
-    def as_inputs(
-        self,
-        inputs: AudioInputs | Mapping[str, Any] | None,
-        mapping: Mapping[str, Any] | None = None,
-        optional: bool = False,
-    ) -> AudioInputs | None:
-        """`AudioInputs` from whatever stands for them.
-
-        Raises:
-            InputError: if it is neither `AudioInputs` nor a mapping of a Hugging Face processor.
-        """
-        if isinstance(inputs, AudioInputs):
-            if mapping:
-                raise InputError(f"unknown arguments beside the inputs: {', '.join(mapping)}")
-            return inputs
-        if inputs is not None and not isinstance(inputs, Mapping):
-            raise InputError(
-                f"inputs must be AudioInputs (model.prepare) or a processor's mapping, got "
-                f"{type(inputs).__name__}"
-            )
-        merged = {**(inputs or {}), **(mapping or {})}
-        if not merged and optional:
-            return None
-        return self.inputs_from_mapping(merged)
-
-    def _mapping_tensors(
-        self, mapping: Mapping[str, Any], known: Sequence[str]
-    ) -> dict[str, Tensor | None]:
-        """The known entries of a processor's mapping on the model's device; others raise."""
-        unknown = [key for key in mapping if key not in known]
-        if unknown:
-            raise InputError(
-                f"{self.cfg.family} takes {', '.join(known)}; got unknown {', '.join(unknown)}"
-            )
-        if mapping.get(self.features_key) is None:
-            raise InputError(f"inputs hold no {self.features_key}: pass audio")
-        device = self.device
-        given = {
-            key: None if mapping.get(key) is None else torch.as_tensor(mapping[key]).to(device)
-            for key in known
-        }
-        if not given[self.features_key].isfinite().all():
-            raise InputError(f"{self.features_key} hold NaN or infinite values")
-        return given
-
-    @staticmethod
-    def _positions_of(tokens: Tensor, given: Tensor | None) -> Int[Tensor, "b t"] | None:
-        """The positions a mapping gives, one per token."""
-        if given is not None and given.shape[-1] != tokens.shape[1]:
-            raise InputError(f"{given.shape[-1]} positions were given for {tokens.shape[1]} tokens")
-        return None if given is None else given.expand(tokens.shape)
-
     @property
     def device(self) -> torch.device:
         """Where inputs go and the output comes from."""
@@ -553,19 +437,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    def check_features(self, features: Tensor) -> None:
-        """Raise unless the features are the log-mel frames this model takes.
-
-        Raises:
-            InputError: naming both shapes.
-        """
-        cfg = self.cfg
-        if features.ndim != 3 or tuple(features.shape[1:]) != (cfg.n_mels, cfg.n_frames):
-            raise InputError(
-                f"features must be (clips, {cfg.n_mels} mel bins, {cfg.n_frames} frames), padded "
-                f"to {cfg.segment_s:g} s; got {tuple(features.shape)}"
-            )
 
     def decoder_mask(
         self, inputs: AudioInputs, past: KVCache | None
@@ -579,39 +450,6 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
             everything = inputs.tokens.new_ones(len(inputs), earlier + n_new, dtype=torch.bool)
             return padding_mask(everything, n_new, causal=True)
         return None
-
-    def _output(
-        self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs, return_type: ReturnType
-    ) -> Any:
-        logits = self.read_out(hidden, inputs)
-        if self.cfg.head is not None:
-            logits = self.hook_logits(logits)
-        elif return_type in ("loss", "both"):
-            raise InputError("a bare encoder has no loss: load a checkpoint with a head")
-        if return_type in ("logits", None):
-            return logits if return_type else None
-        loss = self.loss(logits, inputs)
-        return loss if return_type == "loss" else (logits, loss)
-
-    def loss(self, logits: Float[Tensor, "b t v"], inputs: AudioInputs) -> Float[Tensor, ""]:
-        """Mean next-token cross-entropy over text that follows an attended token.
-
-        Raises:
-            InputError: if there is no such target (a prompt of one token), or several streams.
-        """
-        if self.cfg.streams:
-            named = ", ".join(name for name, _ in self.cfg.streams)
-            raise InputError(f"no loss of several streams ({named}): compare model.stream(logits)")
-        is_target = inputs.attended[:, :-1] & self.is_text(inputs)[:, 1:]
-        if not is_target.any():
-            raise InputError("no token to predict: the loss needs at least two text tokens")
-        predicted = logits[:, :-1][is_target]
-        precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-        return F.cross_entropy(precise, inputs.tokens[:, 1:][is_target])
-
-    def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
-        """True at attended tokens that are text."""
-        return inputs.attended
 
     # ---------------------------------------------------------------- parts and caches
 
@@ -631,36 +469,3 @@ class HookedAudioTransformer(Vocabulary, GreedyDecoding, Adaptable, Placed, Hook
 
     def _as_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> AudioCache:
         return AudioCache(cache, self._parts, self.output_part, has_batch_dim)
-
-    # ---------------------------------------------------------------- audio and text
-
-    def load_audio(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
-        """One clip, mono at the model's rate, checked to fit the model.
-
-        Raises:
-            AudioError: if it cannot be read or is longer than the model takes.
-        """
-        samples = audio_io.load(source, self.cfg.sampling_rate, sampling_rate)
-        seconds = len(samples) / self.cfg.sampling_rate
-        if seconds > self.cfg.max_audio_s:
-            raise audio_io.AudioError(
-                f"the clip is {seconds:.2f} s long and this model takes "
-                f"{self.cfg.max_audio_s:g} s: cut it (it would be silently truncated)"
-            )
-        return samples
-
-    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
-        """Log-mel features padded to the model's length, and the mask of frames with audio."""
-        made = self.feature_extractor(
-            clips,
-            sampling_rate=self.cfg.sampling_rate,
-            padding="max_length",
-            max_length=self.cfg.n_frames * self.cfg.hop,
-            truncation=False,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return {
-            "features": made["input_features"].to(self.device),
-            "mask": made[self.extracted_mask].bool().to(self.device),
-        }

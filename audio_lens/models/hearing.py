@@ -1,0 +1,116 @@
+"""Audio, and what processors make of it, as inputs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens import audio as audio_io
+from audio_lens.inputs import AudioInputs, InputError
+
+
+class Hearing:
+    """How a `HookedAudioTransformer` takes what it hears; mixed into it."""
+
+    features_key: ClassVar[str] = "input_features"  # of a processor's mapping
+    extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
+
+    def as_inputs(
+        self,
+        inputs: AudioInputs | Mapping[str, Any] | None,
+        mapping: Mapping[str, Any] | None = None,
+        optional: bool = False,
+    ) -> AudioInputs | None:
+        """`AudioInputs` from whatever stands for them.
+
+        Raises:
+            InputError: if it is neither `AudioInputs` nor a mapping of a Hugging Face processor.
+        """
+        if isinstance(inputs, AudioInputs):
+            if mapping:
+                raise InputError(f"unknown arguments beside the inputs: {', '.join(mapping)}")
+            return inputs
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise InputError(
+                f"inputs must be AudioInputs (model.prepare) or a processor's mapping, got "
+                f"{type(inputs).__name__}"
+            )
+        merged = {**(inputs or {}), **(mapping or {})}
+        if not merged and optional:
+            return None
+        return self.inputs_from_mapping(merged)
+
+    def _mapping_tensors(
+        self, mapping: Mapping[str, Any], known: Sequence[str]
+    ) -> dict[str, Tensor | None]:
+        """The known entries of a processor's mapping on the model's device; others raise."""
+        unknown = [key for key in mapping if key not in known]
+        if unknown:
+            raise InputError(
+                f"{self.cfg.family} takes {', '.join(known)}; got unknown {', '.join(unknown)}"
+            )
+        if mapping.get(self.features_key) is None:
+            raise InputError(f"inputs hold no {self.features_key}: pass audio")
+        device = self.device
+        given = {
+            key: None if mapping.get(key) is None else torch.as_tensor(mapping[key]).to(device)
+            for key in known
+        }
+        if not given[self.features_key].isfinite().all():
+            raise InputError(f"{self.features_key} hold NaN or infinite values")
+        return given
+
+    @staticmethod
+    def _positions_of(tokens: Tensor, given: Tensor | None) -> Int[Tensor, "b t"] | None:
+        """The positions a mapping gives, one per token."""
+        if given is not None and given.shape[-1] != tokens.shape[1]:
+            raise InputError(f"{given.shape[-1]} positions were given for {tokens.shape[1]} tokens")
+        return None if given is None else given.expand(tokens.shape)
+
+    def check_features(self, features: Tensor) -> None:
+        """Raise unless the features are the log-mel frames this model takes.
+
+        Raises:
+            InputError: naming both shapes.
+        """
+        cfg = self.cfg
+        if features.ndim != 3 or tuple(features.shape[1:]) != (cfg.n_mels, cfg.n_frames):
+            raise InputError(
+                f"features must be (clips, {cfg.n_mels} mel bins, {cfg.n_frames} frames), padded "
+                f"to {cfg.segment_s:g} s; got {tuple(features.shape)}"
+            )
+
+    def load_audio(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
+        """One clip, mono at the model's rate, checked to fit the model.
+
+        Raises:
+            AudioError: if it cannot be read or is longer than the model takes.
+        """
+        samples = audio_io.load(source, self.cfg.sampling_rate, sampling_rate)
+        seconds = len(samples) / self.cfg.sampling_rate
+        if seconds > self.cfg.max_audio_s:
+            raise audio_io.AudioError(
+                f"the clip is {seconds:.2f} s long and this model takes "
+                f"{self.cfg.max_audio_s:g} s: cut it (it would be silently truncated)"
+            )
+        return samples
+
+    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """Log-mel features padded to the model's length, and the mask of frames with audio."""
+        made = self.feature_extractor(
+            clips,
+            sampling_rate=self.cfg.sampling_rate,
+            padding="max_length",
+            max_length=self.cfg.n_frames * self.cfg.hop,
+            truncation=False,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {
+            "features": made["input_features"].to(self.device),
+            "mask": made[self.extracted_mask].bool().to(self.device),
+        }
