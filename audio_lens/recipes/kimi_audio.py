@@ -213,9 +213,8 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def read_out(self, hidden: Float[Tensor, "b t states"], inputs: AudioInputs) -> Tensor:
         """The logits of text and audio side by side; of the text alone, if its states are alone."""
-        states = hidden.split(self.cfg.decoder.d_model, dim=-1)
-        stacks = (self.decoder, self.speaker)
-        return torch.cat([s.unembed(own) for s, own in zip(stacks, states, strict=False)], dim=-1)
+        text, *audio = hidden.split(self.cfg.decoder.d_model, dim=-1)
+        return torch.cat([self.decoder.unembed(text), *map(self.speaker.unembed, audio)], dim=-1)
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """Positions of every part in seconds; those of the speaker are the decoder's."""

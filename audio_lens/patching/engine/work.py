@@ -162,9 +162,13 @@ class Costs:
             total += self._decoder_bytes(start, explicit)
         if self.cfg.encoder is not None and (self.whole or self.part == "encoder"):
             total += self._encoder_bytes(explicit)
-        parts = self.cfg.parts
-        others = self._others.items()
-        return total + sum(n * row_bytes(parts[p], self.itemsize) for p, n in others)
+        return total + sum(self._part_bytes(part, n, explicit) for part, n in self._others.items())
+
+    def _part_bytes(self, part: str, positions: int, explicit: bool) -> int:
+        """Of a part other than encoder and decoder, on so many positions of all prompts."""
+        cfg = self.cfg.parts[part]
+        pairs = cfg.n_heads * positions**2 // self.shape.prompts if explicit else 0
+        return positions * row_bytes(cfg, self.itemsize) + 2 * pairs * self.itemsize
 
     def _decoder_bytes(self, start: int, explicit: bool) -> int:
         shape, cfg = self.shape, self.cfg.decoder
