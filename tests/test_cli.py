@@ -59,8 +59,9 @@ def run(tmp_path, monkeypatch, embedded):
     monkeypatch.chdir(tmp_path)
     load = shared.load
 
-    def load_once(name, **options):
-        return embedded if name == "embedded" else load(name, **options)
+    def load_once(name, device=None, dtype=None):
+        is_usual = device in (None, "cpu") and dtype in (None, torch.float32)
+        return embedded if name == "embedded" and is_usual else load(name, device, dtype)
 
     monkeypatch.setattr(shared, "load", load_once)
 
@@ -158,6 +159,20 @@ def test_map_on_the_clips_in_the_package(run, tmp_path):
     assert (tmp_path / "map.html").is_file()
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_command_runs_in_every_precision(run, clips, dtype):
+    asked = [clips.clean, "--question", "which digit is first?", "--dtype", dtype]
+    for command in (
+        own(clips, *QUICK, "--save", "map.nc", "--dtype", dtype),
+        ["attention", *asked],
+        ["lens", *asked],
+        ["ask", *asked],
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    assert patching.load("map.nc").meta["dtype"] == dtype
+
+
 def test_same_answers_are_said_plainly(run, clips, monkeypatch, embedded):
     monkeypatch.setattr(embedded, "generate", lambda inputs, max_new_tokens: ["seven"])
     assert "answers both clips the same" in run(*own(clips, *QUICK)).stdout
@@ -194,6 +209,8 @@ def test_clips_of_unequal_length_are_lengthened(run, clips):
         (["--window", "0", "--stride", "0.5"], "positive"),
         (["--model", "no_such_directory/at_all/here"], "no_such_directory"),
         (["--language", "en"], "takes no language"),
+        (["--device", "cuda:97"], "no such device: cuda:97"),
+        (["--device", "gpu"], "no such device: gpu"),
     ],
 )
 def test_bad_input_is_one_red_line(run, clips, options, complaint, monkeypatch):
@@ -204,7 +221,7 @@ def test_bad_input_is_one_red_line(run, clips, options, complaint, monkeypatch):
 @pytest.fixture
 def unloadable(monkeypatch, run):
     """Loading a model fails the test: what is wrong must be said before."""
-    monkeypatch.setattr(shared, "load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(shared, "load", lambda *_: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +336,7 @@ def speaking_whisper(whisper, run, monkeypatch):
         encode=lambda word, add_special_tokens: {"seven": [5], "two": [6]}[word],
         unk_token_id=None,
     )
-    monkeypatch.setattr(shared, "load", lambda name: model)
+    monkeypatch.setattr(shared, "load", lambda *_: model)
 
 
 def test_transcribe_writes_what_whisper_says(run, clips, speaking_whisper):
@@ -410,7 +427,7 @@ def test_an_interrupted_map_goes_on_from_its_checkpoint(run, clips, monkeypatch)
 
 
 def test_an_interrupt_before_there_is_anything_says_so(run, monkeypatch):
-    def interrupt(name):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shared, "load", interrupt)

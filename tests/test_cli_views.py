@@ -31,7 +31,7 @@ def models(embedded):
 @pytest.fixture
 def run(tmp_path, monkeypatch, models):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shared, "load", lambda name: models[name])
+    monkeypatch.setattr(shared, "load", lambda name, *_: models[name])
 
     def invoke(*arguments):
         words = [str(argument) for argument in arguments]

@@ -16,6 +16,8 @@ from audio_lens.cli import complete, shared
 from audio_lens.cli.shared import (
     AsJson,
     Debug,
+    Device,
+    Dtype,
     Language,
     ModelName,
     ShowProgress,
@@ -113,6 +115,8 @@ def map_command(
     ),
     save: Annotated[Path | None, typer.Option(help="Also keep the numbers, as netCDF.")] = None,
     progress: ShowProgress = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -145,7 +149,7 @@ def map_command(
         if len(sites) * len(directions) > 1 and (save or checkpoint):
             raise ValueError("--save and --checkpoint keep one map: name one site and direction")
         shared.check_audio(case.clips.clean, case.clips.corrupted)
-        listener = shared.load(model)
+        listener = shared.load(model, device, dtype)
         _check_answers(listener, model)
         from audio_lens import metrics, patching, report
 

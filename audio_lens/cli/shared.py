@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,16 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
 
+
+class Precision(str, Enum):
+    """Floating-point dtypes, as torch calls them."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 ModelName = Annotated[
     str,
     typer.Option(
@@ -47,6 +58,14 @@ ModelArgument = Annotated[
     typer.Argument(
         help='A hub id, a Hugging Face directory, or "embedded".', autocompletion=complete.models
     ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help='Where the model runs, like "cuda" or "cuda:1"; default: the CPU.'),
+]
+Dtype = Annotated[
+    Precision | None,
+    typer.Option(help="Of the weights and all that is computed; default: the checkpoint's."),
 ]
 AudioFiles = Annotated[list[Path], typer.Argument(help="Sound files (wav, flac, mp3 ...).")]
 Language = Annotated[
@@ -116,13 +135,15 @@ def _logging(level: int) -> Iterator[None]:
         package.setLevel(before)
 
 
-def load(name: str, **options: Any) -> Any:
+def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
     """The model, with progress of what takes long where somebody can see it."""
+    import torch
     import transformers
 
     from audio_lens import HookedAudioTransformer
     from audio_lens.models.loading import EMBEDDED
 
+    dtype = getattr(torch, dtype.value) if isinstance(dtype, Precision) else dtype
     started, is_quiet = time.monotonic(), name == EMBEDDED or not err.is_terminal
     if is_quiet:
         transformers.utils.logging.disable_progress_bar()
@@ -131,7 +152,7 @@ def load(name: str, **options: Any) -> Any:
     waiting = err.status(f"loading {escape(name)}") if is_quiet else nullcontext()
     try:
         with waiting:
-            model = HookedAudioTransformer.from_pretrained(name, **options)
+            model = HookedAudioTransformer.from_pretrained(name, dtype=dtype, device=device)
     except OSError as error:
         raise OSError(
             f"{name} is no folder here, and the hub does not give it: check the name, or the way "

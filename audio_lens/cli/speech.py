@@ -15,6 +15,8 @@ from audio_lens.cli.shared import (
     AsJson,
     AudioFiles,
     Debug,
+    Device,
+    Dtype,
     Language,
     ModelName,
     Verbose,
@@ -31,6 +33,8 @@ def transcribe(
     audio: AudioFiles,
     model: ModelName = "openai/whisper-tiny",
     language: Language = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -45,7 +49,7 @@ def transcribe(
     """
     with plain_errors(debug, verbose):
         shared.check_audio(*audio)
-        listener = shared.load(model)
+        listener = shared.load(model, device, dtype)
         if listener.takes_question:
             raise ValueError(f"{model} answers questions: audio-lens ask CLIP --question ...")
         if listener.pools:
@@ -62,6 +66,8 @@ def ask(
     audio: AudioFiles,
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
     model: ModelName = "embedded",
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -75,7 +81,7 @@ def ask(
     with plain_errors(debug, verbose):
         shared.check_not_empty({"--question": question})
         shared.check_audio(*audio)
-        listener = shared.load(model)
+        listener = shared.load(model, device, dtype)
         if not listener.takes_question:
             shared.check_writes_text(listener, model)
             raise ValueError(
@@ -94,6 +100,8 @@ def classify(
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes to name.")] = 5,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -106,7 +114,7 @@ def classify(
     """
     with plain_errors(debug, verbose):
         shared.check_audio(*audio)
-        listener = shared.load(model)
+        listener = shared.load(model, device, dtype)
         if not listener.pools:
             raise ValueError(f"{model} has no classes: audio-lens transcribe, or audio-lens ask")
         found = {str(path): _classes(listener, path, top) for path in audio}

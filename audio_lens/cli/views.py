@@ -15,6 +15,8 @@ from audio_lens.cli import shared
 from audio_lens.cli.shared import (
     AsJson,
     Debug,
+    Device,
+    Dtype,
     Language,
     ModelName,
     Verbose,
@@ -143,6 +145,8 @@ def attention(
     language: Language = None,
     textgrid: TextGrid = None,
     html: Page = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -166,7 +170,7 @@ def attention(
     with plain_errors(debug, verbose):
         asked = Asked.of(audio, question, text, language, textgrid)
         pages = _pages(asked.clips, html, "attention")
-        listener = shared.load(model)
+        listener = shared.load(model, device, dtype)
         from audio_lens.report.attention import read_attention, sites_of
         from audio_lens.report.attention_page import prompt_shown, write_attention
 
@@ -229,6 +233,8 @@ def lens(
     language: Language = None,
     textgrid: TextGrid = None,
     html: Page = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
     debug: Debug = False,
@@ -250,7 +256,7 @@ def lens(
     with plain_errors(debug, verbose):
         asked = Asked.of(audio, question, text, language, textgrid)
         pages = _pages(asked.clips, html, "lens")
-        listener = shared.load(model)
+        listener = shared.load(model, device, dtype)
         from audio_lens.report.cache_page import layer_lines, streams_shown, write_streams
 
         prompts, told = asked.prompts(listener), {}

@@ -98,6 +98,13 @@ def _balanced(sizes: Mapping[str, int], devices: Sequence[torch.device]) -> Layo
     return placed
 
 
+def _device(name: Device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise PlacementError(f"no such device: {name} (cpu, cuda, cuda:1 ... are)") from None
+
+
 def _checked(devices: Device | Sequence[Device]) -> list[torch.device]:
     """Devices that exist; "auto" is every CUDA device there is."""
     if devices == "auto":
@@ -105,7 +112,7 @@ def _checked(devices: Device | Sequence[Device]) -> list[torch.device]:
         if not devices:
             raise PlacementError('"auto" needs a CUDA device, and none is visible: name devices')
     many = [devices] if isinstance(devices, str | torch.device) else list(devices)
-    found = [torch.device(one) for one in many]
+    found = [_device(one) for one in many]
     absent = [str(d) for d in found if d.type == "cuda" and (d.index or 0) >= _n_cuda()]
     if absent or not found:
         raise PlacementError(

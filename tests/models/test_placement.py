@@ -343,6 +343,7 @@ def test_tied_weights_count_once_and_stay_tied(machine: Machine) -> None:
         ({"encoder": "cpu"}, "devices are for encoder; the parts are encoder and decoder"),
         ({"encoder": "cpu", "decoder": "cpu", "ear": "cpu"}, "for encoder, decoder, ear; the"),
         ({"encoder": [], "decoder": "cpu"}, "devices is empty"),
+        ("gpu", r"no such device: gpu \(cpu, cuda"),
         ("cuda:97", r"no such device: cuda:97 \(\d+ CUDA devices are visible\)"),
     ],
 )
