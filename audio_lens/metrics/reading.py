@@ -1,0 +1,135 @@
+"""What a metric is: a function of logits that says which of them it reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.inputs import AudioInputs, InputError
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A metric as a function of logits ``b t v``, and what it reads of them.
+
+    A sweep computes no more than that.
+
+    Attributes:
+        positions: the positions it reads in every row.
+        tokens: the columns of the vocabulary it reads in every row; None for all.
+        value: from the logits at those positions and columns to one value per row.
+    """
+
+    positions: Int[Tensor, "b r"]
+    tokens: Int[Tensor, "b c"] | None
+    value: Callable[[Float[Tensor, "b r c"]], Float[Tensor, " b"]]
+
+    def __call__(self, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " b"]:
+        by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier's
+        return self.value(self.of_rows(at_positions(by_position, self.positions)))
+
+    def of_rows(self, rows: Float[Tensor, "b r v"]) -> Float[Tensor, "b r c"]:
+        """The columns it reads, of logits at its positions."""
+        if self.tokens is None:
+            return rows
+        return rows.gather(-1, self.tokens[:, None].expand(-1, rows.shape[1], -1))
+
+
+def at_positions(x: Float[Tensor, "b t d"], positions: Int[Tensor, "b r"]) -> Tensor:
+    """The given positions of every row, ``b r d``."""
+    return x[torch.arange(len(x), device=x.device)[:, None], positions]
+
+
+class Metric(ABC):
+    """A metric that needs a model and inputs before it can read logits."""
+
+    needs_reference: ClassVar[bool] = False  # whether it compares with the clean run
+    names_stream: ClassVar[bool] = False  # whether it says which of several streams it reads
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the metric is called in results and pictures."""
+
+    def bind(
+        self,
+        model: HookedAudioTransformer,
+        inputs: AudioInputs | Mapping[str, Any],
+        reference: Float[Tensor, "b *t v"] | None = None,
+    ) -> Reading:
+        """The metric as a function of logits, one value per row.
+
+        Args:
+            reference: logits of the clean run, for metrics that compare with it.
+
+        Raises:
+            TokenError: a word that is not exactly one token.
+            InputError: answers that do not fit the batch, positions outside it, or a model that
+                writes several streams, where `of_stream` says which is meant.
+        """
+        if model.cfg.head == "streams" and not self.names_stream:
+            streams = ", ".join(name for name, _ in model.cfg.streams)
+            raise InputError(
+                f"{model.cfg.family} writes several streams ({streams}): say which is meant, as in "
+                f"metrics.of_stream({model.cfg.streams[0][0]!r}, metric)"
+            )
+        return self._bind(model, model.as_inputs(inputs), reference)
+
+    @abstractmethod
+    def _bind(
+        self,
+        model: HookedAudioTransformer,
+        inputs: AudioInputs,
+        reference: Float[Tensor, "b *t v"] | None,
+    ) -> Reading:
+        """What `bind` gives, for inputs that are `AudioInputs`."""
+
+
+def bound(
+    metric: Metric | MetricFn,
+    model: HookedAudioTransformer,
+    inputs: AudioInputs,
+    reference: Float[Tensor, "b *t v"] | None = None,
+) -> MetricFn:
+    """The metric as a function of logits; plain functions are one already.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(metric, Metric):
+        return metric.bind(model, inputs, reference)
+    if not callable(metric):
+        raise TypeError(f"a metric maps logits to numbers, got {type(metric).__name__}")
+    return metric
+
+
+def named(metric: Any) -> dict[str, Any]:
+    """One metric or a mapping of them, by name.
+
+    Raises:
+        ValueError: for an empty mapping.
+    """
+    if isinstance(metric, Mapping):
+        if not metric:
+            raise ValueError("the mapping of metrics is empty")
+        return dict(metric)
+    return {getattr(metric, "name", None) or getattr(metric, "__name__", "metric"): metric}
+
+
+def check_head(model: HookedAudioTransformer) -> None:
+    if model.cfg.head is None:
+        raise InputError(
+            f"{model.cfg.family} without a head gives hidden states (b t d), not logits: pass your "
+            "own function of them as metric"
+        )

@@ -1,0 +1,168 @@
+"""How strongly whole texts are given, and how they differ from what was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.metrics.reading import Metric, Reading
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+Transcript = str | tuple[int, ...]
+
+
+def ctc_log_prob(text: str | Sequence[int]) -> Metric:
+    """Log-probability (nats) of a transcript under a CTC model, summed over all its alignments.
+
+    Args:
+        text: the transcript as the model's tokenizer writes it, or label ids.
+    """
+    return _CTCLogProb(_as_transcript(text))
+
+
+def ctc_diff(answer: str | Sequence[int], against: str | Sequence[int]) -> Metric:
+    """Log-probability (nats) of one transcript under a CTC model minus that of another.
+
+    Args:
+        answer, against: transcripts as the model's tokenizer writes them, or label ids.
+    """
+    return _CTCDiff(_as_transcript(answer), _as_transcript(against))
+
+
+def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
+    """Summed log-probability of the tokens the prompts end with (teacher forcing).
+
+    For answers of several tokens: put them at the end of the inputs' text and name them here.
+    """
+    return _SequenceLogProb(tokens if isinstance(tokens, str) else tuple(tokens))
+
+
+def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> float:
+    """Word error rate of transcripts; case and spacing at the ends are ignored.
+
+    Raises:
+        ImportError: without jiwer (``pip install audio_lens[asr]``).
+    """
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ImportError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
+    pair = [[x] if isinstance(x, str) else list(x) for x in (reference, hypothesis)]
+    said, heard = ([text.strip().lower() for text in texts] for texts in pair)
+    return jiwer.wer(said, heard)
+
+
+@dataclass(frozen=True)
+class _CTCLogProb(Metric):
+    text: Transcript
+
+    @property
+    def name(self) -> str:
+        return f"CTC log-probability of {self.text!r}"
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        return Reading(everywhere(model, inputs), None, ctc_scores(self.text, model, inputs))
+
+
+@dataclass(frozen=True)
+class _CTCDiff(Metric):
+    answer: Transcript
+    against: Transcript
+
+    @property
+    def name(self) -> str:
+        return f"CTC log-probability {self.answer!r} - {self.against!r}"
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        if self.answer == self.against:
+            raise InputError(f"answer and against are the same transcript in {self.name}")
+        right, wrong = (ctc_scores(t, model, inputs) for t in (self.answer, self.against))
+        return Reading(everywhere(model, inputs), None, lambda rows: right(rows) - wrong(rows))
+
+
+@dataclass(frozen=True)
+class _SequenceLogProb(Metric):
+    tokens: str | tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"log-probability of {self.tokens!r}"
+
+    def _bind(self, model, inputs, reference) -> Reading:
+        if model.cfg.head == "streams":
+            raise InputError(
+                "sequence_log_prob scores the tokens of models that write a single stream: score "
+                "one token at a time, as in metrics.log_prob(token, position=-2)"
+            )
+        if model.cfg.head != "tokens":
+            raise InputError("sequence_log_prob scores what a decoder writes; use ctc_log_prob")
+        ids = self.tokens
+        if isinstance(ids, str):
+            tokenizer = model.need_tokenizer("a sequence of words")
+            ids = tokenizer.encode(ids, add_special_tokens=False)
+        wanted = torch.tensor(list(ids), device=inputs.device)
+        ends = inputs.tokens[:, -len(ids) :]
+        read = inputs.attended[:, -len(ids) - 1 :]
+        has_room = 0 < len(ids) < inputs.tokens.shape[1]
+        if not (has_room and read.all() and (ends == wanted).all()):
+            raise InputError(
+                f"the prompts must end with the tokens scored ({list(ids)}), behind at least one "
+                f"other token and without padding; they end with {ends.tolist()}"
+            )
+        width = inputs.tokens.shape[1]
+        before = torch.arange(width - len(ids) - 1, width - 1, device=inputs.device)
+        return Reading(
+            before.expand(len(inputs), -1),
+            None,
+            lambda rows: rows.log_softmax(-1).gather(-1, ends[..., None]).sum((-1, -2)),
+        )
+
+
+def _as_transcript(text: str | Sequence[int]) -> Transcript:
+    return text if isinstance(text, str) else tuple(text)
+
+
+def ctc_scores(
+    text: str | int | Sequence[int], model: HookedAudioTransformer, inputs: AudioInputs
+) -> Callable[[Float[Tensor, "b t v"]], Float[Tensor, " b"]]:
+    """Log-probability of a transcript in every row, from logits at all frames.
+
+    Raises:
+        InputError: a model without a CTC head, or a clip with too few frames to say it.
+    """
+    if model.cfg.head != "ctc":
+        raise InputError(f"transcripts are scored by CTC models; {model.cfg.family} is none here")
+    labels = model.labels_of([[text] if isinstance(text, int) else text])[0]
+    attended = model.output_attended(inputs)
+    lengths = attended.sum(-1)
+    needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
+    if len(labels) == 0 or int(lengths.min()) < needed:
+        raise InputError(
+            f"{text!r} is {len(labels)} labels and needs {max(1, needed)} frames; the shortest "
+            f"clip has {int(lengths.min())}"
+        )
+
+    def score(rows: Float[Tensor, "b t v"]) -> Float[Tensor, " b"]:
+        targets = labels.expand(len(rows), -1)
+        counts = torch.full_like(lengths, len(labels))
+        log_probs = rows.log_softmax(-1).transpose(0, 1)
+        return -F.ctc_loss(
+            log_probs, targets, lengths, counts, blank=model.cfg.ctc.blank, reduction="none"
+        )
+
+    return score
+
+
+def everywhere(model: HookedAudioTransformer, inputs: AudioInputs) -> Int[Tensor, "b t"]:
+    """All positions of the output."""
+    attended = model.output_attended(inputs)
+    return torch.arange(attended.shape[1], device=inputs.device).expand(attended.shape)
