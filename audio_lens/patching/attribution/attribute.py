@@ -144,7 +144,8 @@ def attribute(
     Raises:
         SiteError, InputError: as in `sweep`.
         ValueError: as in `sweep`; a metric without gradient, or one that mixes rows; a method that
-            does not fit the site or axes, ``steps`` without "ig".
+            does not fit the site or axes, ``steps`` without "ig"; sites in a second writing stack,
+            or a metric of what such a stack writes beside the decoder (Kimi-Audio's speech).
         DeadHookError: a site that does not run.
         PlacementError: a model that is split over devices.
     """
