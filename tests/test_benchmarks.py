@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
+from benchmarks import speaking
 from benchmarks.peers import METHODS, limits
 from benchmarks.peers.hooks_loop import HooksLoop
 from benchmarks.peers.tasks import LLMS, ROWS, WHISPERS, Cell, Task, make_task, twin
@@ -174,3 +175,16 @@ def test_last_heads_reach_nothing() -> None:
     loop.prepare()
     base = task.difference(task.hf_model(**loop.call).logits)
     assert loop.patch(last[:1]) == [base]
+
+
+def test_sweeps_of_a_model_that_speaks_agree_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 32}
+    monkeypatch.setattr(speaking, "SHAPE", speaking.SHAPE | few | {"vocab_size": 50})
+    monkeypatch.setattr(speaking, "DEPTH", speaking.DEPTH | few)
+    app = typer.Typer()
+    app.command()(speaking.main)
+    result = CliRunner().invoke(app, ["--steps", "5", "--sample", "3"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert all(row.site in result.output for row in speaking.ROWS)
+    monkeypatch.setattr(speaking, "RELATIVE", -1.0)
+    assert CliRunner().invoke(app, ["--steps", "5", "--sample", "1"]).exit_code == 1
