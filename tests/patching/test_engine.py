@@ -10,6 +10,7 @@ import torch
 import tiny
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.patching.engine import heap, hooked, routes
+from families import FAMILIES
 from tiny import hf_inputs
 from toys import Cue, copy_toy, prompt
 
@@ -157,6 +158,31 @@ def test_verify_finds_a_wrong_cell(llm, monkeypatch):
     given = pair("qwen2_audio") | {"metric": metrics.read_at(lambda logits: logits[:, 3])}
     with pytest.raises(patching.VerificationError, match="please report"):
         run(llm, given, verify=2)
+
+
+@pytest.mark.parametrize("metric", [metrics.log_prob(4, position=3), metrics.log_prob(4)])
+def test_verify_allows_for_what_a_family_computes_in_float32(metric):
+    """Norms, and a softmax that rounds otherwise for every number of keys."""
+    family = FAMILIES["qwen2_audio"]
+    model = family.hooked(family.build(dtype=torch.float64))
+    clean, corrupted = (family.batch(seed=seed, dtype=torch.float64) for seed in (0, 1))
+    corrupted = clean | {"input_features": corrupted["input_features"]}
+    options = {"clean": clean, "corrupted": corrupted, "metric": metric}
+    for site in ("decoder.attn.z", "decoder.attn.pattern"):
+        plan = patching.plan(model, site=site, axes=("layer", "head"), **options)
+        assert not plan.request.is_double
+        assert "verified" in plan.run(verify=8, progress=False).report[-1]
+
+
+def test_verify_is_strict_where_all_is_float64():
+    family = FAMILIES["whisper"]
+    model = family.hooked(family.build(dtype=torch.float64))
+    clean, corrupted = (family.batch(seed=seed, dtype=torch.float64) for seed in (0, 1))
+    corrupted = clean | {"input_features": corrupted["input_features"]}
+    options = {"clean": clean, "corrupted": corrupted, "metric": metrics.log_prob(4)}
+    plan = patching.plan(model, site="decoder.attn.pattern", axes=("layer", "head"), **options)
+    assert plan.request.is_double
+    assert "verified" in plan.run(verify=8, progress=False).report[-1]
 
 
 def test_verify_does_not_take_nan_for_close(llm, monkeypatch):

@@ -233,8 +233,7 @@ class Plan:
         base = state.clean if self.request.direction == "noise" else state.corrupted
         effects = (state.values - base[..., None])[..., state.done]
         largest = effects[effects.isfinite()].abs().amax() if effects.isfinite().any() else 0.0
-        is_double = self.request.model.dtype == torch.float64
-        small = 1e-10 if is_double else 1e-5
+        small = 1e-10 if self.request.is_double else 1e-5
         worst = 0.0
         for cell in cells:
             exact, found = literally(self.request, state.readout, cell), state.values[..., cell]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens import metrics
 from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs
+from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
@@ -98,6 +100,20 @@ class Request:
         """How attention is computed, in unpatched and patched runs alike."""
         is_written_out = any(site.reads_attention for site in self.table.sites)
         return "explicit" if is_written_out else self.model.attn_mode
+
+    @property
+    def is_double(self) -> bool:
+        """Whether all is computed in float64.
+
+        Language models have RMS norms in float32, and a softmax where attention is written out.
+        """
+        is_written_out = self.attn_mode == "explicit" or bool(self.hooked)
+        rounding = (
+            isinstance(module, RMSNorm)
+            or (isinstance(module, Attention) and module.softmax_float32 and is_written_out)
+            for module in self.model.modules()
+        )
+        return self.model.dtype == torch.float64 and not any(rounding)
 
     @property
     def reads_all(self) -> bool:
