@@ -43,6 +43,7 @@ def asked(**options):
         [Span(0.1, 0.2, "seven"), Span(0.2, 0.4)], [Band(100, 200)], METRIC,
         {"a": metrics.kl(), "b": metrics.log_prob(["x", "y"], position=-2)},
         metrics.forced_choice("a", ["a", "b"]), metrics.sequence_log_prob("two"),
+        metrics.ctc_diff("a", [3]), metrics.of_stream("audio.1", metrics.prob(3)),
     ],
 )  # fmt: skip
 def test_arguments_survive_json(value):
@@ -52,7 +53,18 @@ def test_arguments_survive_json(value):
     assert type(recalled(held)) is type(value)
 
 
-@pytest.mark.parametrize("value", [lambda x: x, metrics.read_at(torch.sum), torch.ones(2)])
+class LogitDiff(metrics.Metric):
+    """Somebody's own, called as one of the package."""
+
+    name = "own"
+
+    def _bind(self, model, inputs, reference):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "value", [lambda x: x, metrics.read_at(torch.sum), torch.ones(2), LogitDiff()]
+)
 def test_what_no_file_holds_is_marked(value):
     for one in (value, {"name": value}):
         assert is_own(json.loads(json.dumps(recorded({"it": one})))["it"])

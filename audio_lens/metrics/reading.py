@@ -56,6 +56,12 @@ class Metric(ABC):
 
     needs_reference: ClassVar[bool] = False  # whether it compares with the clean run
     names_stream: ClassVar[bool] = False  # whether it says which of several streams it reads
+    kinds: ClassVar[dict[str, type[Metric]]] = {}  # of this package, as files of results call them
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith(f"{__package__}."):
+            Metric.kinds[cls.__name__.removeprefix("_")] = cls
 
     @property
     @abstractmethod

@@ -168,9 +168,9 @@ def _recorded(value: Any) -> Any:
 def _to_json(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    if isinstance(value, (Span, Band, metrics.Metric)):
+    kind = next((name for name, kind in _kinds().items() if type(value) is kind), None)
+    if kind is not None:
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        kind = type(value).__name__.removeprefix("_")
         return {"kind": kind, **{name: _to_json(one) for name, one in fields.items()}}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"named": {key: _recorded(one) for key, one in value.items()}}
@@ -200,6 +200,9 @@ def recalled(value: Any) -> Any:
     if "named" in value:
         return {name: recalled(one) for name, one in value["named"].items()}
     fields = {name: recalled(one) for name, one in value.items() if name != "kind"}
-    kinds = {"Span": Span, "Band": Band}
-    kind = kinds.get(value["kind"]) or getattr(metrics, f"_{value['kind']}")
-    return kind(**fields)
+    return _kinds()[value["kind"]](**fields)
+
+
+def _kinds() -> dict[str, type]:
+    """What is recorded field by field, by its name in files."""
+    return {"Span": Span, "Band": Band} | metrics.Metric.kinds
