@@ -59,7 +59,7 @@ class LogitDiff(metrics.Metric):
     name = "own"
 
     def _bind(self, model, inputs, reference):
-        raise NotImplementedError
+        return metrics.Reading(torch.zeros(1, 1), None, torch.sum)
 
 
 @pytest.mark.parametrize(
