@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 
 from audio_lens.hooks import HookNameError, PosSlice, is_flat, is_large, suggest
 
-if TYPE_CHECKING:
-    from audio_lens.models.part import Part
-
 Stack = Float[Tensor, "components *batch_pos d_model"]
+
+
+@runtime_checkable
+class CachedPart(Protocol):
+    """What a cache asks of the part its activations belong to; `Part` is one."""
+
+    @property
+    def cfg(self) -> Any: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+
+    def owns(self, name: str) -> bool: ...
+
+    def local(self, name: str) -> str: ...
 
 
 class AudioCache(ActivationCache):
@@ -31,7 +47,7 @@ class AudioCache(ActivationCache):
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        parts: dict[str, Part],
+        parts: Mapping[str, CachedPart],
         main_part: str,
         has_batch_dim: bool = True,
         prefixed: bool = True,

@@ -159,6 +159,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
     """Audio Spectrogram Transformer with every activation hooked, bare or with its class head."""
 
     features_key = "input_values"
+    model_types = ("audio-spectrogram-transformer",)
     hf_class = ("ASTForAudioClassification", "ASTModel")
     weight_names: ClassVar = {
         **_BODY,

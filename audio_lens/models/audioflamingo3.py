@@ -28,6 +28,7 @@ class HookedAudioFlamingo3(PooledAudioLLM):
         max_segments: how many windows the released processor takes of a clip: 10 minutes.
     """
 
+    model_types = ("audioflamingo3",)
     hf_class = "AudioFlamingo3ForConditionalGeneration"
     mask_key = "input_features_mask"
     max_segments: ClassVar[int] = 20

@@ -6,30 +6,30 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_args
 
 import torch
-import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from audio_lens.cache import AudioCache
-from audio_lens.hooks import HookedRoot, HookPoint, suggest
+from audio_lens.hooks import HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.config import AudioConfig, LoadingError
+from audio_lens.models import registry
+from audio_lens.models.config import AudioConfig
 from audio_lens.models.decoding import GreedyDecoding
 from audio_lens.models.hearing import Hearing
 from audio_lens.models.layers import Context, KVCache, padding_mask
+from audio_lens.models.loading import load_pretrained, take_over
 from audio_lens.models.lora import Adaptable
 from audio_lens.models.part import Part
 from audio_lens.models.placement import Devices, Placed, moved
+from audio_lens.models.registry import Family
 from audio_lens.models.vocabulary import Vocabulary
 from audio_lens.models.writing import ReturnType, Writing
 from audio_lens.timeline import Timeline
 
-if TYPE_CHECKING:
-    from audio_lens.patching.sites import Site
-
+Own = TypeVar("Own", bound="HookedAudioTransformer")
 Address = tuple[str, int]  # a part and the index of one of its blocks
 
 
@@ -47,7 +47,7 @@ class AudioPlaces(NamedTuple):
 
 
 class HookedAudioTransformer(
-    Hearing, Writing, Vocabulary, GreedyDecoding, Adaptable, Placed, HookedRoot, ABC
+    Hearing, Writing, Vocabulary, GreedyDecoding, Adaptable, Placed, Family, ABC
 ):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
@@ -55,18 +55,9 @@ class HookedAudioTransformer(
     """
 
     takes_question: ClassVar[bool] = False  # whether it answers questions about what it hears
-    hf_class: ClassVar[str | tuple[str, ...]]
-    outdated_names: ClassVar[tuple[str, ...]] = ()  # in checkpoints that are older than the class
-    weight_names: ClassVar[dict[str, str]]
 
     def __init__(self, cfg: AudioConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.feature_extractor: Any = None
-        self.tokenizer: Any = None
-        self.tokenizer_problem = ""  # why there is none, if there should be one
-        self.processor: Any = None
-        self.generation_config: Any = None
+        super().__init__(cfg)
         if cfg.head is not None:
             self.hook_logits = HookPoint()
 
@@ -74,15 +65,17 @@ class HookedAudioTransformer(
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Own],
         name: str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         devices: Devices | None = None,
         adapter: str | Path | None = None,
         merge: bool = False,
-    ) -> HookedAudioTransformer:
+    ) -> Own:
         """Load a checkpoint.
+
+        The class that implements it is found; a subclass loads checkpoints of its own kind only.
 
         Args:
             name: a hub id, a local Hugging Face directory, or "embedded" for the small trained
@@ -101,14 +94,12 @@ class HookedAudioTransformer(
                 directory.
             PlacementError: devices that are not there, or a part without one.
         """
-        from audio_lens.models.loading import load_pretrained
-
-        return load_pretrained(name, dtype, device, devices, adapter, merge)
+        return load_pretrained(name, dtype, device, devices, adapter, merge, kind=cls)
 
     @classmethod
     def from_hf(
-        cls, hf_model: nn.Module, processor: Any = None, merge: bool = False
-    ) -> HookedAudioTransformer:
+        cls: type[Own], hf_model: nn.Module, processor: Any = None, merge: bool = False
+    ) -> Own:
         """Take over an in-memory Hugging Face model; the weights are shared, not copied.
 
         A model that carries a LoRA adapter of peft keeps it live, or with ``merge`` added to
@@ -118,33 +109,7 @@ class HookedAudioTransformer(
             LoadingError: unsupported architecture, weights that do not map one to one, or an
                 adapter that is not implemented.
         """
-        from audio_lens.models.loading import take_over
-
-        return take_over(hf_model, processor, merge)
-
-    @classmethod
-    def config_from_hf(cls, hf_config: Any) -> AudioConfig:
-        """The configuration of a Hugging Face config.
-
-        Raises:
-            LoadingError: if it asks for something that is not implemented.
-        """
-        raise LoadingError(f"{cls.__name__} is put together from parts, not read as one checkpoint")
-
-    @classmethod
-    def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> Mapping[str, Tensor]:
-        """Hugging Face's tensors under the names of `weight_names`: as they are, here."""
-        return state
-
-    def make_feature_extractor(self) -> Any:
-        """The feature extractor that the configuration tells of."""
-        return transformers.WhisperFeatureExtractor(feature_size=self.cfg.n_mels)
-
-    def take_special_tokens(self, hf_config: Any) -> None:
-        """Remember token ids that mean something to the model: none here."""
-
-    def take_modules(self, hf_model: nn.Module) -> None:
-        """Keep what stays a module of Hugging Face's, such as a codec: nothing, here."""
+        return take_over(hf_model, processor, merge, kind=cls)
 
     @staticmethod
     def compose(
@@ -167,9 +132,8 @@ class HookedAudioTransformer(
             LoadingError: parts that are not implemented.
             CompositionError: parts that do not fit together.
         """
-        from audio_lens.models.compose import compose
-
-        return compose(encoder, connector, decoder, merge, **options)
+        composed = registry.compose(encoder, connector, decoder, merge, **options)
+        return cast(HookedAudioTransformer, composed)
 
     # ---------------------------------------------------------------- what a family defines
 
@@ -226,15 +190,17 @@ class HookedAudioTransformer(
         """How many of the encoder's positions can matter to anything: all of them, here."""
         return self.encoder_length(inputs)
 
-    def whole_because(self, site: Site, streams: Set[str] | None) -> str:
-        """Why sweeps of a site run whole forwards with hooks; empty where they need not.
+    def whole_because(self, place: str, streams: Set[str] | None) -> str:
+        """Why sweeps of a place run whole forwards with hooks; empty where they need not.
 
         Args:
+            place: ``part.activation``.
             streams: those that are read; None for all.
         """
         if beside := self.spoken_beside(streams):
             return f"its output is also that of the {' and '.join(beside)}"
-        return f"the {site.part} is a part of its own" if site.part in self.cfg.ears else ""
+        part = place.partition(".")[0]
+        return f"the {part} is a part of its own" if part in self.cfg.ears else ""
 
     def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
         """Where each connector position enters the decoder's residual stream (audio LLMs)."""
@@ -454,10 +420,10 @@ class HookedAudioTransformer(
     # ---------------------------------------------------------------- parts and caches
 
     @functools.cached_property
-    def _parts(self) -> dict[str, Part]:
+    def _parts(self) -> dict[str, Part[Any]]:
         return {name: Part(self, name) for name in self.cfg.parts}
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> Part[Any]:
         """A part as a model of its own, with TransformerLens-local names and configuration.
 
         Raises:

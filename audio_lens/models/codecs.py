@@ -24,6 +24,7 @@ from audio_lens import audio as audio_io
 from audio_lens.hooks import HookedRoot, HookPoint
 from audio_lens.inputs import InputError
 from audio_lens.models.config import LoadingError
+from audio_lens.models.loading import read_model
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,6 @@ class HookedCodec(HookedRoot, ABC):
             LoadingError: no such directory, another architecture, or missing, unexpected or
                 corrupt weights.
         """
-        from audio_lens.models.loading import read_model
 
         def implemented(hf_config: Any) -> str:
             family = _family(hf_config)

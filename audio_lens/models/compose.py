@@ -29,6 +29,7 @@ from audio_lens.models.ear import Ear
 from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
 from audio_lens.models.layers import Stack
 from audio_lens.models.loading import load_pretrained, processor_of, read_model
+from audio_lens.models.registry import composes
 from audio_lens.models.weights import fill, renamed
 
 _OUTSIDE = -1  # id of a placeholder that the tokenizer does not know as one token
@@ -60,6 +61,7 @@ class Placeholder:
         return Placeholder(text, _OUTSIDE if token is None else token)
 
 
+@composes
 def compose(
     encoder: Any,
     connector: nn.Module,
@@ -166,7 +168,7 @@ def _ears(
 def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
     """A model with nothing behind its encoder, whose parts are those of the source."""
     if isinstance(source, (str, Path)):
-        source = load_pretrained(source, dtype)
+        source = load_pretrained(source, dtype, kind=HookedAudioTransformer)
     elif not isinstance(source, HookedAudioTransformer):
         source = HookedAudioTransformer.from_hf(source)
     if not (isinstance(source, Ear) and source.lends_encoder):

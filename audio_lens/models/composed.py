@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,9 +21,6 @@ from audio_lens.models.connectors import Connector
 from audio_lens.models.language_model import LanguageModel
 from audio_lens.models.layers import Context
 from audio_lens.timeline import Track
-
-if TYPE_CHECKING:
-    from audio_lens.patching.sites import Site
 
 AUDIO, QUESTION = "{audio}", "{question}"
 _OF_EARS = ("encoder", "frontend")  # what is taken of a model that lends its encoder
@@ -164,12 +161,12 @@ class HookedComposed(AudioLLM):
         others = [self.hear(name, inputs, segment) for name in self.cfg.ears]
         return self.connector(self.encoder.finish(resid), *others)
 
-    def whole_because(self, site: Site, streams: Set[str] | None) -> str:
-        """Why sweeps of a site run whole forwards with hooks; empty where they need not."""
-        is_before = site.part == "encoder" or str(site) == "connector.in"
+    def whole_because(self, place: str, streams: Set[str] | None) -> str:
+        """Why sweeps of a place run whole forwards with hooks; empty where they need not."""
+        is_before = place.startswith("encoder.") or place == "connector.in"
         if self.connector.taps and is_before:
             return "the connector reads several blocks of the encoder"
-        return super().whole_because(site, streams)
+        return super().whole_because(place, streams)
 
     def enter_decoder(self, inputs: AudioInputs, *rest: Any) -> Float[Tensor, "b t d"]:
         """Embedded tokens with the audio in its places."""

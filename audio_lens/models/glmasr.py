@@ -31,6 +31,7 @@ class GlmAsrEncoder(ConvEncoder):
 class HookedGlmAsr(StackedAudioLLM):
     """GLM-ASR with every activation hooked. It hears up to 10.5 minutes."""
 
+    model_types = ("glmasr",)
     hf_class = "GlmAsrForConditionalGeneration"
     max_segments: ClassVar[int] = 21  # what the released processor takes of a clip
     weight_names: ClassVar = {

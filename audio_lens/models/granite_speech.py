@@ -115,6 +115,7 @@ class HookedGraniteSpeech(HookedAudioLLM):
     where probabilities matter.
     """
 
+    model_types = ("granite_speech",)
     hf_class = "GraniteSpeechForConditionalGeneration"
     mask_key = "input_features_mask"
     masks_padding = False

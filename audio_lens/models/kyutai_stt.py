@@ -81,6 +81,7 @@ class HookedKyutaiSTT(HookedCodecLM):
     """
 
     features_key = "audio_codes"
+    model_types = ("kyutai_speech_to_text",)
     hf_class = "KyutaiSpeechToTextForConditionalGeneration"
     codec_name = "codec_model"
     weight_names: ClassVar = {

@@ -29,54 +29,12 @@ from audio_lens.models.adapters import (
     read_adapter,
     taken_apart,
 )
-from audio_lens.models.audio_spectrogram_transformer import HookedAST
-from audio_lens.models.audioflamingo3 import HookedAudioFlamingo3
-from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import LoadingError
-from audio_lens.models.glmasr import HookedGlmAsr
-from audio_lens.models.granite_speech import HookedGraniteSpeech
-from audio_lens.models.kyutai_stt import HookedKyutaiSTT
 from audio_lens.models.lora import attach
-from audio_lens.models.moshi import HookedMoshi
-from audio_lens.models.moss_transcribe_diarize import HookedMossTranscribeDiarize
-from audio_lens.models.musicflamingo import HookedMusicFlamingo
-from audio_lens.models.musicgen import HookedMusicgen
-from audio_lens.models.placement import Devices, layout, unit_of
-from audio_lens.models.qwen2_5_omni import HookedQwen2_5Omni, thinker_of
-from audio_lens.models.qwen2_audio import HookedQwen2Audio
-from audio_lens.models.qwen3_asr import HookedQwen3Asr
-from audio_lens.models.qwen3_omni import HookedQwen3Omni
-from audio_lens.models.voxtral import HookedVoxtral
-from audio_lens.models.wav2vec2 import HookedWav2Vec2
-from audio_lens.models.wavlm import HookedWavLM
+from audio_lens.models.placement import Devices, guard_borders, layout, unit_of
+from audio_lens.models.registry import Family, Kind, family_of, supported
 from audio_lens.models.weights import fill, renamed
-from audio_lens.models.whisper import HookedWhisper
 
-FAMILIES: dict[str, type[HookedAudioTransformer]] = {
-    "whisper": HookedWhisper,
-    "qwen2_audio": HookedQwen2Audio,
-    "audioflamingo3": HookedAudioFlamingo3,
-    "musicflamingo": HookedMusicFlamingo,
-    "voxtral": HookedVoxtral,
-    "glmasr": HookedGlmAsr,
-    "moss_transcribe_diarize": HookedMossTranscribeDiarize,
-    "granite_speech": HookedGraniteSpeech,
-    "qwen2_5_omni": HookedQwen2_5Omni,
-    "qwen2_5_omni_thinker": HookedQwen2_5Omni,
-    "qwen3_asr": HookedQwen3Asr,
-    "qwen3_omni_moe": HookedQwen3Omni,
-    "qwen3_omni_moe_thinker": HookedQwen3Omni,
-    "musicgen": HookedMusicgen,
-    "moshi": HookedMoshi,
-    "kyutai_speech_to_text": HookedKyutaiSTT,
-    "wav2vec2": HookedWav2Vec2,
-    "hubert": HookedWav2Vec2,
-    "data2vec-audio": HookedWav2Vec2,
-    "unispeech": HookedWav2Vec2,
-    "unispeech-sat": HookedWav2Vec2,
-    "wavlm": HookedWavLM,
-    "audio-spectrogram-transformer": HookedAST,
-}
 EMBEDDED = "embedded"
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -96,8 +54,13 @@ def load_pretrained(
     devices: Devices | None = None,
     adapter: str | Path | None = None,
     merge: bool = False,
-) -> HookedAudioTransformer:
-    """See `HookedAudioTransformer.from_pretrained`."""
+    kind: type[Kind] = Family,
+) -> Kind:
+    """See `HookedAudioTransformer.from_pretrained`.
+
+    Args:
+        kind: the class that is wanted, or one above it.
+    """
     if dtype not in (None, *_DTYPES):
         raise LoadingError(f"dtype is a floating-point dtype of torch or None, got {dtype}")
     if device is not None and devices is not None:
@@ -109,7 +72,7 @@ def load_pretrained(
         adapter, source = source, base_of(Path(source))
     _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
     hf_config = _config(source)
-    family = family_of(hf_config)
+    family = family_of(hf_config, kind)
     hf_class = _hf_class(family, hf_config)
     family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
     found = None if adapter is None else read_adapter(adapter)
@@ -123,7 +86,7 @@ def load_pretrained(
         found = found.renamed(lambda key: _name_in_memory(key, hf_model))
     if merge and found is None:
         raise LoadingError("merge=True merges an adapter: pass adapter=, or its directory as name")
-    model = _built(hf_model, state, found, merge, devices if device is None else device)
+    model = _built(family, hf_model, state, found, merge, devices if device is None else device)
     processor, problem = processor_of(source)
     _attach(model, processor)
     model.tokenizer_problem = model.tokenizer_problem or problem
@@ -154,10 +117,10 @@ def read_model(
 
 
 def take_over(
-    hf_model: nn.Module, processor: Any = None, merge: bool = False
-) -> HookedAudioTransformer:
+    hf_model: nn.Module, processor: Any = None, merge: bool = False, kind: type[Kind] = Family
+) -> Kind:
     """See `HookedAudioTransformer.from_hf`."""
-    hf_model = thinker_of(hf_model)
+    hf_model = _thinker_of(hf_model)
     adapter, base, state = None, hf_model, None
     if is_adapted(hf_model):
         base, state, adapter = taken_apart(hf_model)
@@ -168,21 +131,28 @@ def take_over(
     state = dict(base.state_dict() if state is None else state)
     if merge:  # the weights are shared with the Hugging Face model, which stays as it is
         state |= {f"{m}.weight": state[f"{m}.weight"].clone() for m in adapter.low_rank}
-    model = _built(base, state, adapter, merge, None)
+    model = _built(family_of(base.config, kind), base, state, adapter, merge, None)
     _attach(model, processor)
     return model
 
 
+def _thinker_of(hf_model: nn.Module) -> nn.Module:
+    """Of a whole Omni model what hears and writes; other models as they are."""
+    is_omni = isinstance(hf_model, transformers.PreTrainedModel) and hasattr(hf_model, "thinker")
+    return hf_model.thinker if is_omni else hf_model
+
+
 def _built(
+    family: type[Kind],
     hf_model: nn.Module,
     state: dict[str, Tensor],
     adapter: Adapter | None,
     merge: bool,
     devices: Devices | None,
-) -> HookedAudioTransformer:
+) -> Kind:
     """The hooked model of a Hugging Face model's tensors, with an adapter's merged or live."""
     _check_tensors(state)
-    family, hf_config = family_of(hf_model.config), _named(hf_model.config, type(hf_model))
+    hf_config = _named(hf_model.config, type(hf_model))
     if adapter is not None:
         adapter.check_fits(state)
         if merge:
@@ -198,7 +168,7 @@ def _built(
     fill(model, tensors)
     if adapter is not None and not merge:
         _make_live(model, adapter.renamed(lambda key: _named_here(key, state, ours)))
-    model.guard_borders()
+    guard_borders(model)
     model.train(hf_model.training)
     model.take_special_tokens(hf_model.config)
     model.take_modules(hf_model)
@@ -218,7 +188,7 @@ def _merged(state: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     return {**state, **{key: own.to(state[key]) for key, own in adapter.saved.items()}}
 
 
-def _make_live(model: HookedAudioTransformer, adapter: Adapter) -> None:
+def _make_live(model: Family, adapter: Adapter) -> None:
     others = [m for m in adapter.low_rank if type(model.get_submodule(m)) is not nn.Linear]
     if others:
         raise LoadingError(
@@ -230,8 +200,7 @@ def _make_live(model: HookedAudioTransformer, adapter: Adapter) -> None:
         dtype = torch.promote_types(one.down.dtype, weight.dtype)
         low_rank[module] = one.to(weight.device, dtype)
     own = {key: own.to(model.get_parameter(key)) for key, own in adapter.saved.items()}
-    attach(model, low_rank, own)
-    model.lora.enabled = adapter.enabled
+    attach(model, low_rank, own).enabled = adapter.enabled
 
 
 def _named_here(key: str, state: Mapping[str, Tensor], ours: Mapping[int, str]) -> str:
@@ -257,7 +226,7 @@ def _name_in_memory(key: str, hf_model: nn.Module) -> str:
 # -------------------------------------------------------------------------------- families
 
 
-def _hf_class(family: type[HookedAudioTransformer], hf_config: Any) -> Any:
+def _hf_class(family: type[Family], hf_config: Any) -> Any:
     """The Hugging Face class to read: the family's, or of several the one the checkpoint names.
 
     Raises:
@@ -285,20 +254,6 @@ def _named(hf_config: Any, hf_class: type) -> Any:
     named = copy.copy(hf_config)
     named.architectures = [hf_class.__name__]
     return named
-
-
-def family_of(hf_config: Any) -> type[HookedAudioTransformer]:
-    """The family that implements a Hugging Face config.
-
-    Raises:
-        LoadingError: if none does; the message lists those that exist.
-    """
-    if hf_config.model_type not in FAMILIES:
-        raise LoadingError(
-            f"architecture {hf_config.model_type!r} is not supported; supported: "
-            + ", ".join(FAMILIES)
-        )
-    return FAMILIES[hf_config.model_type]
 
 
 def _looks_like_path(source: str) -> bool:
@@ -330,7 +285,7 @@ def _config(source: str) -> Any:
         hf_config = transformers.AutoConfig.from_pretrained(source)
     except ValueError as error:
         raise LoadingError(
-            f"the architecture of {source} is not supported; supported: {', '.join(FAMILIES)} "
+            f"the architecture of {source} is not supported; supported: {supported()} "
             f"(transformers says: {str(error).splitlines()[0]})"
         ) from error
     quantised = getattr(hf_config, "quantization_config", None)
@@ -427,7 +382,7 @@ def _loaded(auto: Any, source: str) -> tuple[Any, str]:
         return None, f"{auto.__name__} says: {cause}"
 
 
-def _attach(model: HookedAudioTransformer, processor: Any) -> None:
+def _attach(model: Family, processor: Any) -> None:
     """Give the model its processor's pieces; without one, the feature extractor its shape tells."""
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
     is_extractor = isinstance(processor, transformers.FeatureExtractionMixin)
@@ -447,7 +402,9 @@ def _attach(model: HookedAudioTransformer, processor: Any) -> None:
             f"the processor makes {_n_mels(extractor)} mel bins, the model takes {cfg.n_mels}"
         )
     if extractor.sampling_rate != cfg.sampling_rate:
-        raise LoadingError(f"the processor works at {extractor.sampling_rate} Hz, not 16000")
+        raise LoadingError(
+            f"the processor works at {extractor.sampling_rate} Hz, the model at {cfg.sampling_rate}"
+        )
     model.feature_extractor = extractor
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from audio_lens.hooks import HookPoint
+from audio_lens.hooks import HookedRoot, HookPoint
 
-if TYPE_CHECKING:
-    from audio_lens.models.base import HookedAudioTransformer
+Own = TypeVar("Own", bound="Adaptable")
 
 
 class LoraError(RuntimeError):
@@ -162,7 +161,7 @@ class Adaptable:
         return Lora(self)
 
     @contextmanager
-    def lora_disabled(self) -> Iterator[HookedAudioTransformer]:
+    def lora_disabled(self: Own) -> Iterator[Own]:
         """Run inside a ``with`` block as if there were no adapter.
 
         Raises:
@@ -180,9 +179,7 @@ class Adaptable:
                 linear.enabled = enabled
 
 
-def attach(
-    model: HookedAudioTransformer, low_rank: Mapping[str, LowRank], own: Mapping[str, Tensor]
-) -> None:
+def attach(model: HookedRoot, low_rank: Mapping[str, LowRank], own: Mapping[str, Tensor]) -> Lora:
     """Make an adapter live.
 
     Args:
@@ -194,3 +191,4 @@ def attach(
         setattr(model.get_submodule(parent), child, LoraLinear(model.get_submodule(name), added))
     model.replaced = Replaced(model, own)
     model.setup()
+    return Lora(model)

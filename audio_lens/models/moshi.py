@@ -77,6 +77,7 @@ class HookedMoshi(HookedCodecLM):
 
     speaks_behind = True
     features_key = "user_audio_codes"
+    model_types = ("moshi",)
     hf_class = "MoshiForConditionalGeneration"
     codec_name = "audio_encoder"
     weight_names: ClassVar = {

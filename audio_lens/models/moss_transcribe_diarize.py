@@ -31,6 +31,7 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
     """MOSS-Transcribe-Diarize with every activation hooked."""
 
     extracted_mask = "input_features_mask"
+    model_types = ("moss_transcribe_diarize",)
     hf_class = "MossTranscribeDiarizeForConditionalGeneration"
     weight_names: ClassVar = {
         **encoder_weight_names("model.audio_tower"),

@@ -102,6 +102,7 @@ class HookedMusicFlamingo(HookedAudioFlamingo3):
     for a token, Hugging Face counts that window to the next clip, or fails if there is none.)
     """
 
+    model_types = ("musicflamingo",)
     hf_class = "MusicFlamingoForConditionalGeneration"
     max_segments: ClassVar[int] = 40
 

@@ -112,6 +112,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
     lies where the code of the first codebook does that *enters* there, see `stream_seconds`.
     """
 
+    model_types = ("musicgen",)
     hf_class = "MusicgenForConditionalGeneration"
     features_key = "input_ids"
     codec_name = "audio_encoder"

@@ -6,10 +6,11 @@ unchanged: names are local (`blocks.3.attn.hook_z`), `cfg` is the part's own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import Any, Generic, Literal, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,12 +19,48 @@ from transformer_lens import FactoredMatrix
 
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
-from audio_lens.models.layers import bias_of
+from audio_lens.inputs import AudioInputs
+from audio_lens.models.config import AudioConfig
+from audio_lens.models.layers import PartConfig, bias_of
 
-if TYPE_CHECKING:
-    from audio_lens.inputs import AudioInputs
-    from audio_lens.models.base import HookedAudioTransformer
-    from audio_lens.models.layers import PartConfig
+
+@runtime_checkable
+class Whole(Protocol):
+    """What a part asks of its model; `HookedAudioTransformer` is one."""
+
+    cfg: AudioConfig
+    training: bool
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]: ...
+
+    def device_of(self, part: str) -> torch.device: ...
+
+    def as_inputs(self, inputs: Any) -> AudioInputs: ...
+
+    def encoder_length(self, inputs: AudioInputs) -> int: ...
+
+    def timeline(self, inputs: AudioInputs) -> Any: ...
+
+    def to_single_token(self, text: str | SupportsIndex) -> int: ...
+
+    def run_with_hooks(self, *args: Any, **options: Any) -> Any: ...
+
+    def run_with_cache(self, *args: Any, **options: Any) -> tuple[Any, Any]: ...
+
+    def hooks(self, *args: Any, **options: Any) -> AbstractContextManager[Any]: ...
+
+    def add_hook(self, name: Any, hook: HookFn, *args: Any, **options: Any) -> None: ...
+
+    def reset_hooks(self, **options: Any) -> None: ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+
+Model = TypeVar("Model", bound=Whole)
 
 
 @dataclass(frozen=True)
@@ -37,10 +74,10 @@ class PartInputs:
         return self.shape[0]
 
 
-class Part:
+class Part(Generic[Model]):
     """A view of one part of a model; it holds nothing of its own."""
 
-    def __init__(self, model: HookedAudioTransformer, name: str):
+    def __init__(self, model: Model, name: str):
         self.model, self.name = model, name
 
     # ---------------------------------------------------------------- what TransformerLens reads
@@ -52,7 +89,7 @@ class Part:
     @property
     def cfg(self) -> PartConfig:
         """The part's shape, with the device and dtype it has now."""
-        cfg = self.model.cfg.parts[self.name]
+        cfg = copy.copy(self.model.cfg.parts[self.name])
         cfg.device, cfg.dtype = self.model.device_of(self.name), self.model.dtype
         return cfg
 
@@ -179,7 +216,9 @@ class Part:
         return output, local if return_cache_object else local.cache_dict
 
     @contextmanager
-    def hooks(self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any) -> Iterator[Part]:
+    def hooks(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), **options: Any
+    ) -> Iterator[Part[Model]]:
         """Attach hooks on local names inside a ``with`` block."""
         with self.model.hooks(self._full_hooks(fwd_hooks), self._full_hooks(bwd_hooks), **options):
             yield self

@@ -153,20 +153,13 @@ class Placed:
             if name:
                 device = placed.get(unit_of(name))
                 module._apply(lambda tensor, to=device: tensor.to(to), recurse=False)
-        self.guard_borders()
+        guard_borders(self)
         return self
-
-    def guard_borders(self) -> None:
-        """Let activations follow the weights from now on, if those lie on several devices."""
-        for handle in self.__dict__.get("_borders", ()):
-            handle.remove()
-        units = _receivers(self) if self.is_split else []
-        self._borders = [u.register_forward_pre_hook(_bring, with_kwargs=True) for u in units]
 
     @property
     def is_split(self) -> bool:
         """Whether the weights lie on several devices."""
-        return len({parameter.device for parameter in self.parameters()}) > 1
+        return _is_split(self)
 
     def device_of(self, part: str) -> torch.device:
         """The device of a part: where its inputs go."""
@@ -183,6 +176,18 @@ class Placed:
                 f"{what} needs the model on one device, and it is split over several: "
                 'model.place("cuda:0")'
             )
+
+
+def guard_borders(model: nn.Module) -> None:
+    """Let activations follow the weights from now on, if those lie on several devices."""
+    for handle in model.__dict__.get("_borders", ()):
+        handle.remove()
+    units = _receivers(model) if _is_split(model) else []
+    model._borders = [u.register_forward_pre_hook(_bring, with_kwargs=True) for u in units]
+
+
+def _is_split(model: nn.Module) -> bool:
+    return len({parameter.device for parameter in model.parameters()}) > 1
 
 
 def _receivers(model: nn.Module) -> list[nn.Module]:

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.audio_llm import check_encoder
@@ -38,12 +37,6 @@ _log = logging.getLogger(__name__)
 def thinker_config(hf_config: Any) -> Any:
     """The config of the thinker: itself, or what the config of a whole Omni model holds."""
     return getattr(hf_config, "thinker_config", hf_config)
-
-
-def thinker_of(hf_model: nn.Module) -> nn.Module:
-    """Of a whole Omni model what hears and writes; other models as they are."""
-    is_omni = isinstance(hf_model, PreTrainedModel) and hasattr(hf_model, "thinker")
-    return hf_model.thinker if is_omni else hf_model
 
 
 class HookedThinker(ChunkedAudioLLM):
@@ -128,6 +121,7 @@ class ChunkEncoder(PoolingEncoder):
 class HookedQwen2_5Omni(HookedThinker, PooledAudioLLM):
     """The thinker of Qwen2.5-Omni with every activation hooked."""
 
+    model_types = ("qwen2_5_omni", "qwen2_5_omni_thinker")
     hf_class = "Qwen2_5OmniThinkerForConditionalGeneration"
     left_out = (*HookedThinker.left_out, "model.audio_tower.audio_bos_eos_token")
     weight_names: ClassVar = {

@@ -62,6 +62,7 @@ class PooledAudioLLM(HookedAudioLLM):
 class HookedQwen2Audio(PooledAudioLLM):
     """Qwen2-Audio with every activation hooked."""
 
+    model_types = ("qwen2_audio",)
     hf_class = "Qwen2AudioForConditionalGeneration"
     weight_names: ClassVar = {
         **encoder_weight_names("model.audio_tower"),

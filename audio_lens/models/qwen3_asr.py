@@ -158,6 +158,7 @@ class HookedQwen3Asr(Qwen3AudioLLM):
     Face; a batch of a processor holds silence there, a clip prepared alone nothing.
     """
 
+    model_types = ("qwen3_asr",)
     hf_class = ("Qwen3ASRForConditionalGeneration",)
     mask_key = "input_features_mask"
     weight_names: ClassVar = {

@@ -48,6 +48,7 @@ class TrimmedEncoder(Conv2dEncoder):
 class HookedQwen3Omni(HookedThinker, Qwen3AudioLLM):
     """The thinker of Qwen3-Omni with every activation hooked."""
 
+    model_types = ("qwen3_omni_moe", "qwen3_omni_moe_thinker")
     hf_class = "Qwen3OmniMoeThinkerForConditionalGeneration"
     weight_names: ClassVar = {
         **ear_weight_names("model.audio_tower"),

@@ -100,6 +100,7 @@ class HookedVoxtral(StackedAudioLLM):
     ``input_features_mask``, times count the whole of the last window as audio.
     """
 
+    model_types = ("voxtral",)
     hf_class = "VoxtralForConditionalGeneration"
     weight_names: ClassVar = {
         **encoder_weight_names("model.audio_tower"),

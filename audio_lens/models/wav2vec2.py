@@ -212,6 +212,7 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
 
     lends_encoder = True
     features_key = "input_values"
+    model_types = ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat")
     hf_class = (
         *hf_classes("Wav2Vec2", "Hubert", "Data2VecAudio", "UniSpeech", "UniSpeechSat"),
         *(f"{stem}ForPreTraining" for stem in ("Wav2Vec2", "UniSpeech", "UniSpeechSat")),

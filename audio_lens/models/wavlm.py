@@ -80,6 +80,7 @@ class WavLMEncoder(SpeechEncoder):
 class HookedWavLM(HookedWav2Vec2):
     """WavLM with every activation hooked: bare, or with a head for CTC or the class of a clip."""
 
+    model_types = ("wavlm",)
     hf_class = hf_classes("WavLM")
     encoder_type = WavLMEncoder
     weight_names: ClassVar = {

@@ -117,6 +117,7 @@ class HookedWhisper(Ear, HookedAudioTransformer):
     """Whisper with every activation hooked."""
 
     lends_encoder = True
+    model_types = ("whisper",)
     hf_class = "WhisperForConditionalGeneration"
     weight_names: ClassVar = {
         **encoder_weight_names("model.encoder"),

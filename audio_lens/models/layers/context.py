@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from audio_lens.models.layers.attention import Attention
+
+@runtime_checkable
+class Reader(Protocol):
+    """What reads a memory: cross-attention."""
+
+    def memory_keys_values(self, context: Context) -> tuple[Tensor, Tensor]: ...
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class KVCache:
@@ -62,7 +70,7 @@ class Context:
     past: KVCache | None = None
     position_bias: Float[Tensor, "h q k"] | None = None
 
-    def read(self, attn: Attention, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
+    def read(self, attn: Reader, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
         """What cross-attention finds in the memory."""
         return attn.mix(q, *attn.memory_keys_values(self), self.memory_allowed)
 

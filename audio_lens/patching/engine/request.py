@@ -81,7 +81,7 @@ class Request:
     def whole_because(self) -> str:
         """Why the model cannot be taken apart for these sites; empty where it can."""
         streams = metrics.streams_read(self.metric)
-        reasons = (self.model.whole_because(site, streams) for site in self.table.sites)
+        reasons = (self.model.whole_because(str(site), streams) for site in self.table.sites)
         return next(filter(None, reasons), "")
 
     @cached_property
