@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.audio import AudioSource
+from audio_lens.errors import AudioLensError
 from audio_lens.inputs import InputError
 from audio_lens.timeline import Span, Timeline
 
@@ -23,7 +24,7 @@ Frames = tuple[int, int]
 """First frame and the first behind."""
 
 
-class AlignmentError(ValueError):
+class AlignmentError(AudioLensError, ValueError):
     """A file that holds no alignment, or a text that cannot be laid over its audio."""
 
 

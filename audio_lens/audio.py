@@ -13,11 +13,13 @@ import soxr
 import torch
 from jaxtyping import Float
 
+from audio_lens.errors import AudioLensError
+
 AudioSource = str | Path | np.ndarray | torch.Tensor
 _MOST_CHANNELS = 8
 
 
-class AudioError(ValueError):
+class AudioError(AudioLensError, ValueError):
     """Audio that cannot be used; the message names the clip and what to do."""
 
 

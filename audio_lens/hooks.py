@@ -21,6 +21,8 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint as _HookPoint
 from transformer_lens.utilities import Slice, SliceInput
 
+from audio_lens.errors import AudioLensError
+
 AttnMode = Literal["auto", "explicit", "sdpa"]
 HookFn = Callable[..., Any]
 Hooks = Sequence[tuple["str | Callable[[str], bool]", HookFn]]
@@ -35,14 +37,14 @@ _FUSED = (
 )
 
 
-class HookNameError(KeyError):
+class HookNameError(AudioLensError, KeyError):
     """A hook name or filter that matches no hook point."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-class DeadHookError(RuntimeError):
+class DeadHookError(AudioLensError, RuntimeError):
     """A hook that could have no effect: its point did not run in the call."""
 
 

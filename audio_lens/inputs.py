@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from audio_lens.errors import AudioLensError
+
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
 
 
-class InputError(ValueError):
+class InputError(AudioLensError, ValueError):
     """Inputs that the model cannot take; the message says what to change."""
 
 

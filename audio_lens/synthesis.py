@@ -17,12 +17,13 @@ from jaxtyping import Float
 
 from audio_lens import espeak
 from audio_lens.audio import read
+from audio_lens.errors import AudioLensError
 from audio_lens.timeline import Span
 
 SPEEDS, PITCHES = range(80, 451), range(100)
 
 
-class SynthesisError(RuntimeError):
+class SynthesisError(AudioLensError, RuntimeError):
     """Speech that could not be made; the message says what is missing."""
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.audio_llm import AudioLLM, Segment
 from audio_lens.models.base import HookedAudioTransformer
@@ -26,7 +27,7 @@ AUDIO, QUESTION = "{audio}", "{question}"
 _OF_EARS = ("encoder", "frontend")  # what is taken of a model that lends its encoder
 
 
-class CompositionError(ValueError):
+class CompositionError(AudioLensError, ValueError):
     """Parts that do not fit together; the message says which and why."""
 
 

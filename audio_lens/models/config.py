@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
 from audio_lens.models.layers import PartConfig
@@ -106,7 +107,7 @@ class AudioConfig:
         return self.max_segments * self.segment_s
 
 
-class LoadingError(ValueError):
+class LoadingError(AudioLensError, ValueError):
     """A checkpoint or model that cannot be taken over; the message says why."""
 
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from audio_lens.errors import AudioLensError
 from audio_lens.hooks import HookedRoot, HookPoint
 
 Own = TypeVar("Own", bound="Adaptable")
 
 
-class LoraError(RuntimeError):
+class LoraError(AudioLensError, RuntimeError):
     """An adapter that is asked for and is not there."""
 
 

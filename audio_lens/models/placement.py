@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import Context
 
@@ -26,7 +27,7 @@ _WRITING = ("decoder", "depth", "speaker")  # parts that lie where the output co
 _BLOCK = re.compile(r"(encoder|decoder)\.blocks\.(?!0\b)\d+")
 
 
-class PlacementError(ValueError):
+class PlacementError(AudioLensError, ValueError):
     """Devices a model cannot be placed on, or work that needs it on one device."""
 
 

@@ -7,11 +7,12 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor
 
+from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
 
 
-class TokenError(ValueError):
+class TokenError(AudioLensError, ValueError):
     """Text that does not give the tokens that are needed."""
 
 

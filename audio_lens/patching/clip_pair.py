@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from audio_lens import audio
+from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs, InputError
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 
-class ChangedFileError(ValueError):
+class ChangedFileError(AudioLensError, ValueError):
     """A file that a map was made with is gone, or holds something else now."""
 
 

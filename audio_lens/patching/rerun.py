@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.attribute import attribute
 from audio_lens.patching.clip_pair import ClipPair
@@ -24,7 +25,7 @@ ROUNDING = {"float64": 1e-9, "float32": 1e-4}  # between machines and versions
 COARSE = 2e-2  # of half precision, and of sweeps that are not exact
 
 
-class RerunError(ValueError):
+class RerunError(AudioLensError, ValueError):
     """A map that cannot be made again from what it recorded, or not with what was given."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _PER_PAIR = ("pattern", "attn_scores")
 _PER_NEURON = ("pre", "pre_linear", "post")
 
 
-class SiteError(ValueError):
+class SiteError(AudioLensError, ValueError):
     """A site or axis that this model does not have; the message says what there is."""
 
 

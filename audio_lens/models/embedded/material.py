@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from audio_lens.audio import read, resample
+from audio_lens.errors import AudioLensError
 
 RATE = 16_000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -59,7 +60,7 @@ _RESPELLED = {
 }
 
 
-class MissingData(FileNotFoundError):
+class MissingData(AudioLensError, FileNotFoundError):
     """The folder of real recordings is not there; the message says where it was looked for."""
 
 

@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from audio_lens.errors import AudioLensError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(AudioLensError, ValueError):
     """A checkpoint that belongs to another sweep, or is none."""
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens.errors import AudioLensError
 from audio_lens.patching.engine.baselines import State, literally, prepared
 from audio_lens.patching.engine.checkpoint import Checkpoint
 from audio_lens.patching.engine.heap import freed_memory_kept
@@ -33,7 +34,7 @@ _SAVE_EVERY_S = 20.0
 log = logging.getLogger(__name__)
 
 
-class VerificationError(RuntimeError):
+class VerificationError(AudioLensError, RuntimeError):
     """A cell that a whole forward with hooks does not confirm."""
 
 
