@@ -67,6 +67,13 @@ class Span:
             ) from error
 
 
+def describe_span(span: Span) -> str:
+    """A span for people, e.g. ``0.40-0.50 s "seven"``; later clips are named."""
+    clip = f" of clip {span.clip}" if span.clip else ""
+    label = f' "{span.label}"' if span.label else ""
+    return f"{span.start_s:.2f}\N{EN DASH}{span.end_s:.2f} s{clip}{label}"
+
+
 @dataclass(frozen=True)
 class Band:
     """A stretch of the spectrum, ``[low_hz, high_hz)`` in Hz, with an optional label.

@@ -12,7 +12,7 @@ import torch
 
 import audio_lens
 from audio_lens import Band, HookedAudioTransformer, Span, metrics, patching
-from audio_lens.patching.record import is_own, recalled, recorded, revision_of, weights_hash
+from audio_lens.provenance import is_own, recalled, recorded, revision_of, weights_hash
 from tiny import hf_inputs, tiny_hf
 
 RATE = 16_000
@@ -93,7 +93,7 @@ def test_weights_are_told_apart(model):
 
 def test_the_revision_of_a_cached_checkpoint(tmp_path, monkeypatch):
     found = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
-    module = "audio_lens.patching.record.try_to_load_from_cache"
+    module = "audio_lens.provenance.try_to_load_from_cache"
     monkeypatch.setattr(module, lambda name, file: str(found))
     assert revision_of("a/b") == "c0ffee"
     assert revision_of("embedded") is None

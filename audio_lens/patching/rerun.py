@@ -14,9 +14,9 @@ from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.attribute import attribute
 from audio_lens.patching.clip_pair import ClipPair
-from audio_lens.patching.record import is_own, recalled, revision_of, versions, weights_hash
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sweep import plan, sweep
+from audio_lens.provenance import is_own, recalled, revision_of, versions, weights_hash
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from audio_lens.timeline import Band, Span
+from audio_lens.timeline import Band, Span, describe_span
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -102,13 +102,6 @@ def _recovery(values: Tensor, clean: Tensor, corrupted: Tensor) -> Float[Tensor,
     gap = clean - corrupted
     useless = alike(clean, corrupted) | ~gap.isfinite()
     return (values - corrupted) / gap.masked_fill(useless, math.nan)
-
-
-def describe_span(span: Span) -> str:
-    """A span for people, e.g. ``0.40-0.50 s "seven"``; later clips are named."""
-    clip = f" of clip {span.clip}" if span.clip else ""
-    label = f' "{span.label}"' if span.label else ""
-    return f"{span.start_s:.2f}\N{EN DASH}{span.end_s:.2f} s{clip}{label}"
 
 
 @dataclass

@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 from jaxtyping import Int8
 from plotly.basedatatypes import BaseTraceType
 
-from audio_lens.patching.result import describe_span
 from audio_lens.report import clips as sound
 from audio_lens.report.clips import Clip
+from audio_lens.timeline import describe_span
 
 SECONDS = "time in the clip (s)"
 DIVERGING = "RdBu_r"  # centred on zero, safe for colour-blind readers

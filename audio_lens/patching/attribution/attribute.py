@@ -23,11 +23,12 @@ from audio_lens.patching.attribution.runs import (
     layers_of,
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
+from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.request import Direction
 from audio_lens.patching.plan import Bands, CellTable, Windows
-from audio_lens.patching.record import check_pair, provenance, recorded
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
+from audio_lens.provenance import provenance, recorded
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -90,7 +91,19 @@ class Attribution(SweepResult):
             ValueError: a control that does not exist or cannot be had, fewer than one cell, a
                 part of an attribution, or a metric that is alike on both runs.
         """
-        return confirm(self, model, top_k, controls, other, metric, exact, seed, progress)
+        return confirm(
+            self,
+            self.request,
+            model,
+            is_signed=self.is_signed,
+            top_k=top_k,
+            controls=controls,
+            other=other,
+            metric=metric,
+            exact=exact,
+            seed=seed,
+            progress=progress,
+        )
 
 
 def attribute(

@@ -13,14 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.result import Cell
+from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.patching.sites import Site
 from audio_lens.patching.sweep import plan
 from audio_lens.progress import heading
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-    from audio_lens.patching.attribution.attribute import Attribution
 
 CONTROLS = ("identity", "other_item", "norm_matched_noise", "random_sites")
 EXPECTED_BY_CHANCE = CONTROLS[1:]  # identity tests the engine, these test the finding
@@ -133,8 +132,11 @@ class Confirmation:
 
 
 def confirm(
-    attribution: Attribution,
+    estimated: SweepResult,
+    request: Mapping[str, Any] | None,
     model: HookedAudioTransformer,
+    *,
+    is_signed: bool,
     top_k: int,
     controls: Sequence[str] | None,
     other: AudioInputs | Mapping[str, Any] | None,
@@ -143,14 +145,20 @@ def confirm(
     seed: int,
     progress: bool | None,
 ) -> Confirmation:
-    """See `Attribution.confirm`."""
+    """Measure the strongest of some estimates; see `Attribution.confirm`.
+
+    Args:
+        estimated: the estimates, as a sweep would give them.
+        request: the arguments of that sweep, as `plan` takes them.
+        is_signed: whether estimates have a direction, or are magnitudes only.
+    """
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if exact not in ("top", "all"):
         raise ValueError(f"exact is 'top' or 'all', got {exact!r}")
-    site = Site.parse(attribution.site, model)
+    site = Site.parse(estimated.site, model)
     chosen, report = _chosen_controls(controls, other, site)
-    sweeps = _Sweeps(attribution, model, site, metric, progress)
+    sweeps = _Sweeps(estimated, request, model, site, metric, progress)
     order = _strongest(sweeps.estimates)
     top, rest = order[:top_k].tolist(), order[top_k:].tolist()
     generator = torch.Generator().manual_seed(seed)
@@ -178,7 +186,7 @@ def confirm(
         )
         for i in top
     ]
-    truth = effects if attribution.is_signed else effects.abs()
+    truth = effects if is_signed else effects.abs()
     agreement = _agreement(sweeps.estimates, truth, top)
     return Confirmation(rows=rows, report=report, seed=seed, **agreement)
 
@@ -237,33 +245,34 @@ class _Sweeps:
 
     def __init__(
         self,
-        attribution: Attribution,
+        estimated: SweepResult,
+        request: Mapping[str, Any] | None,
         model: HookedAudioTransformer,
         site: Site,
         metric: str | None,
         progress: bool | None,
     ):
-        if attribution.request is None:
+        if request is None:
             raise ValueError(
                 "confirm takes an attribution as attribute gave it: call it before select or mean"
             )
         self.model, self.site, self.progress = model, site, progress
-        self.request = dict(attribution.request)
-        self.attribution = attribution._of_metric(metric)
+        self.request = dict(request)
+        self.estimated = estimated._of_metric(metric)
         if metric is not None:
             self.request["metric"] = self.request["metric"][metric]
-        self.cells = self.attribution.cells()
+        self.cells = self.estimated.cells()
         self.estimates = torch.tensor([cell.effect for cell in self.cells])
         if not self.estimates.isfinite().any():
             raise ValueError("clean and corrupted are alike in the metric: nothing to confirm")
         pair = (self.request["corrupted"], self.request["clean"])
-        self.base, self.source = pair if attribution.direction == "denoise" else pair[::-1]
+        self.base, self.source = pair if estimated.direction == "denoise" else pair[::-1]
 
     def effects(self, cells: Sequence[int], source: Any = None) -> Float[Tensor, " cells"]:
         """Exact effects of some cells, NaN elsewhere; patched from the source run or another."""
         planned = plan(self.model, **self.request, source=source)
         measured = planned.run(only=sorted(set(cells)), progress=self.progress)
-        result = replace(self.attribution, values=measured.values)  # against its own baselines
+        result = replace(self.estimated, values=measured.values)  # against its own baselines
         return torch.tensor([cell.effect for cell in result.cells()])
 
     def noise(self, generator: torch.Generator) -> dict[str, Tensor]:

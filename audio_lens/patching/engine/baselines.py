@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.checks import check_finite
 from audio_lens.patching.engine.changes import kept_for
 from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.readout import Readout
@@ -17,7 +18,6 @@ from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, Route, Run
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.engine.trace import ConnectorSource, GivenSource, RunSource, Source
-from audio_lens.patching.record import check_finite
 
 _COMPLEMENT_SHARE = 0.4  # of the budget
 

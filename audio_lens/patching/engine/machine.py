@@ -18,15 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.errors import AudioLensError
+from audio_lens.patching.checks import batch_dims
 from audio_lens.patching.engine.baselines import State, literally, prepared
 from audio_lens.patching.engine.checkpoint import Checkpoint
 from audio_lens.patching.engine.heap import freed_memory_kept
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import CellTable
-from audio_lens.patching.record import SEED, batch_dims, provenance
 from audio_lens.patching.result import SweepResult
 from audio_lens.progress import track
+from audio_lens.provenance import SEED, provenance
 
 PLURALS = {"frequency": "frequencies"}
 _GIGA = 1e9

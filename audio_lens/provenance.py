@@ -1,4 +1,4 @@
-"""What every result keeps beside its numbers, and the checks of unpatched runs."""
+"""What every result records beside its numbers: what it was made with, and what was asked."""
 
 from __future__ import annotations
 
@@ -14,83 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from audio_lens import metrics
-from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.config import TEXT
+from audio_lens.inputs import AudioInputs
 from audio_lens.timeline import Band, Span
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-    from audio_lens.patching.sites import Site
 
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
 PROBES = 16  # numbers of every tensor of weights that go into their hash
 OWN = "own"  # marks what a file cannot hold
-
-
-def check_pair(
-    model: HookedAudioTransformer,
-    one: AudioInputs,
-    other: AudioInputs,
-    names: tuple[str, str] = ("clean", "corrupted"),
-) -> None:
-    """Raise unless every position of two batches corresponds.
-
-    Raises:
-        InputError: naming the difference.
-    """
-    one.check_pairs_with(other, *names)
-    if not model.timeline(one).corresponds_to(model.timeline(other)):
-        raise InputError(
-            f"the audio of {' and '.join(names)} lies at different positions of the prompt, so "
-            "these do not correspond: use texts that put it in the same place"
-        )
-
-
-def check_reaches(model: HookedAudioTransformer, sites: Sequence[Site], metric: Any) -> None:
-    """Raise unless what a metric reads depends on the sites.
-
-    Raises:
-        ValueError: naming the site and what is read.
-    """
-    deaf = [str(site) for site in sites if site.part in model.cfg.speakers]
-    if deaf and metrics.streams_read(metric) == {TEXT}:
-        raise ValueError(
-            f"{', '.join(deaf)} can change nothing that is read: of {model.cfg.family} the metric "
-            f"reads the {TEXT}, which the decoder writes; read another stream, or sweep the decoder"
-        )
-
-
-def check_finite(values: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise where a metric is NaN or infinite before anything is patched.
-
-    Raises:
-        ValueError: naming metric and run.
-    """
-    for run, of_metrics in values.items():
-        broken = [
-            n for n, value in zip(names, of_metrics, strict=True) if not value.isfinite().all()
-        ]
-        if broken:
-            raise ValueError(f"metric {', '.join(broken)} is not finite on the {run} run")
-
-
-def batch_dims(
-    metric: Any, names: Sequence[str], batch: int, baseline: Float[Tensor, "metrics *batch"]
-) -> tuple[tuple[str, ...], dict[str, list]]:
-    """The dims in front of the axes and their coordinates: several metrics, several stimuli."""
-    dims: dict[str, list] = {}
-    if isinstance(metric, Mapping):
-        dims["metric"] = list(names)
-    if baseline.ndim == 2 and batch > 1:
-        dims["stimulus"] = list(range(batch))
-    return tuple(dims), dims
-
-
-# -------------------------------------------------------------------------------- where from
 
 
 def provenance(
