@@ -14,9 +14,10 @@ from torch import Tensor
 
 from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.plan import Windows
-from audio_lens.patching.result import BATCH_DIMS, SweepResult
+from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
 from audio_lens.progress import heading
+from audio_lens.results import BATCH_DIMS
 from audio_lens.timeline import Span, Timeline
 
 

@@ -1,31 +1,25 @@
-"""The map of a sweep as a plotly figure: heat map of two axes, bars of one."""
+"""The map of a result as a plotly figure: heat map of two axes, bars of one."""
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from plotly.colors import sample_colorscale
 
-from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.report.clips import Clip, mel_of
-from audio_lens.report.rows import DIVERGING, SECONDS, STYLE, Panel, Rows, mel_axis
+from audio_lens.report.labelled import Labelled
+from audio_lens.report.rows import DIVERGING, SECONDS, STYLE, Panel, Rows, escaped, mel_axis
 
-QUANTITIES = {"effect": "effect", "recovery": "recovery", "value": "metric"}
 ACROSS = ("time", "position", "neuron", "head", "layer", "frequency")  # the first runs along x
-FAINTEST, STRONGEST = 0.25, 1.5  # ends of the colour scale of effect: no noise in full colour
-HOVER = (
-    "<b>%{customdata[0]}</b><br>effect %{customdata[1]:.3f}<br>recovery %{customdata[2]:.3f}<br>"
-    "%{meta.metric} %{customdata[3]:.4g} (clean %{meta.clean:.4g}, "
-    "corrupted %{meta.corrupted:.4g})<extra></extra>"
-)
+SHARES = ("effect", "recovery")  # quantities of which 1 is all there is to have
+FAINTEST, STRONGEST = 0.25, 1.5  # ends of their colour scale: no noise in full colour
 MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first
 ROW_PX, LEAST_PX, MOST_PX, BARS_PX, TITLE_PX = 26, 150, 560, 156, 40
 TOUCHING = 1e-6  # stretches closer than this meet
@@ -36,11 +30,11 @@ class Axis:
     """One drawn axis of a map.
 
     Attributes:
-        name: the axis of the sweep.
+        name: the axis of the result.
         order: for every drawn column the index of its coordinate; None in a gap.
         edges: bounds of the columns, of time in seconds and of frequency in mel; None for axes
             of numbers, which are drawn as names.
-        coords: the coordinates of the sweep.
+        coords: the coordinates of the result.
     """
 
     name: str
@@ -49,7 +43,7 @@ class Axis:
     coords: list
 
     @staticmethod
-    def of(result: SweepResult, name: str) -> Axis:
+    def of(result: Labelled, name: str) -> Axis:
         """The axis of a result.
 
         Raises:
@@ -95,15 +89,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Map:
-    """The drawn map of a sweep.
+    """The drawn map of a result.
 
     Attributes:
-        trace: heat map for two axes, bars for one; ``customdata`` holds place, effect, recovery
-            and value of every cell, ``meta`` the stretch of audio and of the spectrum that each
+        trace: heat map for two axes, bars for one; ``customdata`` holds the place and the
+            quantities of every cell, ``meta`` the stretch of audio and of the spectrum that each
             column and row stand for (see `rows.Rows`), and the baselines.
         x, y: the axes across and upwards; y is None for bars.
         limits: where the colours of each quantity end, on both sides of zero.
         shades: the colours of bars, for each quantity.
+        label: what the quantity shown is called.
     """
 
     trace: go.Heatmap | go.Bar
@@ -111,40 +106,25 @@ class Map:
     y: Axis | None
     limits: dict[str, float]
     shades: dict[str, list[str]]
+    label: str
 
-    def panel(self, quantity: str) -> Panel:
+    @property
+    def panel(self) -> Panel:
         """The row of a page or figure that holds the map."""
         timed = self.x.name == "time"
         if self.y is None:
-            yaxis = {"title": {"text": QUANTITIES[quantity]}, "zeroline": True}
+            yaxis = {"title": {"text": self.label}, "zeroline": True}
             return Panel(BARS_PX, self.x.settings, yaxis, timed)
         height = max(LEAST_PX, min(ROW_PX * len(self.y.order), MOST_PX))
         return Panel(height, self.x.settings, self.y.settings, timed)
 
 
-def of_metric(result: SweepResult, metric: str | None) -> SweepResult:
-    """The result of one metric, which its ``meta`` then names.
-
-    Raises:
-        ValueError: if there are several and none is named, or there is no such metric.
-    """
-    if metric is None and "metric" not in result.dims:
-        return result
-    if metric is None:
-        raise ValueError(f"name one metric: metric= {', '.join(result.coords['metric'])}")
-    return replace(result.select(metric=metric), meta=result.meta | {"metric": metric})
-
-
-def sweep_figure(
-    result: SweepResult,
-    quantity: str = "effect",
-    metric: str | None = None,
-    clip: Clip | None = None,
+def map_figure(
+    result: Labelled, quantity: str | None = None, clip: Clip | None = None
 ) -> go.Figure:
-    """The map of a result of one or two axes, under its clip if there is one."""
-    drawn = draw_map(of_metric(result, metric), quantity)
-    panel = drawn.panel(quantity)
-    title = {"title": f"{result.site}, {result.direction}"}
+    """The map of a result of one or two axes and one metric, under its clip if there is one."""
+    drawn = draw_map(result, quantity)
+    panel, title = drawn.panel, {"title": result.title}
     if clip is None:
         layout = STYLE | {"margin": None, "xaxis": panel.xaxis, "yaxis": panel.yaxis}
         return go.Figure(drawn.trace, go.Layout(layout | title))
@@ -157,14 +137,25 @@ def sweep_figure(
     return go.Figure([*rows.traces(0), trace], layout)
 
 
-def draw_map(result: SweepResult, quantity: str = "effect") -> Map:
+def shown_quantity(result: Labelled, quantity: str | None) -> str:
+    """The quantity to draw: the first for None.
+
+    Raises:
+        ValueError: for one that the result does not have.
+    """
+    known = result.quantities
+    if quantity is not None and quantity not in known:
+        raise ValueError(f"unknown quantity {quantity!r}; there is {', '.join(known)}")
+    return next(iter(known)) if quantity is None else quantity
+
+
+def draw_map(result: Labelled, quantity: str | None = None) -> Map:
     """The trace of a result of one metric and stimulus (or their mean).
 
     Raises:
         ValueError: unless the result has one or two axes, or if the quantity is unknown.
     """
-    if quantity not in QUANTITIES:
-        raise ValueError(f"unknown quantity {quantity!r}; there is {', '.join(QUANTITIES)}")
+    quantity = shown_quantity(result, quantity)
     if not 1 <= len(result.axes) <= 2:
         raise ValueError(
             f"a map has one or two axes, this result has {', '.join(result.axes) or 'none'}: "
@@ -172,25 +163,31 @@ def draw_map(result: SweepResult, quantity: str = "effect") -> Map:
         )
     cells = np.empty([len(result.coords[axis]) for axis in result.axes], dtype=object)
     cells.flat = result.cells()
-    across = next(axis for axis in ACROSS if axis in result.axes)
+    across = next((axis for axis in ACROSS if axis in result.axes), result.axes[0])
     up = next((axis for axis in result.axes if axis != across), None)
     x, y = Axis.of(result, across), up and Axis.of(result, up)
-    meta = _meta(result, x, y)
     if y is None:
         cells = cells[[index for index, _, _ in x.columns]]
-        limits, shades = _limits(cells), _shades(cells)
-        return Map(_bars(cells, x, meta, shades, quantity), x, None, limits, shades)
-    cells = cells.T if result.axes[0] == across else cells
-    limits = _limits(cells)
-    return Map(_heat(cells, x, y, meta, limits[quantity], quantity), x, y, limits, {})
+    elif result.axes[0] == across:
+        cells = cells.T
+    tables = {name: numbers(cells, name) for name in result.quantities}
+    limits = {name: colour_limit(table, name) for name, table in tables.items()}
+    label = result.quantities[quantity]
+    if y is None:
+        shades = {name: _shades(table, limits[name]) for name, table in tables.items()}
+        return Map(
+            _bars(result, cells, x, quantity, shades[quantity]), x, None, limits, shades, label
+        )
+    heat = _heat(result, cells, x, y, quantity, limits[quantity])
+    return Map(heat, x, y, limits, {}, label)
 
 
-def _example_selection(result: SweepResult) -> str:
+def _example_selection(result: Labelled) -> str:
     axis = result.axes[0] if result.axes else "..."
     return f"result.select({axis}={result.coords.get(axis, [0])[0]!r})"
 
 
-def _check_one_clip(result: SweepResult) -> None:
+def _check_one_clip(result: Labelled) -> None:
     clips = sorted({span.clip for span in result.coords["time"]})
     if len(clips) > 1:
         raise ValueError(
@@ -198,34 +195,23 @@ def _check_one_clip(result: SweepResult) -> None:
         )
 
 
-def _meta(result: SweepResult, x: Axis, y: Axis | None) -> dict[str, Any]:
-    mean = result.mean()
+def _meta(result: Labelled, x: Axis, y: Axis | None) -> dict[str, Any]:
     bands = x if x.name == "frequency" else y if y and y.name == "frequency" else None
     return {
         "spans": [s and [s.start_s, s.end_s] for s in x.shown] if x.name == "time" else [],
         "bands": [b and [b.low_hz, b.high_hz] for b in bands.shown] if bands else [],
-        "metric": html.escape(result.meta.get("metric", "metric"), quote=False),
-        "clean": _rounded(mean.clean.item()),
-        "corrupted": _rounded(mean.corrupted.item()),
+        "metric": escaped(result.meta.get("metric", "metric")),
+        **{name: _rounded(number) for name, number in result.baselines().items()},
     }
 
 
-def _limits(cells: np.ndarray) -> dict[str, float]:
-    return {name: colour_limit(numbers(cells, name), name) for name in QUANTITIES}
-
-
-def _shades(cells: np.ndarray) -> dict[str, list[str]]:
-    """The colour of every bar, for each quantity."""
-    return {
-        name: sample_colorscale(
-            DIVERGING, np.clip(0.5 + np.nan_to_num(numbers(cells, name)) / limit / 2, 0, 1)
-        )
-        for name, limit in _limits(cells).items()
-    }
+def _shades(table: np.ndarray, limit: float) -> list[str]:
+    """The colour of every bar."""
+    return sample_colorscale(DIVERGING, np.clip(0.5 + np.nan_to_num(table) / limit / 2, 0, 1))
 
 
 def _heat(
-    cells: np.ndarray, x: Axis, y: Axis, meta: dict[str, Any], limit: float, quantity: str
+    result: Labelled, cells: np.ndarray, x: Axis, y: Axis, quantity: str, limit: float
 ) -> go.Heatmap:
     def arranged(table: np.ndarray) -> list[list]:
         return [
@@ -233,29 +219,31 @@ def _heat(
             for row in y.order
         ]
 
+    names = result.quantities
+    marks = ranks(numbers(cells, next(iter(names))))
     return go.Heatmap(
         name="map",
         x=x.drawn,
         y=y.drawn,
         z=arranged(numbers(cells, quantity)),
-        customdata=[[_hover(cell) for cell in row] for row in arranged(cells)],
-        text=[[str(rank or "") for rank in row] for row in arranged(ranks(cells))],
+        customdata=[[cell and _hover(cell, names) for cell in row] for row in arranged(cells)],
+        text=[[str(rank or "") for rank in row] for row in arranged(marks)],
         texttemplate="%{text}",
         textfont={"size": 11},
         colorscale=DIVERGING,
         zmin=-limit,
         zmax=limit,
         zmid=0,
-        hovertemplate=HOVER,
+        hovertemplate=_hover_template(result),
         hoverongaps=False,
-        colorbar={"title": QUANTITIES[quantity], "thickness": 12},
-        meta=meta,
+        colorbar={"title": names[quantity], "thickness": 12},
+        meta=_meta(result, x, y),
     )
 
 
-def _bars(
-    cells: np.ndarray, x: Axis, meta: dict[str, Any], shades: dict[str, list[str]], quantity: str
-) -> go.Bar:
+def _bars(result: Labelled, cells: np.ndarray, x: Axis, quantity: str, shades: list[str]) -> go.Bar:
+    names, meta = result.quantities, _meta(result, x, None)
+    marks = ranks(numbers(cells, next(iter(names))))
     _, places, widths = zip(*x.columns, strict=True)
     without_gaps = {
         name: [at for at in meta[name] if at is not None] for name in ("spans", "bands")
@@ -265,14 +253,31 @@ def _bars(
         x=places,
         width=None if x.edges is None else widths,
         y=numbers(cells, quantity),
-        customdata=[_hover(cell) for cell in cells],
-        text=[str(rank or "") for rank in ranks(cells)],
+        customdata=[_hover(cell, names) for cell in cells],
+        text=[str(rank or "") for rank in marks],
         textposition="outside",
         cliponaxis=False,
-        marker={"color": shades[quantity], "line": {"color": "#888", "width": 1}},
-        hovertemplate=HOVER,
+        marker={"color": shades, "line": {"color": "#888", "width": 1}},
+        hovertemplate=_hover_template(result),
         meta=meta | without_gaps,
     )
+
+
+def _hover(cell: Any, names: Iterable[str]) -> list:
+    """What a cell tells: its place and its quantities."""
+    return [escaped(cell.place), *(_rounded(getattr(cell, name)) for name in names)]
+
+
+def _hover_template(result: Labelled) -> str:
+    """How plotly tells it; the metric has its name, and the baselines behind it."""
+    beside = ", ".join(f"{name} %{{meta.{name}:.4g}}" for name in result.baselines())
+    lines = ["<b>%{customdata[0]}</b>"]
+    for column, name in enumerate(result.quantities, start=1):
+        number = f"%{{customdata[{column}]:{'.3f' if name in SHARES else '.4g'}}}"
+        lines.append(f"{'%{meta.metric}' if name == 'value' else name} {number}")
+        if name == "value" and beside:
+            lines[-1] += f" ({beside})"
+    return "<br>".join(lines) + "<extra></extra>"
 
 
 def numbers(cells: np.ndarray, quantity: str) -> Float[np.ndarray, "*axes"]:
@@ -280,21 +285,14 @@ def numbers(cells: np.ndarray, quantity: str) -> Float[np.ndarray, "*axes"]:
     return np.vectorize(lambda cell: getattr(cell, quantity), otypes=[float])(cells)
 
 
-def ranks(cells: np.ndarray) -> np.ndarray:
-    """The ranks, from 1 on, of the cells of largest |effect|; 0 for all others."""
-    sizes = np.nan_to_num(np.abs(numbers(cells, "effect")))
+def ranks(table: Float[np.ndarray, "*axes"]) -> Int[np.ndarray, "*axes"]:
+    """The ranks, from 1 on, of the cells that are largest in size; 0 for all others."""
+    sizes = np.nan_to_num(np.abs(table))
     order = np.argsort(-sizes, axis=None, kind="stable")[:MARKED]
     strong = [cell for cell in order if sizes.flat[cell] > LEAST_MARKED * sizes.max()]
-    found = np.zeros(cells.shape, dtype=int)
+    found = np.zeros(table.shape, dtype=int)
     found.flat[strong] = np.arange(1, len(strong) + 1)
     return found
-
-
-def _hover(cell: Cell | None) -> list | None:
-    if cell is None:
-        return None
-    figures = (cell.effect, cell.recovery, cell.value)
-    return [html.escape(cell.place, quote=False), *map(_rounded, figures)]
 
 
 def _rounded(number: float) -> float | None:
@@ -305,13 +303,13 @@ def colour_limit(values: np.ndarray, quantity: str) -> float:
     """Where the colour scale ends on both sides of zero.
 
     For effect and recovery between 0.25 and 1.5, so that a map of nothing looks like nothing and
-    one wild cell does not bleach the rest; for the metric itself its largest size.
+    one wild cell does not bleach the rest; for the metric itself, and others, its largest size.
     """
     finite = np.abs(values[np.isfinite(values)])
     largest = float(finite.max()) if finite.size else 1.0
-    if quantity == "value":
-        return largest or 1.0
-    return min(max(largest, FAINTEST), STRONGEST)
+    if quantity in SHARES:
+        return min(max(largest, FAINTEST), STRONGEST)
+    return largest or 1.0
 
 
 def columns(

@@ -11,7 +11,7 @@ from typing import Any
 from audio_lens.audio import AudioSource
 from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.report.clips import Clip
-from audio_lens.report.figures import MARKED, QUANTITIES, Map, draw_map, of_metric
+from audio_lens.report.figures import MARKED, Map, draw_map
 from audio_lens.report.html import traces_json, write_page
 from audio_lens.report.rows import Rows
 from audio_lens.timeline import Span
@@ -88,12 +88,12 @@ def map_page(
         path,
         "map.html",
         rows,
-        {"views": [view.to_json(rows, quantity) for view in views], "first": first},
+        {"views": [view.to_json(rows) for view in views], "first": first},
         title=title,
         views=views,
         first=first,
         facets=_choices(views),
-        quantities=QUANTITIES,
+        quantities=SweepResult.quantities,
         quantity=quantity,
         seconds=rows.seconds,
     )
@@ -138,11 +138,11 @@ class View:
             facts["mean of"] = f"{len(self.result.coords['stimulus'])} stimuli"
         return facts | self.result.meta
 
-    def to_json(self, rows: Rows, quantity: str) -> dict[str, Any]:
+    def to_json(self, rows: Rows) -> dict[str, Any]:
         """The view for map.js, which colours it: the numbers stand in ``customdata`` alone."""
         (trace,) = traces_json([self.drawn.trace.update(rows.axes())])
         trace.pop("z" if self.drawn.y else "y")
-        layout = rows.layout([self.drawn.panel(quantity)])
+        layout = rows.layout([self.drawn.panel])
         layout.meta["bar"] = rows.beside(layout)
         return {
             "facets": self.facets,
@@ -183,7 +183,7 @@ def _metrics(name: str | None, result: SweepResult) -> list[tuple[dict[str, str]
     else:
         facets = {"map": name}
     metrics = result.coords["metric"] if "metric" in result.dims else [None]
-    several = [of_metric(result, metric) for metric in metrics]
+    several = [result.of_metric(metric) for metric in metrics]
     return [(facets | {"metric": one.meta.get("metric", "metric")}, one) for one in several]
 
 

@@ -1,4 +1,4 @@
-"""Static figures for papers: the map of a sweep, under its clip if given, by matplotlib."""
+"""Static figures for papers: the map of a result, under its clip if given, by matplotlib."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from audio_lens.audio import AudioSource
-from audio_lens.patching.result import SweepResult
 from audio_lens.report import clips as sound
 from audio_lens.report.clips import Clip
-from audio_lens.report.figures import QUANTITIES, Axis, Map, draw_map, of_metric
+from audio_lens.report.figures import Axis, Map, draw_map, shown_quantity
+from audio_lens.report.labelled import Labelled
 from audio_lens.report.rows import BACKGROUND, DIVERGING, SAID_COLOURS, SECONDS, WAVE_COLOUR
 from audio_lens.timeline import Span
 
@@ -29,22 +28,21 @@ DPI = 300
 
 
 def map_figure(
-    result: SweepResult,
+    result: Labelled,
     path: str | Path | None = None,
-    *,
-    audio: AudioSource | None = None,
-    words: Sequence[Span] = (),
-    phones: Sequence[Span] = (),
-    sampling_rate: int = 16_000,
-    quantity: str = "effect",
-    metric: str | None = None,
+    quantity: str | None = None,
+    clip: Clip | None = None,
     width_in: float = 6.0,
 ) -> Figure:
-    """See `SweepResult.figure`."""
+    """The map of a result of one metric, under its clip if any; see `results.Result.figure`.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: as of `draw_map`.
+    """
     matplotlib = _matplotlib()
-    drawn = draw_map(of_metric(result, metric), quantity)
-    windows = result.coords.get("time", [])
-    clip = sound.clip_above(windows, audio, words, phones, sampling_rate)
+    quantity = shown_quantity(result, quantity)
+    drawn = draw_map(result, quantity)
     with matplotlib.rc_context(STYLE):
         figure = _figure(drawn, quantity, clip, width_in)
         if path is not None:
@@ -81,7 +79,7 @@ def _figure(drawn: Map, quantity: str, clip: Clip | None, width_in: float) -> Fi
         colours = _draw_heat(ax, drawn, quantity)
         part = heights[-1] / sum(heights)
         bar = figure.colorbar(colours, ax=[*rows, ax], shrink=part, anchor=(0, 0), aspect=25 * part)
-        bar.set_label(QUANTITIES[quantity])
+        bar.set_label(drawn.label)
     return figure
 
 
@@ -129,7 +127,7 @@ def _draw_bars(ax: Axes, drawn: Map, quantity: str) -> None:
         linewidth=0.5,
     )
     ax.axhline(0, color="0.3", linewidth=0.5)
-    ax.set_ylabel(QUANTITIES[quantity])
+    ax.set_ylabel(drawn.label)
     ax.margins(y=0.2)
     for at in np.flatnonzero(np.array(drawn.trace.text)):
         _write(ax, (centres[at], max(z[at], 0.0)), drawn.trace.text[at], va="bottom")

@@ -128,6 +128,11 @@ class Rows:
         )
 
 
+def escaped(text: str) -> str:
+    """Text as plotly takes it, which knows some HTML."""
+    return html.escape(text, quote=False)
+
+
 def mel_axis() -> dict[str, Any]:
     """Hz on the mel scale."""
     names = [f"{hz / 1000:g}k" for hz in sound.TICKS_HZ]
@@ -162,10 +167,10 @@ def _tier(name: str, spans: Sequence) -> go.Bar:
         x=[span.end_s - span.start_s for span in spans],
         y=[0] * len(spans),
         width=1,
-        text=[html.escape(span.label or "", quote=False) for span in spans],
+        text=[escaped(span.label or "") for span in spans],
         textposition="inside",
         insidetextanchor="middle",
-        hovertext=[html.escape(describe_span(span), quote=False) for span in spans],
+        hovertext=[escaped(describe_span(span)) for span in spans],
         hovertemplate="%{hovertext}<extra></extra>",
         marker={"color": SAID_COLOURS[0], "line": {"color": SAID_COLOURS[1], "width": 1}},
         meta={"spans": [[span.start_s, span.end_s] for span in spans]},

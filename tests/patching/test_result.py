@@ -102,6 +102,18 @@ def test_only_the_alike_stimulus_is_nan():
     assert "1 of 2" in alike.report[-1]
 
 
+def test_alike_baselines_are_logged_once_and_not_by_what_is_made_of_the_result(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        result = replace(two_stimuli(), clean=torch.tensor([1.0, 0.0]))
+    assert len(caplog.records) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        part = result.select(stimulus="b").select(layer=0)
+        load(result.save(tmp_path / "map.nc")).select(stimulus=["b"]).top()
+    assert not caplog.records
+    assert "1 of 1" in part.report[-1]
+
+
 def test_top_is_sorted_by_absolute_effect_and_leaves_out_nan():
     top = layer_time().top(3)
     assert [cell.effect for cell in top] == [1.0, 0.5, -0.5]

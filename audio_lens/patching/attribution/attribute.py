@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_STEPS = 5
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, init=False)
 class Attribution(SweepResult):
     """Estimates of what a sweep would measure; `confirm` measures the strongest.
 

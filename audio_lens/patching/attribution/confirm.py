@@ -258,7 +258,7 @@ class _Sweeps:
             )
         self.model, self.site, self.progress = model, site, progress
         self.request = dict(request)
-        self.estimated = estimated._of_metric(metric)
+        self.estimated = estimated.of_metric(metric)
         if metric is not None:
             self.request["metric"] = self.request["metric"][metric]
         self.cells = self.estimated.cells()
