@@ -102,7 +102,7 @@ class Asked:
 
         options = self._options(model)
         prepared = [model.prepare(path, **options) for path in self.clips]
-        return [Prompt.of(model, inputs, tiers=self.tiers) for inputs in prepared]
+        return [Prompt.of(model, inputs) for inputs in prepared]
 
     def _options(self, model: Any) -> dict[str, str | None]:
         from audio_lens.patching.clip_pair import language_options
@@ -182,7 +182,7 @@ def attention(
                 shown, sites_of(shown, site or None), layer or None, head or None
             )
             title = f"Where the heads listen in {path.name}"
-            write_attention(shown, found, page, title, keeps_layers=bool(layer))
+            write_attention(shown, found, page, title, asked.tiers, keeps_layers=bool(layer))
             told[str(page)] = shown.facts() | {"sites": {one.site: _heads(one) for one in found}}
             if not as_json:
                 _print_heads(found, page)
@@ -265,7 +265,8 @@ def lens(
             found = streams_shown(
                 prompt, None, part or None, False if norms else None, token or (), layer or None
             )
-            write_streams(prompt, found, page, f"What the layers hold of {path.name}")
+            title = f"What the layers hold of {path.name}"
+            write_streams(prompt, found, page, title, asked.tiers)
             lines = {streams.part: layer_lines(prompt, streams) for streams in found}
             told[str(page)] = prompt.facts() | {"parts": lines}
             if not as_json:

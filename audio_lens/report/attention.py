@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,9 +17,7 @@ from audio_lens.inputs import InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.report.prompts import Places, Prompt, chosen_numbers
 
-MOST_BINS, LEAST_BINS = 250, 50  # stretches that the seconds of a clip are cut into
-LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
-TOP_LEVEL = len(LETTERS) - 1
+MOST_BINS = 250  # stretches that the seconds of a clip are cut into
 CROSS = "decoder.cross_attn"
 
 Edges = Float[np.ndarray, " edges"]
@@ -66,7 +62,6 @@ class Attention:
         entropy: of the attention of a query within the clip, over its positions, in bits.
         edges: bounds of the stretches in seconds.
         queries: what attends.
-        skipped: layers that were left out to keep the file small.
         is_read: whether the rows are the words of a text that the stretches of the clip attend to:
             `share` is then the mean share that a word gets of the positions of a stretch,
             `on_audio` that of all, and `entropy` that of how a word's attention spreads over them.
@@ -80,7 +75,6 @@ class Attention:
     entropy: Float[np.ndarray, "layers heads queries"]
     edges: Edges
     queries: list[Query]
-    skipped: tuple[int, ...] = ()
     is_read: bool = False
 
     @property
@@ -90,7 +84,7 @@ class Attention:
 
     @property
     def name(self) -> str:
-        """What a page calls the site."""
+        """The site in words."""
         part, cross = self.site.split(".")[0], " (cross)" if self.site == CROSS else ""
         if self.is_read:
             return f"{part}, steps to text{cross}"
@@ -134,86 +128,6 @@ class Attention:
     def peaks(self) -> Float[np.ndarray, "layers heads"]:
         """The largest share of every head."""
         return self.share.max((-1, -2))
-
-    def letters(self) -> list[list[str]]:
-        """Every head's pattern as text: the square root of the share in 64 steps up to its peak."""
-        peaks = np.maximum(self.peaks(), np.finfo(np.float32).tiny)[..., None, None]
-        levels = np.sqrt(self.share / peaks) * TOP_LEVEL
-        alphabet = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
-        written = alphabet[levels.round().astype(np.uint8)]
-        return [[head.tobytes().decode() for head in layer] for layer in written]
-
-    # ---------------------------------------------------------------- smaller
-
-    def coarser(self) -> Attention:
-        """With stretches joined by twos: attention to them adds up, that of them is averaged."""
-        edges, n = _every_second(self.edges), len(self.edges) - 1
-        sizes = np.add.reduceat(np.ones(n, dtype=np.float32), np.arange(0, n, 2))
-        share = _joined(self.share, -1)
-        if not self.is_timed:
-            return replace(self, share=share / sizes if self.is_read else share, edges=edges)
-        return replace(
-            self,
-            share=_joined(share, -2) / sizes[:, None],
-            on_audio=_joined(self.on_audio, -1) / sizes,
-            entropy=_joined(self.entropy, -1) / sizes,
-            edges=edges,
-            queries=timed_queries(edges),
-        )
-
-    def fewer_layers(self) -> Attention:
-        """With every second layer, the last one among them."""
-        n = len(self.layers)
-        kept = list(range((n - 1) % 2, n, 2))
-        skipped = {*self.skipped, *(self.layers[l] for l in range(n) if l not in kept)}
-        return replace(
-            self,
-            layers=[self.layers[l] for l in kept],
-            share=self.share[kept],
-            on_audio=self.on_audio[kept],
-            entropy=self.entropy[kept],
-            skipped=tuple(sorted(skipped)),
-        )
-
-
-def _every_second(edges: Edges) -> Float[np.ndarray, " fewer"]:
-    return np.append(edges[:-1:2], edges[-1])
-
-
-def _joined(values: np.ndarray, axis: int) -> np.ndarray:
-    return np.add.reduceat(values, np.arange(0, values.shape[axis], 2), axis=axis)
-
-
-def fitted(found: Sequence[Attention], room: int, keeps_layers: bool) -> list[Attention]:
-    """The attention of several sites in at most so many compressed bytes.
-
-    The largest is made coarser first; then every second layer is left out.
-
-    Raises:
-        ValueError: if that is not enough, or would leave out layers that were asked for.
-    """
-    fitting = list(found)
-    sizes = [_packed_size(one) for one in fitting]
-    while sum(sizes) > room:
-        largest = sizes.index(max(sizes))
-        fitting[largest] = _smaller(fitting[largest], keeps_layers)
-        sizes[largest] = _packed_size(fitting[largest])
-    return fitting
-
-
-def _packed_size(attention: Attention) -> int:
-    return len(gzip.compress("".join("".join(l) for l in attention.letters()).encode()))
-
-
-def _smaller(attention: Attention, keeps_layers: bool) -> Attention:
-    if len(attention.edges) - 1 >= 2 * LEAST_BINS:
-        return attention.coarser()
-    if keeps_layers or len(attention.layers) == 1:
-        raise ValueError(
-            f"{len(attention.layers)} layers of {len(attention.heads)} heads of {attention.site} "
-            "are too much for one page: choose fewer with layers=, heads= or sites="
-        )
-    return attention.fewer_layers()
 
 
 def timed_queries(edges: Edges) -> list[Query]:
@@ -320,7 +234,7 @@ class Reader:
         self.layers = chosen_numbers("layers", layers, cfg.n_layers, self.part)
         self.heads = chosen_numbers("heads", heads, cfg.n_heads, self.part)
         self.timed = self._timed()
-        self.edges, self.bins = self.timed.bins(prompt.heard.seconds, MOST_BINS)
+        self.edges, self.bins = self.timed.bins(prompt.seconds, MOST_BINS)
         self.is_timed = prompt.is_codec_lm or self.part in prompt.model.cfg.is_heard_in
         self.rows = self._rows()
         if not len(self.rows):

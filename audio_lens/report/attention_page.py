@@ -14,17 +14,12 @@ from audio_lens.audio import AudioSource
 from audio_lens.cache import AudioCache
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
-from audio_lens.report.attention import (
-    LETTERS,
-    TOP_LEVEL,
-    Attention,
-    fitted,
-    read_attention,
-    sites_of,
-)
+from audio_lens.report.attention import Attention, read_attention, sites_of
 from audio_lens.report.html import traces_json, write_page
-from audio_lens.report.prompts import Prompt, drawn
-from audio_lens.report.rows import STYLE, Panel, Rows
+from audio_lens.report.packing import LETTERS, TOP_LEVEL, fitted, letters_of
+from audio_lens.report.prompts import Prompt
+from audio_lens.report.rows import STYLE, Panel, Rows, escaped
+from audio_lens.report.shown import Tiers, clip_of, notes_on
 from audio_lens.timeline import Span
 
 ROOM_PER_S, LEAST_ROOM_S = 35_000, 10  # compressed bytes for patterns; a 10 s clip stays < 3 MB
@@ -95,10 +90,10 @@ def attention_page(
         ValueError: layers that were asked for and do not fit.
         HookNameError: a cache without patterns.
     """
-    prompt = Prompt.of(model, inputs, row, clip, audio, {"words": words, "phones": phones})
-    prompt = prompt_shown(prompt, cache, answer)
+    prompt = prompt_shown(Prompt.of(model, inputs, row, clip, audio), cache, answer)
+    tiers = {"words": words, "phones": phones}
     found = read_attention(prompt, sites_of(prompt, sites), layers, heads, cache)
-    return write_attention(prompt, found, path, title, keeps_layers=layers is not None)
+    return write_attention(prompt, found, path, title, tiers, keeps_layers=layers is not None)
 
 
 def write_attention(
@@ -106,6 +101,7 @@ def write_attention(
     found: Sequence[Attention],
     path: str | Path,
     title: str,
+    tiers: Tiers,
     keeps_layers: bool,
 ) -> Path:
     """Write what was read, made so small that the page stays under 3 MB for 10 s.
@@ -113,9 +109,9 @@ def write_attention(
     Raises:
         ValueError: if that would leave out layers that are to be kept.
     """
-    room = int(ROOM_PER_S * max(LEAST_ROOM_S, prompt.heard.seconds))
+    room = int(ROOM_PER_S * max(LEAST_ROOM_S, prompt.seconds))
     fitting = fitted(found, room, keeps_layers)
-    rows = Rows([prompt.heard])
+    rows = Rows([clip_of(prompt, tiers)])
     return write_page(
         path,
         "attention.html",
@@ -125,7 +121,7 @@ def write_attention(
         sites=[one.name for one in fitting],
         shares=SHARES,
         facts=prompt.facts(),
-        notes=_notes(fitting) + prompt.notes(),
+        notes=_notes(fitting) + _left_out(found, fitting) + notes_on(prompt),
     )
 
 
@@ -152,16 +148,16 @@ def attention_figure(
 
     The rest, and the errors, are as of `attention_page`.
     """
-    prompt = Prompt.of(model, inputs, row, clip, audio, {"words": words, "phones": phones})
-    prompt = prompt_shown(prompt, cache, answer)
+    prompt = prompt_shown(Prompt.of(model, inputs, row, clip, audio), cache, answer)
     chosen = sites_of(prompt, site)[:1]
     (found,) = read_attention(prompt, chosen, [layer], [head], cache)
-    rows, pattern = Rows([prompt.heard]), found.share[0, 0]
+    rows = Rows([clip_of(prompt, {"words": words, "phones": phones})])
+    pattern = found.share[0, 0]
     heat = go.Heatmap(
         x=found.edges,
         z=pattern,
         zmax=max(float(pattern.max()), 1e-9),
-        customdata=[[drawn(query.label)] * pattern.shape[1] for query in found.queries],
+        customdata=[[escaped(query.label)] * pattern.shape[1] for query in found.queries],
         hovertemplate="%{customdata}<br>at %{x:.2f} s: %{z:.3f}<extra></extra>",
         **_heat_style(found),
         **rows.axes(),
@@ -210,10 +206,10 @@ def _view(attention: Attention, rows: Rows) -> dict[str, Any]:
         "heads": attention.heads,
         "edges": attention.edges.round(6).tolist(),
         "queries": [
-            {"label": query.label, "drawn": drawn(query.label), "span": query.span}
+            {"label": query.label, "drawn": escaped(query.label), "span": query.span}
             for query in attention.queries
         ],
-        "shares": attention.letters(),
+        "shares": letters_of(attention),
         "peaks": attention.peaks().tolist(),
         "on_audio": attention.on_audio.round(4).tolist(),
         "summary": [
@@ -258,7 +254,7 @@ def _pattern_panel(attention: Attention) -> Panel:
         return Panel(SQUARE_PX, yaxis={"title": {"text": "frame at (s)"}})
     n = len(attention.queries)
     shown = range(0, n, -(-n // MOST_LABELS))
-    labels = [drawn(_cut(attention.queries[i].label)) for i in shown]
+    labels = [escaped(_cut(attention.queries[i].label)) for i in shown]
     axis = {"range": [n - 0.5, -0.5], "tickvals": list(shown), "ticktext": labels}
     return Panel(min(max(n, 4) * TOKEN_PX, MOST_PX), yaxis=axis | {"automargin": True})
 
@@ -302,9 +298,17 @@ def _notes(found: Sequence[Attention]) -> list[str]:
             f"{one.site}: {len(one.edges) - 1} stretches of about {1000 * width:.0f} ms; "
             f"{', '.join(filter(None, (of_keys, of_queries)))}."
         )
-        if one.skipped:
+    return notes
+
+
+def _left_out(found: Sequence[Attention], fitting: Sequence[Attention]) -> list[str]:
+    """Which layers are not on the page."""
+    notes = []
+    for whole, shown in zip(found, fitting, strict=True):
+        lacking = [str(layer) for layer in whole.layers if layer not in shown.layers]
+        if lacking:
             notes.append(
-                f"{one.site}: layers {', '.join(map(str, one.skipped))} were left out to keep the "
-                "file small; layers= brings them."
+                f"{whole.site}: layers {', '.join(lacking)} were left out to keep the file small; "
+                "layers= brings them."
             )
     return notes

@@ -19,8 +19,9 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.report.html import traces_json, write_page
 from audio_lens.report.lens import Streams, check_vocabulary, read_streams, texts_of
-from audio_lens.report.prompts import Prompt, drawn, token_label
-from audio_lens.report.rows import STYLE, Panel, Rows
+from audio_lens.report.prompts import Prompt, token_label
+from audio_lens.report.rows import STYLE, Panel, Rows, escaped
+from audio_lens.report.shown import Tiers, clip_of, notes_on
 from audio_lens.timeline import Span
 
 LAYER_PX, LEAST_PX, MOST_PX = 22, 120, 520
@@ -89,15 +90,17 @@ def cache_page(
         HookNameError: a cache without the residual streams.
         TokenError: a word that is not one token.
     """
-    prompt = Prompt.of(model, inputs, row, clip, audio, {"words": words, "phones": phones})
+    prompt = Prompt.of(model, inputs, row, clip, audio)
     prompt = prompt.shown() if cache is None else prompt
     found = streams_shown(prompt, cache, parts, lens, tokens, layers)
-    return write_streams(prompt, found, path, title)
+    return write_streams(prompt, found, path, title, {"words": words, "phones": phones})
 
 
-def write_streams(prompt: Prompt, found: Sequence[Streams], path: str | Path, title: str) -> Path:
+def write_streams(
+    prompt: Prompt, found: Sequence[Streams], path: str | Path, title: str, tiers: Tiers
+) -> Path:
     """Write what was read."""
-    rows = Rows([prompt.heard])
+    rows = Rows([clip_of(prompt, tiers)])
     drawings = [Drawing.of(prompt, streams, rows) for streams in found]
     views = [view for drawing in drawings for view in drawing.views]
     return write_page(
@@ -109,7 +112,7 @@ def write_streams(prompt: Prompt, found: Sequence[Streams], path: str | Path, ti
         views=views,
         tables={streams.part: layer_lines(prompt, streams) for streams in found},
         facts=prompt.facts(),
-        notes=_notes(drawings) + prompt.notes(),
+        notes=_notes(drawings) + notes_on(prompt),
     )
 
 
@@ -135,12 +138,12 @@ def cache_figure(
 
     The rest, and the errors, are as of `cache_page`.
     """
-    prompt = Prompt.of(model, inputs, row, clip, audio, {"words": words, "phones": phones})
+    prompt = Prompt.of(model, inputs, row, clip, audio)
     prompt = prompt.shown() if cache is None else prompt
     tokens = () if show in ("norm", "lens") else (show,)
     part = model.output_part if part is None else part
     (streams,) = streams_shown(prompt, cache, part, show != "norm", tokens)
-    rows = Rows([prompt.heard])
+    rows = Rows([clip_of(prompt, {"words": words, "phones": phones})])
     drawing = Drawing.of(prompt, streams, rows)
     view = next(view for view in drawing.views if view["key"] == show)
     layout = rows.layout(drawing.panels)
@@ -204,7 +207,7 @@ class Columns:
     def of(streams: Streams, duration_s: float) -> Columns:
         """The columns of the positions of some streams."""
         if not len(streams.audio):
-            return Columns([], [], np.arange(len(streams.text)), list(map(drawn, streams.labels)))
+            return Columns([], [], np.arange(len(streams.text)), list(map(escaped, streams.labels)))
         edges, of_audio = streams.audio.bins(duration_s, MOST_COLUMNS)
         n_audio = len(edges) - 1
         of_position = np.append(of_audio.numpy(), n_audio + np.arange(len(streams.text)))
@@ -214,7 +217,7 @@ class Columns:
             edges.round(6).tolist(),
             [_audible(*stretch, duration_s) for stretch in stretches],
             of_position,
-            [*names, *map(drawn, streams.labels)],
+            [*names, *map(escaped, streams.labels)],
         )
 
     @property
@@ -270,7 +273,7 @@ class Drawing:
     @staticmethod
     def of(prompt: Prompt, streams: Streams, rows: Rows) -> Drawing:
         """The drawing of some streams."""
-        columns = Columns.of(streams, prompt.heard.seconds)
+        columns = Columns.of(streams, prompt.seconds)
         panels, traces = _panels(streams, columns)
         for panel, trace in enumerate(traces):
             trace.update(y=streams.names, hoverongaps=False, **rows.axes(panel))
@@ -347,7 +350,7 @@ def _views(prompt: Prompt, streams: Streams, columns: Columns) -> list[dict[str,
         "style": CHANCES,
         "tokens": index.reshape(tokens.shape).tolist(),
         "probs": _short(probs),
-        "strings": [drawn(token_label(prompt.model, int(token))) for token in kinds],
+        "strings": [escaped(token_label(prompt.model, int(token))) for token in kinds],
         "blank": _blank(prompt, kinds),
     }
     watched = [

@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -46,8 +45,7 @@ class Clip:
         Raises:
             AudioError: for audio that cannot be read.
         """
-        is_file = isinstance(source, (str, Path))
-        samples = audio.load(source, sampling_rate, None if is_file else sampling_rate)
+        samples = audio.load(source, sampling_rate, sampling_rate)
         said = {tier: tuple(spans) for tier, spans in tiers.items() if len(spans)}
         return Clip(name, samples, sampling_rate, said)
 

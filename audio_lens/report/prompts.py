@@ -1,8 +1,7 @@
-"""A prompt as pages show it: its clip, its tokens, and which positions of a part hold the clip."""
+"""A prompt and one clip of it: its tokens, and which positions of a part hold the clip."""
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens import audio as sound
 from audio_lens.audio import AudioSource
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.models.codec_lm import FIRST, UNKNOWN, CodecTime
 from audio_lens.models.config import TEXT
-from audio_lens.report.clips import Clip
-from audio_lens.timeline import NO_CLIP, Row, Span, Track
+from audio_lens.timeline import NO_CLIP, Row, Track
 
 ANSWER_TOKENS = 64
 ROUNDING_S = 0.05  # clips end on whole feature steps
@@ -82,7 +81,7 @@ class Prompt:
     Attributes:
         row: which prompt of the batch.
         clip: which clip of the prompt.
-        heard: the clip, to draw and to play.
+        samples: the clip, at the sampling rate of the model.
         timeline: of the whole batch, prompt by prompt.
     """
 
@@ -90,7 +89,7 @@ class Prompt:
     inputs: AudioInputs
     row: int
     clip: int
-    heard: Clip
+    samples: Float[np.ndarray, " samples"]
     timeline: list[Row]
 
     @staticmethod
@@ -100,7 +99,6 @@ class Prompt:
         row: int = 0,
         clip: int = 0,
         audio: AudioSource | None = None,
-        tiers: Mapping[str, Sequence[Span]] | None = None,
     ) -> Prompt:
         """A prompt of inputs; ``audio`` is the clip, where the inputs do not hold it.
 
@@ -121,15 +119,17 @@ class Prompt:
                     "or made of the codes)"
                 )
             audio = inputs.audio[sum(inputs.clips_per_row[:row]) + clip]
-        heard = Clip.load("clip", audio, model.cfg.sampling_rate, tiers or {})
+        rate = model.cfg.sampling_rate
+        samples = sound.load(audio, rate, rate)
+        seconds = len(samples) / rate
         timeline = model.timeline(inputs).rows
         longest = timeline[row].duration_s(clip)
-        if heard.seconds > longest + max(ROUNDING_S, model.cfg.step_s):
+        if seconds > longest + max(ROUNDING_S, model.cfg.step_s):
             raise InputError(
-                f"the audio is {heard.seconds:.2f} s long, the clip in the inputs at most "
+                f"the audio is {seconds:.2f} s long, the clip in the inputs at most "
                 f"{longest:.2f} s: pass the clip that the inputs were made of"
             )
-        return Prompt(model, inputs, row, clip, heard, timeline).with_silence()
+        return Prompt(model, inputs, row, clip, samples, timeline).with_silence()
 
     def with_silence(self) -> Prompt:
         """With a clip as long as what the decoder reads of it: codecs hear silence behind it."""
@@ -139,9 +139,14 @@ class Prompt:
         steps = track.seconds[track.valid & track.seconds.isfinite()]
         if not len(steps):
             return self
-        heard, end = self.heard, float(steps.max()) + self.model.cfg.step_s / 2
-        missing = max(0, round(end * heard.sampling_rate) - len(heard.samples))
-        return replace(self, heard=replace(heard, samples=np.pad(heard.samples, (0, missing))))
+        end = float(steps.max()) + self.model.cfg.step_s / 2
+        missing = max(0, round(end * self.model.cfg.sampling_rate) - len(self.samples))
+        return replace(self, samples=np.pad(self.samples, (0, missing)))
+
+    @property
+    def seconds(self) -> float:
+        """How long the clip is."""
+        return len(self.samples) / self.model.cfg.sampling_rate
 
     def alone(self) -> Prompt:
         """The prompt as a batch of its own."""
@@ -247,7 +252,7 @@ class Prompt:
 
     def places(self, part: str) -> Places:
         """The positions of a part that hold the clip, none of padding."""
-        end = self.heard.seconds
+        end = self.seconds
         tracks = self.tracks(part)
         return self._places(
             [t.valid & (t.clip == self.clip) & (t.seconds <= end) for t in tracks], part
@@ -310,7 +315,7 @@ class Prompt:
         ]
 
     def facts(self) -> dict[str, str]:
-        """What a page says of the prompt."""
+        """What there is to say of the prompt, in words."""
         facts = {"model": self.model.cfg.model_name, "family": self.model.cfg.family}
         if self.reads_text:
             (words,) = self.tracks("encoder")
@@ -341,23 +346,6 @@ class Prompt:
         """The text of tokens, without those that mark padding and the like."""
         return self._written(tokens, skip_special_tokens=True)
 
-    def notes(self) -> list[str]:
-        """What the seconds of a codec language model mean, and where there are none."""
-        if self.has_untimed_audio:
-            return [
-                "The audio tokens of this model have no seconds: when each of them listens, "
-                "audio_lens.profile.time_profile says."
-            ]
-        if not self.is_codec_lm:
-            return []
-        lags = self.model.lags_s
-        late = {name: lag - lags[FIRST] for name, lag in lags.items() if lag > lags[FIRST]}
-        told = ", ".join(f"{name} by {lag:.2f} s" for name, lag in late.items())
-        return [
-            "A position of the decoder lies where the code of the first codebook does that enters "
-            "there" + (f"; other streams tell there of what was earlier: {told}." if late else ".")
-        ]
-
 
 def token_label(model: HookedAudioTransformer, token: int) -> str:
     """A token as one can see it: spaces and line breaks as signs, ids without a tokenizer."""
@@ -369,11 +357,6 @@ def token_label(model: HookedAudioTransformer, token: int) -> str:
     if not written or "\N{REPLACEMENT CHARACTER}" in written:  # a piece of a letter
         written = model.tokenizer.convert_ids_to_tokens(token) or f"#{token}"
     return written.translate(VISIBLE)
-
-
-def drawn(label: str) -> str:
-    """Text as plotly takes it, which knows some HTML."""
-    return html.escape(label, quote=False)
 
 
 def chosen_numbers(what: str, wanted: Sequence[int] | None, count: int, part: str) -> list[int]:

@@ -1,6 +1,7 @@
 """The page of attention: the right seconds in the data, on screen and in the ear."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -12,14 +13,8 @@ from audio_lens import InputError
 from audio_lens.hooks import HookNameError
 from audio_lens.models.embedded import default_pair
 from audio_lens.report import attention_figure, attention_page
-from audio_lens.report.attention import (
-    TOP_LEVEL,
-    Attention,
-    Query,
-    fitted,
-    read_attention,
-    sites_of,
-)
+from audio_lens.report.attention import Attention, Query, read_attention, sites_of
+from audio_lens.report.packing import TOP_LEVEL, coarser, fitted, letters_of
 from audio_lens.report.prompts import Prompt
 from audio_lens.timeline import Span
 from families import FAMILIES
@@ -102,7 +97,7 @@ def test_shares_are_what_the_patterns_hold(name, seconds):
                 pattern[row][:, keys.of_row(row)][:, :, keys.of_row(row)].sum((1, 2))
                 for row in range(len(pattern))
             )
-            bins = keys.bins(prompt.heard.seconds, 250)[1].bincount()
+            bins = keys.bins(prompt.seconds, 250)[1].bincount()
             assert (one.on_audio[1] * bins.numpy()).sum(-1) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -151,7 +146,7 @@ def test_clips_of_one_prompt_are_told_apart(embedded):
     assert len(of_clip[0][0].queries) > len(of_clip[1][0].queries)
     recorded = [soundfile.read(path)[0] for path in (pair.clean, pair.corrupted)]
     for prompt, samples in zip(both, recorded, strict=True):
-        np.testing.assert_allclose(prompt.heard.samples, samples, atol=1e-4)
+        np.testing.assert_allclose(prompt.samples, samples, atol=1e-4)
 
 
 def test_what_the_model_writes_is_shown_too(embedded, inputs):
@@ -210,7 +205,7 @@ def random_attention(layers=4, heads=3, bins=200, timed=True):
 def test_letters_hold_shares_to_a_64th_of_the_root():
     found = random_attention(1, 2, 50)
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-    for head, letters in enumerate(found.letters()[0]):
+    for head, letters in enumerate(letters_of(found)[0]):
         levels = np.array([alphabet.index(letter) for letter in letters]).reshape(50, 50)
         peak = found.peaks()[0, head]
         error = np.abs(levels / TOP_LEVEL - np.sqrt(found.share[0, head] / peak))
@@ -220,13 +215,13 @@ def test_letters_hold_shares_to_a_64th_of_the_root():
 @pytest.mark.parametrize("bins", [200, 201])
 def test_coarser_keeps_what_is_attended_to(bins):
     found = random_attention(1, 1, bins)
-    half = found.coarser()
+    half = coarser(found)
     assert len(half.queries) == (bins + 1) // 2 == len(half.edges) - 1
     assert (half.edges[0], half.edges[-1]) == (0, 10)
     assert half.share.sum(-1) == pytest.approx(half.on_audio, abs=1e-4)
     first = found.share[0, 0, :2, :2].sum() / 2
     assert half.share[0, 0, 0, 0] == pytest.approx(first)
-    tokens = random_attention(1, 1, bins, timed=False).coarser()
+    tokens = coarser(random_attention(1, 1, bins, timed=False))
     assert len(tokens.queries) == bins and tokens.share.shape[-1] == (bins + 1) // 2
 
 
@@ -235,7 +230,7 @@ def test_too_much_is_made_coarser_then_layers_are_left_out():
     (coarse,) = fitted(found, 60_000, keeps_layers=True)
     assert coarse.layers == [0, 1, 2, 3] and len(coarse.queries) < 200
     (fewer,) = fitted(found, 12_000, keeps_layers=False)
-    assert fewer.layers[-1] == 3 and fewer.skipped and len(fewer.share) == len(fewer.layers)
+    assert fewer.layers[-1] == 3 and len(fewer.layers) < 4 and len(fewer.share) == len(fewer.layers)
     with pytest.raises(ValueError, match="choose fewer with layers="):
         fitted(found, 12_000, keeps_layers=True)
 
@@ -250,6 +245,19 @@ def test_ten_seconds_stay_under_three_megabytes(tmp_path):
     assert path.stat().st_size < 3e6
     page = Page(path)
     assert [view["site"] for view in page.data["views"]] == ["decoder.cross_attn", "encoder.attn"]
+
+
+def test_the_page_says_which_layers_are_left_out(embedded, inputs, tmp_path, monkeypatch):
+    page_module = sys.modules["audio_lens.report.attention_page"]  # its name is a function's too
+    monkeypatch.setattr(page_module, "ROOM_PER_S", 4_000)
+    path = attention_page(embedded, inputs, tmp_path / "a.html", answer=0)
+    views = {view["site"]: view["layers"] for view in Page(path).data["views"]}
+    for site, shown in views.items():
+        n_layers = embedded.cfg.parts[site.split(".")[0]].n_layers
+        lacking = [str(layer) for layer in range(n_layers) if layer not in shown]
+        note = f"{site}: layers {', '.join(lacking)} were left out"
+        assert (note in path.read_text()) == (len(lacking) > 0)
+    assert "were left out" in path.read_text()
 
 
 def test_everything_is_escaped(embedded, inputs, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from audio_lens.models.compose import Placeholder
 from audio_lens.report import attention_page, cache_page, map_page
 from audio_lens.report.attention import read_attention, sites_of
 from audio_lens.report.lens import read_streams
+from audio_lens.report.packing import coarser
 from audio_lens.report.prompts import Prompt
 from families import FAMILIES
 from families.audio_llms import extractor
@@ -212,7 +213,7 @@ def test_steps_read_words(musicgen, music, tmp_path):
     np.testing.assert_allclose(found.share[2], pattern[:, timed].mT.numpy(), atol=1e-6)
     assert found.share.sum(2) == pytest.approx(1.0, abs=1e-5)
     assert found.on_audio[2] == pytest.approx(pattern[:, timed].mean(1).numpy(), abs=1e-5)
-    halved = found.coarser()
+    halved = coarser(found)
     assert halved.share[..., 0] == pytest.approx(found.share[..., :2].mean(-1), abs=1e-6)
     page = Page(attention_page(musicgen, music, tmp_path / "a.html"))
     view, _ = heat(page)
