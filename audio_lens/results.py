@@ -301,7 +301,7 @@ class Result:
             ValueError: for three axes (select one first), several metrics and none named, words
                 without audio, or audio that the windows do not fit.
         """
-        from audio_lens.report import clips, figures  # plotly takes long to import
+        from audio_lens.drawing import clips, figures  # plotly takes long to import
 
         windows = self.coords.get("time", [])
         clip = clips.clip_above(windows, audio, words, phones, sampling_rate)
@@ -336,7 +336,7 @@ class Result:
             ValueError: for three axes (select one first), several metrics and none named, words
                 without audio, or audio that the windows do not fit.
         """
-        from audio_lens.report import clips, paper
+        from audio_lens.drawing import clips, paper
 
         windows = self.coords.get("time", [])
         clip = clips.clip_above(windows, audio, words, phones, sampling_rate)

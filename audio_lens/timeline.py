@@ -368,7 +368,7 @@ class Timeline:
         """What to do where audio enters a language model in no order of time."""
         if "connector" not in self.rows[0].tracks or self.has_time("connector"):
             return ""
-        return ". When each audio token listens, audio_lens.profile.time_profile says"
+        return ". When each audio token listens, audio_lens.analysis.time_profile.time_profile says"
 
     def _timed_parts(self) -> list[str]:
         return [part for part in self.rows[0].tracks if self.has_time(part)]

@@ -16,7 +16,7 @@ import transformers
 
 from audio_lens import AudioError, AudioInputs, HookedAudioTransformer, InputError, TokenError
 from audio_lens.inputs import padded
-from audio_lens.models.loading import embedded_path
+from audio_lens.models.loading.checkpoints import embedded_path
 from tiny import PAD, START, tiny_whisper_hf
 
 RATE = 16_000

@@ -11,8 +11,8 @@ import xarray as xr
 from torch import Tensor
 
 from audio_lens import AudioInputs, HookedAudioTransformer
+from audio_lens.analysis.time_profile import time_profile
 from audio_lens.inputs import InputError
-from audio_lens.profile import time_profile
 from families import FAMILIES
 from families.base import Family
 

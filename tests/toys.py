@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.config import AudioConfig
+from audio_lens.models.families.qwen2_audio import HookedQwen2Audio
 from audio_lens.models.layers import PartConfig
-from audio_lens.models.qwen2_audio import HookedQwen2Audio
 
 N_CLASSES = 4
 AUDIO_TOKENS = 10

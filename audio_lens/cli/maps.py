@@ -316,7 +316,7 @@ def _wanted_axes(axes: str) -> list[str]:
 
 def _windows(window: float | None, stride: float | None) -> float | tuple[float, float] | None:
     """Width, or width and stride, of the windows; None leaves the choice to the sweep."""
-    from audio_lens.patching.plan import DEFAULT_WINDOW_S
+    from audio_lens.patching.cells import DEFAULT_WINDOW_S
 
     if stride is None:
         return window

@@ -141,7 +141,7 @@ def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
     import transformers
 
     from audio_lens import HookedAudioTransformer
-    from audio_lens.models.loading import EMBEDDED
+    from audio_lens.models.loading.checkpoints import EMBEDDED
 
     dtype = getattr(torch, dtype.value) if isinstance(dtype, Precision) else dtype
     started, is_quiet = time.monotonic(), name == EMBEDDED or not err.is_terminal

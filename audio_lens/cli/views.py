@@ -26,8 +26,8 @@ from audio_lens.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from audio_lens.report.attention import Attention
-    from audio_lens.report.prompts import Prompt
+    from audio_lens.analysis.attention import Attention
+    from audio_lens.analysis.prompts import Prompt
 
 SHARPEST = 8  # heads that are printed
 SITES = ("decoder.cross_attn", "decoder.attn", "encoder.attn")
@@ -98,7 +98,7 @@ class Asked:
 
     def prompts(self, model: Any) -> list[Prompt]:
         """The clips as the model takes them; a bad one raises before any work."""
-        from audio_lens.report.prompts import Prompt
+        from audio_lens.analysis.prompts import Prompt
 
         options = self._options(model)
         prepared = [model.prepare(path, **options) for path in self.clips]
@@ -171,7 +171,7 @@ def attention(
         asked = Asked.of(audio, question, text, language, textgrid)
         pages = _pages(asked.clips, html, "attention")
         listener = shared.load(model, device, dtype)
-        from audio_lens.report.attention import read_attention, sites_of
+        from audio_lens.analysis.attention import read_attention, sites_of
         from audio_lens.report.attention_page import prompt_shown, write_attention
 
         answer = 0 if text is not None else None

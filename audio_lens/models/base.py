@@ -17,16 +17,16 @@ from audio_lens.hooks import HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import registry
 from audio_lens.models.config import AudioConfig
-from audio_lens.models.decoding import GreedyDecoding
-from audio_lens.models.hearing import Hearing
 from audio_lens.models.layers import Context, KVCache, padding_mask
-from audio_lens.models.loading import load_pretrained, take_over
-from audio_lens.models.lora import Adaptable
+from audio_lens.models.loading.checkpoints import load_pretrained, take_over
+from audio_lens.models.loading.lora import Adaptable
+from audio_lens.models.loading.placement import Devices, Placed, moved
+from audio_lens.models.mixins.decoding import GreedyDecoding
+from audio_lens.models.mixins.hearing import Hearing
+from audio_lens.models.mixins.vocabulary import Vocabulary
+from audio_lens.models.mixins.writing import ReturnType, Writing
 from audio_lens.models.part import Part
-from audio_lens.models.placement import Devices, Placed, moved
 from audio_lens.models.registry import Family
-from audio_lens.models.vocabulary import Vocabulary
-from audio_lens.models.writing import ReturnType, Writing
 from audio_lens.timeline import Timeline
 
 Own = TypeVar("Own", bound="HookedAudioTransformer")
@@ -126,7 +126,7 @@ class HookedAudioTransformer(
                 model, or a `LanguageModel`.
             merge: the placeholder of a clip: its text in prompts, its token id (which may lie
                 outside the vocabulary), or a `Placeholder` with both.
-            options: see `audio_lens.models.compose.compose`.
+            options: see `audio_lens.models.compose.assemble.compose`.
 
         Raises:
             LoadingError: parts that are not implemented.

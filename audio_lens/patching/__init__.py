@@ -4,8 +4,8 @@ from audio_lens.patching.attribution.attribute import Attribution, attribute
 from audio_lens.patching.attribution.confirm import Confirmation
 from audio_lens.patching.clip_pair import ChangedFileError, ClipPair
 from audio_lens.patching.engine.checkpoint import CheckpointError
-from audio_lens.patching.engine.machine import Plan, VerificationError
 from audio_lens.patching.patch import Patch, patch
+from audio_lens.patching.plan import Plan, VerificationError
 from audio_lens.patching.rerun import Rerun, RerunError, rerun
 from audio_lens.patching.result import Cell, SweepResult, load
 from audio_lens.patching.sites import Site, SiteError, sites_of

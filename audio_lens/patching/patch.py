@@ -19,9 +19,9 @@ from transformer_lens import ActivationCache
 from audio_lens import metrics
 from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.cells import Positions, chosen_layers, unit_count
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.trace import is_known
-from audio_lens.patching.plan import Positions, chosen_layers, unit_count
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.timeline import Band, Span
 

@@ -1,348 +1,284 @@
-"""The table of a sweep: one cell for every combination of its axes.
-
-Everything that can be wrong with site, axes, windows or layers raises here, before any work.
-"""
+"""The machine behind a sweep: a plan that explains itself, runs, goes on and checks itself."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+import collections
+import contextlib
+import gc
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Bool, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.inputs import AudioInputs
-from audio_lens.patching.sites import Site, SiteError
-from audio_lens.timeline import Band, Span, Timeline, Track
+from audio_lens.errors import AudioLensError
+from audio_lens.patching.cells import CellTable
+from audio_lens.patching.checks import batch_dims
+from audio_lens.patching.engine.baselines import State, literally, prepared
+from audio_lens.patching.engine.checkpoint import Checkpoint
+from audio_lens.patching.engine.heap import freed_memory_kept
+from audio_lens.patching.engine.request import Request
+from audio_lens.patching.engine.schedule import Schedule
+from audio_lens.patching.result import SweepResult
+from audio_lens.progress import track
+from audio_lens.provenance import SEED, provenance
 
-if TYPE_CHECKING:
-    from audio_lens.models.base import HookedAudioTransformer
-
-Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
-Bands = Sequence["Band | tuple"] | Literal["patch"]
-DEFAULT_WINDOW_S = 0.1
-PLACE_AXES = ("time", "position", "frequency")  # what splits the positions of a site
-_WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
-_BAND_FORMS = "a list of bands or (low_hz, high_hz), or 'patch'"
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What one row of a forward has patched: blocks, units (None: all) and a set of positions."""
-
-    layers: tuple[int | None, ...]
-    unit: int | None
-    positions: int  # row of `CellTable.positions`
+PLURALS = {"frequency": "frequencies"}
+_GIGA = 1e9
+_SAVE_EVERY_S = 20.0
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CellTable:
-    """Every cell of a sweep, in the order of its axes.
+class VerificationError(AudioLensError, RuntimeError):
+    """A cell that a whole forward with hooks does not confirm."""
 
-    `sites` are patched together as one. `positions` holds the distinct sets of positions, for each
-    entry of the sites' batch axis (prompts in the decoder, segments of clips elsewhere); `covered`
-    says which prompts have any of them.
+
+@dataclass(eq=False)
+class Plan:
+    """A sweep laid out and not yet run; made by `patching.plan`.
+
+    An interrupted `run` keeps what it has: running again goes on.
+
+    Attributes:
+        arguments: what was asked, as results keep it.
     """
 
-    sites: tuple[Site, ...]
-    axes: tuple[str, ...]
-    coords: dict[str, list]
-    positions: Bool[Tensor, "sets batch t"]
-    covered: Bool[Tensor, "sets rows"]
-    cells: list[Intervention]
+    request: Request
+    schedule: Schedule
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
+    _state: State | None = field(default=None, repr=False)
 
-    @staticmethod
-    def lay_out(
-        model: HookedAudioTransformer,
-        inputs: AudioInputs,
-        site: Site | Sequence[Site],
-        axes: Sequence[str],
-        windows: Windows | None,
-        layers: int | Sequence[int] | None,
-        layer_window: int = 1,
-        bands: Bands | None = None,
-    ) -> CellTable:
-        """The table of a sweep; everything that can be wrong with it raises here.
+    @property
+    def table(self) -> CellTable:
+        """The cells, in the order of the axes."""
+        return self.request.table
+
+    def __len__(self) -> int:
+        """How many cells there are."""
+        return len(self.table.cells)
+
+    def explain(self) -> str:
+        """What will run, what is left out and why, expected work and memory."""
+        request, schedule, table = self.request, self.schedule, self.table
+        work, loop = schedule.flops(range(len(self))), schedule.loop
+        together = len(schedule.next(schedule.queue(range(len(self))), schedule.budget))
+        sizes = " x ".join(
+            f"{len(table.coords[axis])} {PLURALS.get(axis, axis + 's')}" for axis in table.axes
+        )
+        return "\n".join(
+            [
+                f"{len(self)} cells: {table.site_name}, {sizes}; {request.direction}, "
+                f"{len(request.base)} stimuli",
+                f"each cell runs: {request.route.what}",
+                *(f"left out: {what}" for what in self._left_out()),
+                f"work: about {work / _GIGA:,.1f} GFLOP beside two whole forwards; a loop of whole "
+                f"forwards takes {loop / _GIGA:,.1f} ({loop / max(work, 1):.1f} times as much)",
+                f"memory: a cell takes up to {schedule.largest_cell / 1e6:,.0f} MB of a budget of "
+                f"{schedule.budget / 1e9:,.1f} GB; about {together} cells run together",
+            ]
+        )
+
+    def _left_out(self) -> list[str]:
+        request = self.request
+        if request.hooked:
+            return [f"nothing, since your hooks are in force: {', '.join(request.hooked)}"]
+        left = [request.route.left_out]
+        if request.reads_all:
+            return [*left, "no logits: a metric is a bare function of all of them"]
+        return [*left, "last-block rows and logits that no metric reads", "what does not differ"]
+
+    # ---------------------------------------------------------------- running
+
+    def run(
+        self,
+        only: Sequence[int] | None = None,
+        progress: bool | None = None,
+        checkpoint: str | Path | None = None,
+        verify: int = 0,
+    ) -> SweepResult:
+        """Compute the cells.
 
         Args:
-            layer_window: how many adjacent blocks a cell patches, from its layer on.
-            bands: for axis "frequency", where positions have frequencies.
+            only: some of them, by their places in the flattened axes; the rest is NaN.
+            progress, checkpoint, verify: as in `sweep`.
+
+        Raises:
+            ValueError: cells that do not exist, a metric of another shape or not finite, or a
+                budget too small for one cell.
+            VerificationError: a cell that a whole forward does not confirm.
+            CheckpointError: a file that belongs to another sweep.
         """
-        sites = (site,) if isinstance(site, Site) else tuple(site)
-        site = _common(model, sites, axes)
-        axes = (axes,) if isinstance(axes, str) else tuple(axes)
-        timeline = model.timeline(inputs)
-        _check_axes(site, axes, windows, bands, timeline.has_frequency(site.positions_of))
-        coords: dict[str, list] = {}
-        chosen = chosen_layers(site, layers, axes, layer_window)
-        if "layer" in axes:
-            coords["layer"] = list(chosen)
-        if site.unit in axes:
-            coords[site.unit] = list(range(unit_count(model, site)))
-        where, sets = Positions(timeline, site), {}
-        if not where.valid.any():
-            raise SiteError(f"no position of {site} holds anything: the clips are too short for it")
-        if "time" in axes:
-            coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
-            sets["time"] = where.inside(coords["time"])
-        elif "position" in axes:
-            coords["position"], sets["position"] = where.one_by_one()
-        if "frequency" in axes:
-            coords["frequency"] = where.bands("patch" if bands is None else bands)
-            sets["frequency"] = where.within(coords["frequency"])
-        positions = where.everywhere()
-        for axis in (axis for axis in axes if axis in sets):
-            both = positions[:, None] & sets[axis]
-            positions = rearrange(both, "a b batch t -> (a b) batch t")
-        return CellTable(
-            sites=sites,
-            axes=axes,
-            coords={axis: coords[axis] for axis in axes},
-            positions=positions,
-            covered=where.covered(positions),
-            cells=list(cells_of(site, axes, coords, chosen, layer_window)),
-        )
+        wanted = range(len(self)) if only is None else [int(cell) for cell in only]
+        self._check(wanted, verify)
+        file = None if checkpoint is None else Checkpoint(checkpoint, self.request.identity)
+        log.info("%s", self.explain())
+        with self._in_force():
+            state = self._started(file)
+            todo = [cell for cell in wanted if not state.done[cell]]
+            if len(todo) < len(wanted):
+                log.info("%d of %d cells were done before", len(wanted) - len(todo), len(wanted))
+            self._compute(todo, progress, file)
+            notes = [self._verified(wanted, verify)] if verify else []
+        return self._result(wanted, notes)
 
-    @property
-    def site(self) -> Site:
-        """The site, or the first of several."""
-        return self.sites[0]
+    def values(self, progress: bool | None = None) -> Float[Tensor, "metrics *batch cells"]:
+        """The metrics of every cell's run, without anything around them."""
+        with self._in_force():
+            state = self._started(None)
+            self._compute([c for c in range(len(self)) if not state.done[c]], progress, None)
+        return state.values
 
-    @property
-    def place_axes(self) -> list[str]:
-        """The axes that split the positions, in order: `positions` has a set for every cell."""
-        return [axis for axis in self.axes if axis in PLACE_AXES]
+    def _check(self, wanted: Sequence[int], verify: int) -> None:
+        model = self.request.model
+        if any(not 0 <= cell < len(self) for cell in wanted):
+            raise ValueError(f"cells are numbered 0 to {len(self) - 1}, got {list(wanted)}")
+        if verify < 0:
+            raise ValueError(f"verify is a number of cells, got {verify}")
+        if verify and model.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"verify compares up to rounding, and {model.dtype} rounds too much to tell: "
+                "verify a float32 copy of the model"
+            )
+        if verify and self.request.precision != "exact":
+            raise ValueError(f"verify needs precision 'exact', not {self.request.precision!r}")
+        if list(model.list_hooks(dir="fwd")) != self.request.hooked:
+            raise ValueError("hooks were attached or removed since this was planned: plan it anew")
 
-    @property
-    def site_name(self) -> str:
-        return " + ".join(map(str, self.sites))
+    def _started(self, file: Checkpoint | None) -> State:
+        """The unpatched runs, and what an earlier run left in the file."""
+        if self._state is None:
+            self._state = prepared(self.request, self.schedule)
+        held = None if file is None else file.load(self._state.baselines)
+        if held is not None:
+            values, done = held
+            new = done & ~self._state.done
+            self._state.values[..., new] = values[..., new]
+            self._state.done |= new
+        return self._state
 
-    @property
-    def part(self) -> str:
-        return self.site.part
+    @contextlib.contextmanager
+    def _in_force(self) -> Iterator[None]:
+        """Modes of torch and of the model while the plan runs."""
+        model, precision = self.request.model, self.request.precision
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(model.attention(self.request.attn_mode))
+            if model.device.type == "cpu":
+                stack.enter_context(freed_memory_kept())
+            if precision == "bf16":
+                stack.enter_context(torch.autocast(model.device.type, torch.bfloat16))
+            if precision == "tf32":
+                before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("high")
+                stack.callback(torch.set_float32_matmul_precision, before)
+            yield
 
-    def to(self, device: torch.device) -> CellTable:
-        """The same table with its positions on a device."""
-        return replace(self, positions=self.positions.to(device))
+    def _compute(self, todo: list[int], progress: bool | None, file: Checkpoint | None) -> None:
+        state, queue = self._state, self.schedule.queue(todo)
+        saved_at, work = time.monotonic(), self.schedule.flops(todo)
+        try:
+            with track(self.table.site_name, len(todo), "cells", work, progress) as advance:
+                while queue:
+                    cells = self.schedule.next(queue, state.free_bytes)
+                    if self._run_together(cells, queue):
+                        advance(self.schedule.flops(cells), len(todo) - len(queue))
+                    if file is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
+                        file.save(state.values, state.done, state.baselines)
+                        saved_at = time.monotonic()
+        finally:
+            if file is not None:
+                file.save(state.values, state.done, state.baselines)
 
-    def hook_names(self, cells: Sequence[int]) -> list[str]:
-        """The hook points that some cells patch."""
-        layers = sorted({layer for c in cells for layer in self.cells[c].layers}, key=str)
-        return [site.hook_name(layer) for site in self.sites for layer in layers]
+    def _run_together(self, cells: list[int], queue: collections.deque[int]) -> bool:
+        """Compute cells in one go; out of memory puts them back for smaller goes."""
+        state = self._state
+        try:
+            rows = state.route.run(cells)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(cells) == 1:
+                raise MemoryError(
+                    f"one cell alone does not fit into memory ({error}): use fewer stimuli or "
+                    "shorter clips"
+                ) from error
+        else:
+            for cell, of_cell in zip(cells, rows, strict=True):
+                state.values[..., cell] = state.readout.measure(of_cell)
+                state.done[cell] = True
+            return True
+        queue.extendleft(reversed(cells))
+        self.schedule.shrink(len(cells))
+        note = "memory ran out on the way: cells went on in smaller batches"
+        state.notes += [] if note in state.notes else [note]
+        gc.collect()
+        if self.request.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
 
-    def where(self, cells: Sequence[int]) -> Bool[Tensor, "n batch t"]:
-        """The patched positions of some cells."""
-        return self.positions[[self.cells[cell].positions for cell in cells]]
+    # ---------------------------------------------------------------- truth
 
-    def units(self, cells: Sequence[int]) -> Int[Tensor, " n"] | None:
-        """The patched heads or neurons of some cells; None where all are."""
-        if self.site.unit not in self.axes:
-            return None
-        units = [self.cells[cell].unit for cell in cells]
-        return torch.tensor(units, device=self.positions.device)
+    def _verified(self, wanted: Sequence[int], count: int) -> str:
+        """Compare random cells with whole forwards; says how far off they were.
 
-
-def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequence[str]) -> Site:
-    """The site that stands for all of a union: they must lie on the same positions and units.
-
-    Raises:
-        SiteError: if they do not.
-    """
-    if not sites:
-        raise SiteError("no site: name at least one")
-    first, *others = sites
-    for other in others:
-        if other == first or sites.count(other) > 1:
-            raise SiteError(f"{other} is named twice")
-        if (other.part, other.positions_of) != (first.part, first.positions_of):
-            raise SiteError(f"{first} and {other} do not lie on the same positions of one part")
-        if first.n_layers is None:
-            raise SiteError(f"{first} and {other} follow each other: patch one of them")
-        units = [(site.unit, site.unit and unit_count(model, site)) for site in (first, other)]
-        if first.unit in axes and units[0] != units[1]:
-            raise SiteError(f"{first} and {other} do not have the same {first.unit}s")
-    return first
-
-
-def _check_axes(
-    site: Site,
-    axes: tuple[str, ...],
-    windows: Windows | None,
-    bands: Bands | None,
-    has_frequency: bool,
-) -> None:
-    known = (*site.axes, *(["frequency"] if has_frequency else []))
-    unknown = [axis for axis in axes if axis not in known]
-    if unknown or not axes or len(set(axes)) < len(axes):
-        raise SiteError(
-            f"axes {axes} do not fit {site}: choose one or more of {', '.join(known)}, each once"
-        )
-    places = [axis for axis in axes if axis in ("time", "frequency")]
-    if "position" in axes and places:
-        raise SiteError(f"'position' and {places[0]!r} are two names of one axis: choose one")
-    if windows is not None and "time" not in axes:
-        raise SiteError("windows belong to axis 'time', which is not among the axes")
-    if bands is not None and "frequency" not in axes:
-        raise SiteError("bands belong to axis 'frequency', which is not among the axes")
-
-
-def chosen_layers(
-    site: Site, layers: int | Sequence[int] | None, axes: tuple[str, ...], layer_window: int
-) -> tuple[int | None, ...]:
-    if site.n_layers is None:
-        if layers is not None or layer_window != 1:
-            raise SiteError(f"{site} lies outside the blocks: it has no layers to choose")
-        return (None,)
-    if layer_window != 1 and "layer" not in axes:
-        raise SiteError("layer_window goes with axis 'layer': without it all layers are patched")
-    if not 1 <= layer_window <= site.n_layers:
-        raise ValueError(f"layer_window must lie in 1 to {site.n_layers}, got {layer_window}")
-    last = site.n_layers - layer_window
-    if layers is None:
-        return tuple(range(last + 1))
-    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
-    is_known = all(isinstance(layer, int) and 0 <= layer <= last for layer in chosen)
-    if not chosen or not is_known or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
-    return chosen
-
-
-def unit_count(model: HookedAudioTransformer, site: Site) -> int:
-    cfg = model.cfg.parts[site.part]
-    if site.unit == "neuron":
-        return cfg.d_mlp
-    is_key_value = site.last in ("k", "v", "rot_k")
-    return cfg.n_key_value_heads if is_key_value else cfg.n_heads
-
-
-def cells_of(
-    site: Site,
-    axes: tuple[str, ...],
-    coords: dict[str, list],
-    layers: tuple[int | None, ...],
-    layer_window: int,
-) -> Iterator[Intervention]:
-    in_order = layers if None in layers else tuple(sorted(layers))
-    for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
-        at, positions = dict(zip(axes, place, strict=True)), 0
-        for axis in (axis for axis in axes if axis in PLACE_AXES):
-            positions = positions * len(coords[axis]) + at[axis]
-        first = coords["layer"][at["layer"]] if "layer" in at else None
-        yield Intervention(
-            layers=in_order if first is None else tuple(range(first, first + layer_window)),
-            unit=at.get(site.unit),
-            positions=positions,
-        )
-
-
-class Positions:
-    """Sets of positions of a site, for every entry of its batch axis."""
-
-    def __init__(self, timeline: Timeline, site: Site):
-        self.site, self.part = site, site.positions_of
-        self.rows = [timeline[row] for row in range(len(timeline))]
-        self.entries = [
-            (n, track) for n, row in enumerate(timeline.rows) for track in row.segments(self.part)
-        ]
-        self.valid = torch.stack([track.valid for _, track in self.entries])
-
-    def everywhere(self) -> Bool[Tensor, "1 batch t"]:
-        return torch.ones_like(self.valid)[None]
-
-    def one_by_one(self) -> tuple[list[int], Bool[Tensor, "sets batch t"]]:
-        """Every position that holds something in any row."""
-        chosen = self.valid.any(0).nonzero().flatten()
-        single = torch.eye(self.valid.shape[1], dtype=torch.bool)[chosen]
-        return chosen.tolist(), repeat(single, "sets t -> sets batch t", batch=len(self.valid))
-
-    def inside(self, spans: Sequence[Span]) -> Bool[Tensor, "sets batch t"]:
-        """The positions of every span; a span without any raises."""
-        sets = self._sets(spans, Track.inside)
-        for span, found in zip(spans, sets, strict=True):
-            if not found.any():
-                self.rows[0].inside(self.part, replace(span, clip=0))  # raises if it has no time
-                raise ValueError(
-                    f"no position of {self.site} lies in the window {span.start_s:g} to "
-                    f"{span.end_s:g} s of clip {span.clip}; clips last "
-                    + ", ".join(f"{self._longest(c).duration_s(c):g} s" for c in self._clips())
+        Raises:
+            VerificationError: where one differs by more than rounding.
+        """
+        state = self._state
+        cells = random.Random(SEED).sample(list(wanted), min(count, len(wanted)))
+        base = state.clean if self.request.direction == "noise" else state.corrupted
+        effects = (state.values - base[..., None])[..., state.done]
+        largest = effects[effects.isfinite()].abs().amax() if effects.isfinite().any() else 0.0
+        small = 1e-10 if self.request.is_double else 1e-5
+        worst = 0.0
+        for cell in cells:
+            exact, found = literally(self.request, state.readout, cell), state.values[..., cell]
+            error = (found - exact).abs().masked_fill(found.isnan() & exact.isnan(), 0.0)
+            is_close = error <= small * exact.abs().clamp(min=1) + 10 * small * largest
+            if not is_close.all():  # NaN on one side is not close either
+                raise VerificationError(
+                    f"cell {cell} ({self.table.cells[cell]}) is {found.tolist()} and a whole "
+                    f"forward gives {exact.tolist()}: please report this"
                 )
-        return sets
+            worst = max(worst, float(error.max()))
+        return f"{len(cells)} random cells verified by whole forwards: off by {worst:.1e} at most"
 
-    def within(self, bands: Sequence[Band]) -> Bool[Tensor, "sets batch t"]:
-        """The positions of every band; a band without any raises."""
-        sets = self._sets(bands, Track.within)
-        for band, found in zip(bands, sets, strict=True):
-            if not found.any():
-                middles = self.rows[0].hertz(self.part).unique()
-                raise ValueError(
-                    f"no position of {self.site} lies in the band {band}; they lie at "
-                    + ", ".join(f"{hertz:.0f}" for hertz in middles.tolist() if hertz == hertz)
-                    + " Hz"
-                )
-        return sets
+    # ---------------------------------------------------------------- the result
 
-    def _sets(
-        self, places: Sequence[Span | Band], holds: Callable[[Track, Any], Tensor]
-    ) -> Bool[Tensor, "sets batch t"]:
-        """The positions of every place, for each entry of the site's batch axis."""
-        return torch.stack(
-            [torch.stack([holds(track, place) for _, track in self.entries]) for place in places]
+    def _result(self, wanted: Sequence[int], notes: list[str]) -> SweepResult:
+        request, state, table = self.request, self._state, self.table
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[list(wanted)] = True
+        per_cell = state.values.masked_fill(~chosen, torch.nan)
+        names = state.readout.names
+        dims, coords = batch_dims(request.metric, names, len(request.base), state.clean)
+        if "stimulus" in dims:
+            absent = ~table.covered[[cell.positions for cell in table.cells]].T
+            per_cell = per_cell.masked_fill(absent, torch.nan)
+        batch_shape = [len(coords[dim]) for dim in dims]
+        shape = [*batch_shape, *(len(table.coords[axis]) for axis in table.axes)]
+        meta = provenance(request.model, request.clean, request.corrupted, names)
+        return SweepResult(
+            values=per_cell.reshape(shape),
+            dims=(*dims, *table.axes),
+            coords={**coords, **table.coords},
+            clean=state.clean.reshape(batch_shape),
+            corrupted=state.corrupted.reshape(batch_shape),
+            site=table.site_name,
+            direction=request.direction,
+            report=[*state.notes, *notes],
+            meta=meta | {"attn_mode": request.attn_mode, "precision": request.precision},
+            recipe={"arguments": dict(self.arguments), "hooks": list(request.hooked)},
         )
 
-    def bands(self, bands: Bands) -> list[Band]:
-        """The bands asked for."""
-        if bands == "patch":
-            return self.rows[0].bands(self.part)
-        if isinstance(bands, str) or not len(bands):
-            raise ValueError(f"bands {bands!r} is none of {_BAND_FORMS}")
-        return [Band.of(band) for band in bands]
 
-    def covered(self, sets: Bool[Tensor, "sets batch t"]) -> Bool[Tensor, "sets rows"]:
-        """Which prompts hold something at any position of a set."""
-        found = (sets & self.valid).any(-1)
-        rows = torch.zeros(len(sets), len(self.rows), dtype=torch.bool)
-        for entry, (n, _) in enumerate(self.entries):
-            rows[:, n] |= found[:, entry]
-        return rows
-
-    def spans(self, windows: Windows) -> list[Span]:
-        """The windows asked for, over every clip where no clip is named."""
-        if windows == "position":
-            return [span for clip in self._clips() for span in self._single_positions(clip)]
-        sizes = [windows] if isinstance(windows, Real) else windows
-        if isinstance(sizes, str) or not len(sizes):
-            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
-        if not all(isinstance(size, Real) for size in sizes):
-            return [Span.of(window) for window in sizes]
-        if len(sizes) > 2 or isinstance(windows, list):
-            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
-        width, stride = float(sizes[0]), float(sizes[-1])
-        return [
-            span
-            for clip in self._clips()
-            for span in self._longest(clip).windows(self.part, width, stride, clip)
-        ]
-
-    def _clips(self) -> range:
-        return range(max(row.n_clips for row in self.rows))
-
-    def _longest(self, clip: int) -> Timeline:
-        """The prompt in which this clip lasts longest."""
-        having = [row for row in self.rows if clip < row.n_clips]
-        return max(having, key=lambda row: row.duration_s(clip))
-
-    def _single_positions(self, clip: int) -> list[Span]:
-        """One span around the centre of every position of a clip."""
-        row = self._longest(clip)
-        seconds = row.seconds(self.part, clip)
-        here = row.valid(self.part, clip) & (row.clips(self.part, clip) == clip)
-        centres = seconds[here & seconds.isfinite()].unique()
-        if len(centres) < 2:
-            raise ValueError(f"the {self.part} has too few positions in time for single ones")
-        half = float(centres[1] - centres[0]) / 2
-        return [Span(max(0.0, c - half), c + half, clip=clip) for c in centres.tolist()]
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.patching.engine.machine import Plan
-from audio_lens.patching.plan import Windows
+from audio_lens.patching.cells import Windows
+from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
 from audio_lens.progress import heading

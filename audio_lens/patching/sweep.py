@@ -11,12 +11,12 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.cells import Bands, CellTable, Windows
 from audio_lens.patching.checks import check_pair, check_reaches
 from audio_lens.patching.engine.hooked import HookedRoute
-from audio_lens.patching.engine.machine import Plan
 from audio_lens.patching.engine.request import Direction, Precision, Request
 from audio_lens.patching.engine.schedule import Schedule
-from audio_lens.patching.plan import Bands, CellTable, Windows
+from audio_lens.patching.plan import Plan
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site

@@ -23,10 +23,10 @@ from audio_lens import metrics
 from audio_lens.cache import AudioCache
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
+from audio_lens.patching.cells import CellTable, cells_of, unit_count
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.patch import check_shape
-from audio_lens.patching.plan import CellTable, cells_of, unit_count
 from audio_lens.patching.sites import Site
 from audio_lens.patching.sweep import laid_out
 

@@ -3,7 +3,7 @@
 Four blocks of Whisper are each read by 64 learned queries, with one Q-Former for all; a softmax mix
 over the blocks becomes 64 vectors in the prompt of Llama, and the transcript follows them as text
 (the caller brings it, such as what Whisper writes). The vectors have no order in time:
-`audio_lens.profile.time_profile` says what each listens to.
+`audio_lens.analysis.time_profile.time_profile` says what each listens to.
 
 Both models name the layers they read by the same numbers and mean other ones: DeSTA2 as released
 counts the hidden states that Whisper returns, the first of which enters block 0, DeSTA2.5-Audio
@@ -28,13 +28,13 @@ from transformers.utils import cached_file
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import InputError
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.compose import Placeholder
-from audio_lens.models.composed import HookedComposed
+from audio_lens.models.compose.assemble import Placeholder
+from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import Connector
 from audio_lens.models.layers import Context, LayerNorm, PartConfig, Stack
-from audio_lens.models.layers.qformer import QFormerConfig, ReadingBlock, qformer_weight_names
-from audio_lens.models.weights import fill, read_weights, renamed
+from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.parts.connectors import Connector
+from audio_lens.models.parts.qformer import QFormerConfig, ReadingBlock, qformer_weight_names
 
 Turn = Mapping[str, str]
 

@@ -26,12 +26,12 @@ from transformers import PreTrainedTokenizerFast
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import NormedConnector
-from audio_lens.models.language_model import LanguageModel
+from audio_lens.models.families.voxtral import StackedAudioLLM
+from audio_lens.models.families.whisper import WhisperEncoder
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
-from audio_lens.models.voxtral import StackedAudioLLM
-from audio_lens.models.weights import fill, read_weights, renamed
-from audio_lens.models.whisper import WhisperEncoder
+from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.parts.connectors import NormedConnector
+from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.recipes.kimi_audio_config import (
     ANSWERS,
     AUDIO,

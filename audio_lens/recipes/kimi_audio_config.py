@@ -10,9 +10,9 @@ import numpy as np
 from transformers import Qwen2Config, WhisperConfig
 
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import ConnectedConfig, ConnectorConfig
-from audio_lens.models.language_model import language_model_config, weight_names
-from audio_lens.models.whisper import HookedWhisper, encoder_config, encoder_weight_names
+from audio_lens.models.families.whisper import HookedWhisper, encoder_config, encoder_weight_names
+from audio_lens.models.parts.connectors import ConnectedConfig, ConnectorConfig
+from audio_lens.models.parts.language_model import language_model_config, weight_names
 
 TEXT, AUDIO = "text", "audio"
 WHISPER_FOLDER = "whisper-large-v3"

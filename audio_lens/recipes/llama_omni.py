@@ -27,15 +27,19 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.compose import Placeholder, compose
-from audio_lens.models.composed import HookedComposed
+from audio_lens.models.compose.assemble import Placeholder, compose
+from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import ConnectorConfig, StackingConnector
-from audio_lens.models.heads import CTCConfig
-from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
+from audio_lens.models.kinds.encoder_only import CTCConfig
 from audio_lens.models.layers import Context, PartConfig, PreNormBlock, Rotary, Stack
-from audio_lens.models.loading import processor_of
-from audio_lens.models.weights import fill, read_weights, renamed
+from audio_lens.models.loading.checkpoints import processor_of
+from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.parts.connectors import ConnectorConfig, StackingConnector
+from audio_lens.models.parts.language_model import (
+    LanguageModel,
+    language_model_config,
+    weight_names,
+)
 from audio_lens.recipes.openai_whisper import encoder_weight_names, openai_ear, openai_whisper
 
 PLACEHOLDER = Placeholder("<speech>", -200)

@@ -18,8 +18,8 @@ from transformers.models.whisper.configuration_whisper import (
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from audio_lens.models.config import LoadingError
-from audio_lens.models.weights import fill, read_pickle, read_weights, renamed
-from audio_lens.models.whisper import HookedWhisper
+from audio_lens.models.families.whisper import HookedWhisper
+from audio_lens.models.loading.weights import fill, read_pickle, read_weights, renamed
 
 _BLOCK = {
     "attn.query": "attn.q_proj",

@@ -27,11 +27,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from audio_lens.audio import AudioError
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import AudioConfig, LoadingError
-from audio_lens.models.connectors import LinearConnector
-from audio_lens.models.language_model import LanguageModel
+from audio_lens.models.families.qwen2_audio import PooledAudioLLM
 from audio_lens.models.layers import Context, KVCache, PartConfig
-from audio_lens.models.qwen2_audio import PooledAudioLLM
-from audio_lens.models.weights import fill, read_weights, renamed
+from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.parts.connectors import LinearConnector
+from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.recipes.openai_whisper import encoder_weight_names
 from audio_lens.recipes.tiktoken import tiktoken_tokenizer
 

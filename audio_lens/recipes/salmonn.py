@@ -20,16 +20,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.adapters import Adapter
-from audio_lens.models.beats import HookedBeats
-from audio_lens.models.compose import Placeholder
-from audio_lens.models.composed import HookedComposed
+from audio_lens.models.compose.assemble import Placeholder
+from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import Connector
+from audio_lens.models.families.beats import HookedBeats
 from audio_lens.models.layers import LayerNorm
-from audio_lens.models.layers.qformer import QFormer, QFormerConfig, qformer_weight_names
-from audio_lens.models.lora import LowRank, attach
-from audio_lens.models.weights import fill, read_weights, renamed
+from audio_lens.models.loading.adapters import Adapter
+from audio_lens.models.loading.lora import LowRank, attach
+from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.parts.connectors import Connector
+from audio_lens.models.parts.qformer import QFormer, QFormerConfig, qformer_weight_names
 
 TEMPLATE = "USER: <Speech>{audio}</Speech> {question}\nASSISTANT:"
 PLACEHOLDER = "<SpeechHere>"
@@ -152,9 +152,9 @@ def salmonn_connector(tensors: Mapping[str, Tensor]) -> SalmonnConnector:
 class HookedSalmonn(HookedComposed):
     """SALMONN with every activation hooked; `beats` is a part beside `encoder`.
 
-    Where in its 0.34 s a token listens `audio_lens.profile.time_profile` says. In a batch of
-    unequal clips the query also reads what BEATs makes of a shorter clip's padding, as published:
-    alone, that clip may be answered otherwise.
+    Where in its 0.34 s a token listens `analysis.time_profile` says. In a batch of unequal
+    clips the query also reads what BEATs makes of a shorter clip's padding, as published: alone,
+    that clip may be answered otherwise.
     """
 
     @classmethod

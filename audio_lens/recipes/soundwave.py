@@ -31,16 +31,20 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, WhisperConfig
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.compose import Placeholder, compose
+from audio_lens.models.compose.assemble import Placeholder, compose
+from audio_lens.models.compose.runs import mask_of
+from audio_lens.models.compose.shrinking import HookedShrinking, ShrinkingConnector
 from audio_lens.models.config import LoadingError
-from audio_lens.models.language_model import LanguageModel, language_model_config, weight_names
+from audio_lens.models.families.whisper import HookedWhisper, encoder_weight_names
 from audio_lens.models.layers import Attention, Context, LayerNorm, PartConfig
 from audio_lens.models.layers.lone import LoneBlock
-from audio_lens.models.layers.shrink import mask_of
-from audio_lens.models.loading import load_pretrained, processor_of
-from audio_lens.models.shrinking import HookedShrinking, ShrinkingConnector
-from audio_lens.models.weights import fill, read_weights, renamed
-from audio_lens.models.whisper import HookedWhisper, encoder_weight_names
+from audio_lens.models.loading.checkpoints import load_pretrained, processor_of
+from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.parts.language_model import (
+    LanguageModel,
+    language_model_config,
+    weight_names,
+)
 
 STACKED = 2  # encoder frames side by side
 PLACEHOLDER = "<audio_patch>"

@@ -10,15 +10,15 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sequential
 
+from audio_lens.analysis.attention import Attention, read_attention, sites_of
+from audio_lens.analysis.prompts import Prompt
 from audio_lens.audio import AudioSource
 from audio_lens.cache import AudioCache
+from audio_lens.drawing.rows import STYLE, Panel, Rows, escaped
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
-from audio_lens.report.attention import Attention, read_attention, sites_of
 from audio_lens.report.html import traces_json, write_page
 from audio_lens.report.packing import LETTERS, TOP_LEVEL, fitted, letters_of
-from audio_lens.report.prompts import Prompt
-from audio_lens.report.rows import STYLE, Panel, Rows, escaped
 from audio_lens.report.shown import Tiers, clip_of, notes_on
 from audio_lens.timeline import Span
 

@@ -13,14 +13,14 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.colors import sequential
 
+from audio_lens.analysis.logit_lens import Streams, check_vocabulary, read_streams, texts_of
+from audio_lens.analysis.prompts import Prompt, token_label
 from audio_lens.audio import AudioSource
 from audio_lens.cache import AudioCache
+from audio_lens.drawing.rows import STYLE, Panel, Rows, escaped
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.report.html import traces_json, write_page
-from audio_lens.report.lens import Streams, check_vocabulary, read_streams, texts_of
-from audio_lens.report.prompts import Prompt, token_label
-from audio_lens.report.rows import STYLE, Panel, Rows, escaped
 from audio_lens.report.shown import Tiers, clip_of, notes_on
 from audio_lens.timeline import Span
 

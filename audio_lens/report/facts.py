@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audio_lens.analysis.prompts import Prompt
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs
 from audio_lens.models import HookedAudioTransformer
-from audio_lens.report.prompts import Prompt
 
 SIZES = {
     "layers": "n_layers",

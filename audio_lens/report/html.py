@@ -15,8 +15,8 @@ from plotly.basedatatypes import BaseTraceType
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
-from audio_lens.report.clips import flac
-from audio_lens.report.rows import Rows
+from audio_lens.drawing.clips import flac
+from audio_lens.drawing.rows import Rows
 
 
 def write_page(

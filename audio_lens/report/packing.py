@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from audio_lens.report.attention import Attention, timed_queries
+from audio_lens.analysis.attention import Attention, timed_queries
 
 LEAST_BINS = 50  # stretches that the seconds of a clip are still cut into
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"

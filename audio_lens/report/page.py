@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from audio_lens.audio import AudioSource
+from audio_lens.drawing.clips import Clip
+from audio_lens.drawing.figures import MARKED, Map, draw_map
+from audio_lens.drawing.rows import Rows
 from audio_lens.patching.result import Cell, SweepResult
-from audio_lens.report.clips import Clip
-from audio_lens.report.figures import MARKED, Map, draw_map
 from audio_lens.report.html import traces_json, write_page
-from audio_lens.report.rows import Rows
 from audio_lens.timeline import Span
 
 SENTENCES = {

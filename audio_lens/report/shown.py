@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from audio_lens.models.codec_lm import FIRST
-from audio_lens.report.clips import Clip
-from audio_lens.report.prompts import Prompt
+from audio_lens.analysis.prompts import Prompt
+from audio_lens.drawing.clips import Clip
+from audio_lens.models.kinds.streams import FIRST
 from audio_lens.timeline import Span
 
 Tiers = Mapping[str, Sequence[Span]]
@@ -22,7 +22,7 @@ def notes_on(prompt: Prompt) -> list[str]:
     if prompt.has_untimed_audio:
         return [
             "The audio tokens of this model have no seconds: when each of them listens, "
-            "audio_lens.profile.time_profile says."
+            "audio_lens.analysis.time_profile.time_profile says."
         ]
     if not prompt.is_codec_lm:
         return []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
-from audio_lens.models.beats import HookedBeats
+from audio_lens.models.families.beats import HookedBeats
 from families.base import Family, by_layer, length_mask, randomise, run_hf
 from published.beats import TINY, Beats, SelfAttention
 

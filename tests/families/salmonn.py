@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
-from audio_lens.models.beats_config import frames_of
+from audio_lens.models.families.beats_config import frames_of
 from audio_lens.recipes.salmonn import HookedSalmonn
 from families.base import (
     AUDIO_TOKEN,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from audio_lens import AudioInputs, InputError, LoadingError, TokenError
-from audio_lens.models.beats import HookedBeats
-from audio_lens.models.beats_config import DEVIATION, MEAN, log_mel
+from audio_lens.models.families.beats import HookedBeats
+from audio_lens.models.families.beats_config import DEVIATION, MEAN, log_mel
 from families.beats import batch, build, hooked
 from published.beats import PUBLISHED, TINY, published_shapes
 

@@ -15,11 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from audio_lens import HookedAudioTransformer, InputError, metrics, patching
-from audio_lens.models.codec_lm import UNKNOWN, delayed, undelayed
 from audio_lens.models.config import LoadingError
-from audio_lens.models.kyutai_stt import HookedKyutaiSTT
+from audio_lens.models.families.kyutai_stt import HookedKyutaiSTT
+from audio_lens.models.families.moshi import HookedMoshi
+from audio_lens.models.kinds.streams import UNKNOWN, delayed, undelayed
 from audio_lens.models.layers import KVCache
-from audio_lens.models.moshi import HookedMoshi
 from families import kyutai_stt, moshi
 from families.moshi import N_CODES, N_TEXTS, N_VOICE
 

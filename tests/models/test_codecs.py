@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import DeadHookError, HookedRoot, HookNameError, HookPoint
 from audio_lens.inputs import InputError
-from audio_lens.models.codecs import HookedCodec
-from audio_lens.models.loading import LoadingError
+from audio_lens.models.loading.checkpoints import LoadingError
+from audio_lens.models.parts.codecs import HookedCodec
 from families.base import randomise
 
 _SEANET = {"num_filters": 4, "codebook_size": 16}
@@ -288,7 +288,7 @@ _32_KHZ = {"sampling_rate": 32_000, "upsampling_ratios": [8, 5, 4, 4]}
     ids=["encodec 24k", "encodec 32k", "mimi", "dac 44k", "dac 16k"],
 )
 def test_steps_of_published_shapes(config: Any, rate: float, first_s: float) -> None:
-    from audio_lens.models.codecs import CODECS
+    from audio_lens.models.parts.codecs import CODECS
 
     cfg = CODECS[config.model_type].config_from_hf(config)
     assert cfg.frame_rate == pytest.approx(rate)

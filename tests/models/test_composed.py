@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.inputs import InputError
-from audio_lens.models.compose import Placeholder
-from audio_lens.models.composed import CompositionError, HookedComposed
+from audio_lens.models.compose.assemble import Placeholder
+from audio_lens.models.compose.model import CompositionError, HookedComposed
 from audio_lens.models.config import LoadingError
-from audio_lens.models.connectors import Connector, ConnectorConfig, StackingConnector
 from audio_lens.models.embedded import default_pair
+from audio_lens.models.parts.connectors import Connector, ConnectorConfig, StackingConnector
 from families import FAMILIES
 from families.base import TINY_LANGUAGE_MODEL, randomise
 

@@ -17,7 +17,7 @@ from audio_lens import HookedAudioTransformer
 from audio_lens.audio import AudioError
 from audio_lens.inputs import InputError
 from audio_lens.models.config import LoadingError
-from audio_lens.models.granite_speech import GraniteMel, HookedGraniteSpeech
+from audio_lens.models.families.granite_speech import GraniteMel, HookedGraniteSpeech
 from families.base import AUDIO_TOKEN, PAD
 from families.granite_speech import batch, build, clips, token_count
 

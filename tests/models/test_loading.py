@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from audio_lens import HookedAudioTransformer, LoadingError, TokenError
-from audio_lens.models.loading import embedded_path
-from audio_lens.models.qwen2_audio import HookedQwen2Audio
+from audio_lens.models.families.qwen2_audio import HookedQwen2Audio
+from audio_lens.models.loading.checkpoints import embedded_path
 from benchmarks import loading
 from families import FAMILIES as ALL_FAMILIES
 from tiny import hf_inputs, tiny_hf, tiny_qwen2_audio_hf, tiny_whisper_hf

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from audio_lens import HookedAudioTransformer, LoadingError, metrics
 from audio_lens.hooks import DeadHookError
-from audio_lens.models.lora import LoraError
+from audio_lens.models.loading.lora import LoraError
 from patching.loops import assert_exact, evenly
 from tiny import hf_inputs, tiny_hf
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer, InputError, LoadingError, TokenError
 from audio_lens.hooks import HookPoint
+from audio_lens.models.families.musicgen import HookedMusicgen
 from audio_lens.models.layers import KVCache
-from audio_lens.models.musicgen import HookedMusicgen
+from audio_lens.models.loading.weights import renamed
 from audio_lens.models.registry import family_of
-from audio_lens.models.weights import renamed
 from families.musicgen import N_BOOKS, N_CODES, N_WORDS, TINY_ENCODEC, batch, build
 
 HOP, RATE = 8, 400  # 50 steps per second

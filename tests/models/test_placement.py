@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from audio_lens import HookedAudioTransformer, metrics, patching
-from audio_lens.models import placement
-from audio_lens.models.lora import LoraLinear
-from audio_lens.models.placement import PlacementError, layout, unit_of
+from audio_lens.models.loading import placement
+from audio_lens.models.loading.lora import LoraLinear
+from audio_lens.models.loading.placement import PlacementError, layout, unit_of
 from patching.loops import assert_equals_loop
 from tiny import hf_inputs, tiny_hf
 

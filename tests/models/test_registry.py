@@ -11,10 +11,10 @@ import transformers
 from test_omni import whole_omni
 
 from audio_lens import HookedAudioTransformer
-from audio_lens.models.composed import HookedComposed
+from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
+from audio_lens.models.families.whisper import HookedWhisper
 from audio_lens.models.registry import FAMILIES, family_of
-from audio_lens.models.whisper import HookedWhisper
 from families import FAMILIES as TESTED
 
 BUILDERS = {

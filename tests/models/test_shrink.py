@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audio_lens.models.layers.shrink import FILLER, change_points, frames_at, indices_of, mask_of
+from audio_lens.models.compose.runs import FILLER, change_points, frames_at, indices_of, mask_of
 
 ROWS = st.integers(1, 12).flatmap(
     lambda width: st.lists(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from audio_lens.models.config import LoadingError
-from audio_lens.models.weights import fill, read_pickle, read_weights, renamed
+from audio_lens.models.loading.weights import fill, read_pickle, read_weights, renamed
 
 HELD = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.3.weight": torch.ones(2)}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from audio_lens import AudioInputs, LoadingError, patching
 from audio_lens.inputs import InputError
-from audio_lens.models.weights import renamed
+from audio_lens.models.loading.weights import renamed
 from audio_lens.recipes.desta import (
     LOCATOR,
     PLACEHOLDER,

@@ -17,8 +17,8 @@ from transformers import Qwen2Config
 from audio_lens import AudioInputs, metrics, patching
 from audio_lens.inputs import InputError
 from audio_lens.models.config import LoadingError
-from audio_lens.models.vocabulary import TokenError
-from audio_lens.models.weights import renamed
+from audio_lens.models.loading.weights import renamed
+from audio_lens.models.mixins.vocabulary import TokenError
 from audio_lens.recipes.kimi_audio import HookedKimiAudio, kimi_audio
 from audio_lens.recipes.kimi_audio_config import WEIGHT_NAMES, kimi_audio_config, special_tokens
 from audio_lens.recipes.tiktoken import tiktoken_tokenizer

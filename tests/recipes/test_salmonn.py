@@ -15,10 +15,10 @@ import transformers
 from torch import Tensor
 
 from audio_lens import AudioError, HookPoint, LoadingError, metrics, patching
+from audio_lens.analysis.time_profile import time_profile
 from audio_lens.inputs import InputError
-from audio_lens.models.composed import CompositionError
-from audio_lens.models.weights import renamed
-from audio_lens.profile import time_profile
+from audio_lens.models.compose.model import CompositionError
+from audio_lens.models.loading.weights import renamed
 from audio_lens.recipes.salmonn import (
     WEIGHT_NAMES,
     WINDOW,

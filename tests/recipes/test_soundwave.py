@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer, LoadingError, Span, metrics, patching
 from audio_lens.inputs import InputError
-from audio_lens.models.compose import compose
-from audio_lens.models.composed import CompositionError
-from audio_lens.models.connectors import LinearConnector
-from audio_lens.models.weights import renamed
+from audio_lens.models.compose.assemble import compose
+from audio_lens.models.compose.model import CompositionError
+from audio_lens.models.loading.weights import renamed
+from audio_lens.models.parts.connectors import LinearConnector
 from audio_lens.recipes.soundwave import (
     PLACEHOLDER,
     SYSTEM,

@@ -10,12 +10,12 @@ from browsing import at, last_sound, until
 from pages import Page
 
 from audio_lens import InputError
+from audio_lens.analysis.attention import Attention, Query, read_attention, sites_of
+from audio_lens.analysis.prompts import Prompt
 from audio_lens.hooks import HookNameError
 from audio_lens.models.embedded import default_pair
 from audio_lens.report import attention_figure, attention_page
-from audio_lens.report.attention import Attention, Query, read_attention, sites_of
 from audio_lens.report.packing import TOP_LEVEL, coarser, fitted, letters_of
-from audio_lens.report.prompts import Prompt
 from audio_lens.timeline import Span
 from families import FAMILIES
 

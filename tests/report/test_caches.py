@@ -7,12 +7,12 @@ from browsing import at, last_sound, until
 from pages import Page
 
 from audio_lens import InputError, TokenError
+from audio_lens.analysis.logit_lens import Streams, read_streams
+from audio_lens.analysis.prompts import Places, Prompt
 from audio_lens.hooks import HookNameError
 from audio_lens.models.embedded import default_pair
 from audio_lens.report import cache_figure, cache_page
 from audio_lens.report.cache_page import Columns
-from audio_lens.report.lens import Streams, read_streams
-from audio_lens.report.prompts import Places, Prompt
 from audio_lens.timeline import Span
 from families import FAMILIES
 

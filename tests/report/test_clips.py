@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from audio_lens.report import clips
-from audio_lens.report.clips import Clip
-from audio_lens.report.rows import Panel, Rows
+from audio_lens.drawing import clips
+from audio_lens.drawing.clips import Clip
+from audio_lens.drawing.rows import Panel, Rows
 from audio_lens.timeline import Span
 
 RATE = 16_000

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from audio_lens.drawing import figures
 from audio_lens.patching.result import SweepResult
-from audio_lens.report import figures
 from audio_lens.timeline import Band, Span
 
 RATE = 16_000

@@ -17,12 +17,12 @@ from pages import Page
 from typer.testing import CliRunner
 
 from audio_lens import HookedAudioTransformer, InputError, cli, metrics, patching
-from audio_lens.models.compose import Placeholder
+from audio_lens.analysis.attention import read_attention, sites_of
+from audio_lens.analysis.logit_lens import read_streams
+from audio_lens.analysis.prompts import Prompt
+from audio_lens.models.compose.assemble import Placeholder
 from audio_lens.report import attention_page, cache_page, map_page
-from audio_lens.report.attention import read_attention, sites_of
-from audio_lens.report.lens import read_streams
 from audio_lens.report.packing import coarser
-from audio_lens.report.prompts import Prompt
 from families import FAMILIES
 from families.audio_llms import extractor
 from families.base import AUDIO_TOKEN, randomise

@@ -23,9 +23,9 @@ from audio_lens.patching.attribution.runs import (
     layers_of,
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
+from audio_lens.patching.cells import Bands, CellTable, Windows
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.request import Direction
-from audio_lens.patching.plan import Bands, CellTable, Windows
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
 from audio_lens.provenance import provenance, recorded

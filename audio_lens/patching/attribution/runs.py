@@ -15,9 +15,9 @@ from audio_lens import metrics
 from audio_lens.hooks import local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, precise
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims, check_finite
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.plan import CellTable
 from audio_lens.patching.sites import Site, parts_from
 from audio_lens.progress import track
 

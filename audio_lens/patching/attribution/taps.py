@@ -14,8 +14,8 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.trace import is_known
-from audio_lens.patching.plan import CellTable
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookPoint

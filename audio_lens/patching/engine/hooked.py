@@ -14,10 +14,10 @@ from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.routes import FromBase, Route, Run
 from audio_lens.patching.engine.trace import HeldSource, Source, crosses_of, encoder_context
-from audio_lens.patching.plan import CellTable
 from audio_lens.patching.sites import Site
 
 if TYPE_CHECKING:

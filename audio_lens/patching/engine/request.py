@@ -16,11 +16,11 @@ from audio_lens import metrics
 from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import Attention, RMSNorm
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
 from audio_lens.patching.engine.trace import is_known
-from audio_lens.patching.plan import CellTable
 from audio_lens.patching.sites import parts_from
 
 if TYPE_CHECKING:

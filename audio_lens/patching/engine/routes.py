@@ -18,12 +18,12 @@ from torch import Tensor
 
 from audio_lens.hooks import HookPoint, local_name
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Window
 from audio_lens.patching.engine.causal import CausalWalk, Rows
 from audio_lens.patching.engine.changes import Changes, Entry, Lanes, changes_of
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace
-from audio_lens.patching.plan import CellTable
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.work import Costs, Shape
-from audio_lens.patching.plan import CellTable
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

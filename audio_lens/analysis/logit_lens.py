@@ -1,0 +1,207 @@
+"""What a cache holds, layer by layer: norms of the residual stream, and what it would write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.analysis.prompts import Places, Prompt, chosen_numbers, token_label
+from audio_lens.cache import AudioCache
+from audio_lens.inputs import InputError
+from audio_lens.models.config import TEXT
+
+TOP_TOKENS = 3
+AT_ONCE = 2**23  # logits that are computed at a time
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What each residual stream would write, by the final norm and the unembedding.
+
+    Attributes:
+        tokens, probs: the likeliest tokens and their probabilities, best first.
+        watched: the probabilities of chosen tokens, by their names.
+    """
+
+    tokens: Int[np.ndarray, "streams positions top"]
+    probs: Float[np.ndarray, "streams positions top"]
+    watched: dict[str, Float[np.ndarray, "streams positions"]]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual streams of a part at the positions of a prompt.
+
+    Attributes:
+        names: of the streams: the layer that reads it, and "out" behind the last one.
+        norms: lengths of the vectors (L2); positions that hold the clip come first, then text.
+        audio, text: these positions.
+        labels: the tokens of the text.
+        lens: None where there is no vocabulary, or nobody asked.
+    """
+
+    part: str
+    names: list[str]
+    norms: Float[np.ndarray, "streams positions"]
+    audio: Places
+    text: Places
+    labels: list[str]
+    lens: Lens | None
+
+
+def has_vocabulary(prompt: Prompt, part: str) -> bool:
+    """Whether what the part holds at a position can be read as tokens or labels."""
+    cfg = prompt.model.cfg
+    is_read = cfg.head in ("tokens", "ctc") or TEXT in dict(cfg.streams)
+    return part == prompt.model.output_part and is_read
+
+
+def _logits(prompt: Prompt, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n v"]:
+    """What is read of final hidden states: of several streams, the text."""
+    model = prompt.model
+    if model.cfg.head == "streams":
+        return model.decoder.unembed(hidden)
+    return model.read_out(hidden, prompt.inputs)
+
+
+def _vocabulary(prompt: Prompt) -> int:
+    """How many tokens there are to read."""
+    cfg = prompt.model.cfg
+    return dict(cfg.streams)[TEXT] if cfg.head == "streams" else cfg.output.d_vocab
+
+
+def check_vocabulary(prompt: Prompt, parts: Sequence[str]) -> None:
+    """Raise where none of the parts has a vocabulary.
+
+    Raises:
+        InputError: saying what can be shown in its place.
+    """
+    if any(has_vocabulary(prompt, part) for part in parts):
+        return
+    output = prompt.model.output_part
+    other = f" (the {output} has one)" if has_vocabulary(prompt, output) else ""
+    if prompt.model.cfg.streams and not other:
+        other = f" (it writes {', '.join(dict(prompt.model.cfg.streams))}, which are codes)"
+    raise InputError(
+        f"the {' and the '.join(parts)} of {prompt.model.cfg.model_name} has no vocabulary that a "
+        f"logit lens could read{other}: leave out the lens and its tokens to see norms"
+    )
+
+
+def stream_names(prompt: Prompt, part: str, layers: Sequence[int] | None = None) -> dict[str, str]:
+    """The hook names of the residual streams of a part: by the layer that reads it, and "out".
+
+    Raises:
+        InputError: layers that the part does not have.
+    """
+    blocks = prompt.model.part(part).blocks
+    numbers = chosen_numbers("layers", layers, len(blocks), part)
+    reads = {str(layer): f"{part}.blocks.{layer}.hook_resid_pre" for layer in numbers}
+    return reads | {"out": f"{part}.blocks.{len(blocks) - 1}.hook_{blocks[-1].last_stage}"}
+
+
+@torch.no_grad()
+def read_streams(
+    prompt: Prompt,
+    parts: Sequence[str],
+    lens: bool,
+    tokens: Sequence[str | int] = (),
+    cache: AudioCache | None = None,
+    layers: Sequence[int] | None = None,
+) -> list[Streams]:
+    """Norms, and with ``lens`` what would be written where there is a vocabulary.
+
+    Raises:
+        InputError: a cache of another batch, or layers that a part does not have.
+        HookNameError: a cache without these streams.
+        TokenError: a word that is not one token.
+    """
+    names = {part: stream_names(prompt, part, layers) for part in parts}
+    if cache is None:
+        wanted = [name for of_part in names.values() for name in of_part.values()]
+        _, cache = prompt.model.run_with_cache(prompt.inputs, names_filter=wanted, return_type=None)
+    return [
+        _read_part(prompt, part, of_part, cache, lens and has_vocabulary(prompt, part), tokens)
+        for part, of_part in names.items()
+    ]
+
+
+def _read_part(
+    prompt: Prompt,
+    part: str,
+    names: dict[str, str],
+    cache: AudioCache,
+    lens: bool,
+    tokens: Sequence[str | int],
+) -> Streams:
+    audio, text = prompt.places(part), prompt.untimed_places(part)
+    streams = []
+    for name in names.values():
+        found = cache[name] if cache.has_batch_dim else cache[name][None]
+        own = prompt.own(part, found)
+        streams.append(torch.cat([audio.of(own), text.of(own)]))
+    return Streams(
+        part,
+        list(names),
+        torch.stack([stream.float().norm(dim=-1).cpu() for stream in streams]).numpy(),
+        audio,
+        text,
+        prompt.labels(part, text),
+        _read_tokens(prompt, streams, tokens) if lens else None,
+    )
+
+
+def _read_tokens(
+    prompt: Prompt, streams: Sequence[Float[Tensor, "n d"]], tokens: Sequence[str | int]
+) -> Lens:
+    ids = [_token_id(prompt, token) for token in tokens]
+    read = [_written(prompt, stream, ids) for stream in streams]
+    best, probs, watched = (torch.stack(x).numpy() for x in zip(*read, strict=True))
+    return Lens(best, probs, {str(token): watched[..., i] for i, token in enumerate(tokens)})
+
+
+def _token_id(prompt: Prompt, token: str | int) -> int:
+    found, count = prompt.model.to_single_token(token), _vocabulary(prompt)
+    if found >= count:
+        raise InputError(f"the text has {count} tokens, so none is {found}")
+    return found
+
+
+def _written(
+    prompt: Prompt, stream: Float[Tensor, "n d"], watched: Sequence[int]
+) -> tuple[Int[Tensor, "n top"], Float[Tensor, "n top"], Float[Tensor, "n watched"]]:
+    """Likeliest tokens, their probabilities, and those of the watched ones."""
+    model, found = prompt.model, []
+    size = max(1, AT_ONCE // _vocabulary(prompt))
+    with model.without_hooks():  # the user's hooks had their say in the run
+        for piece in stream.to(model.device).split(size):
+            hidden = model.output_stack.finish(piece[None])
+            probs = _logits(prompt, hidden)[0].float().softmax(-1).cpu()
+            best = probs.topk(min(TOP_TOKENS, probs.shape[-1]))
+            found.append((best.indices, best.values, probs[:, list(watched)]))
+    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+
+
+def texts_of(prompt: Prompt, streams: Streams) -> list[str]:
+    """What every stream would write: a transcript, or the next token of the prompt."""
+    best = torch.as_tensor(streams.lens.tokens[..., 0])
+    if prompt.model.cfg.head == "ctc":
+        return [_transcript(prompt, path) for path in best]
+    order = torch.cat([streams.audio.index, streams.text.index]).argsort()
+    if prompt.is_codec_lm:
+        return [prompt.text(path[order].tolist()) for path in best]
+    return [token_label(prompt.model, int(path[order[-1]])) for path in best]
+
+
+def _transcript(prompt: Prompt, path: Int[Tensor, " frames"]) -> str:
+    """The text of a path of CTC labels."""
+    model = prompt.model
+    labels = [i for i in path.unique_consecutive().tolist() if i != model.cfg.ctc.blank]
+    if model.tokenizer is None:
+        return " ".join(token_label(model, label) for label in labels)
+    return model.tokenizer.decode(labels, group_tokens=False)

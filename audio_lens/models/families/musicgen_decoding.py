@@ -1,0 +1,124 @@
+"""How MusicGen plays on: greedily, code beside lagging code, with guidance by its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.kinds.streams import UNKNOWN, undelayed
+from audio_lens.models.layers import KVCache
+
+
+class MusicDecoding:
+    """Playing on greedily with a key-value cache; mixed into `HookedMusicgen`."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: AudioInputs | Mapping[str, Any] | None = None,
+        max_new_tokens: int = 256,
+        return_type: Literal["audio", "codes"] = "audio",
+        guidance_scale: float | int | None = None,
+        **mapping: Any,
+    ) -> Float[Tensor, "b c samples"] | Int[Tensor, "b k t"]:
+        """Play on greedily, with a key-value cache.
+
+        Hooks that are attached run at every step: the first call holds the whole prompt, each later
+        one a single new position. With guidance the decoder runs twice per step, with the text and
+        then with nothing in its place, and hooks run in both.
+
+        Args:
+            inputs: `AudioInputs`, or the mapping a Hugging Face processor returns (which may also
+                be given as keywords).
+            max_new_tokens: how many positions to add. The steps that come out whole are fewer, by
+                what the last codebook lags.
+            return_type: "audio" at ``cfg.sampling_rate`` Hz, or "codes" (not delayed); of prompt
+                and continuation.
+            guidance_scale: how much further than the text's logits to go, from those without text:
+                1 is no guidance; None takes the checkpoint's own.
+
+        Raises:
+            InputError: prompts that are padded, too few positions, or a scale below 1.
+        """
+        if return_type not in ("audio", "codes"):
+            raise InputError(f"return_type must be audio or codes, got {return_type!r}")
+        inputs = self.as_inputs(inputs, mapping)
+        if not inputs.attended.all():
+            raise InputError("prompts that are padded cannot be continued: make them equally long")
+        if guidance_scale is None:
+            guidance_scale = getattr(self.generation_config, "guidance_scale", None) or 1
+        if guidance_scale < 1:
+            raise InputError(f"guidance_scale is at least 1 (no guidance), got {guidance_scale}")
+        codes = undelayed(self._played(inputs, max_new_tokens, guidance_scale), self.cfg.delays)
+        return codes if return_type == "codes" else self.sound(codes)
+
+    def sound(self, codes: Int[Tensor, "b k t"]) -> Float[Tensor, "b c samples"]:
+        """The audio of codes that are not delayed, one waveform per channel.
+
+        Raises:
+            InputError: for codes that the codec does not have.
+        """
+        channels = rearrange(codes, "b (k c) t -> c b k t", c=self.cfg.n_channels)
+        return torch.stack([self.codec.decode(own) for own in channels], dim=1)
+
+    def _played(
+        self, inputs: AudioInputs, n_new: int, scale: float | int
+    ) -> Int[Tensor, "b k positions"]:
+        """The codes of prompt and continuation, as they enter."""
+        held = self._plan(inputs, n_new)
+        encoded = self.encode(inputs)
+        passes = [(inputs, encoded, KVCache())]
+        if scale > 1:
+            nothing = torch.zeros_like(inputs.features, dtype=torch.bool)
+            silent = replace(inputs, feature_mask=nothing)
+            passes.append((silent, torch.zeros_like(encoded), KVCache()))
+        begin = 0
+        for position in range(inputs.tokens.shape[1], held.shape[-1]):
+            entering = held[..., begin:position]
+            logits = [self._next_logits(entering, *one) for one in passes]
+            chosen = logits[-1] + scale * (logits[0] - logits[-1])
+            new = rearrange(chosen, "b (k v) -> b k v", k=held.shape[1]).argmax(-1)
+            held[..., position] = new.where(held[..., position] == UNKNOWN, held[..., position])
+            begin = position
+        return held
+
+    def _next_logits(
+        self,
+        entering: Int[Tensor, "b k t"],
+        inputs: AudioInputs,
+        encoded: Float[Tensor, "b s d"],
+        past: KVCache,
+    ) -> Float[Tensor, "b v"]:
+        step = replace(inputs, tokens=entering[:, 0], streams=entering[:, 1:], attention_mask=None)
+        hidden = self.decode(step, encoded, past=past)
+        return self.hook_logits(self.read_out(hidden, step))[:, -1]
+
+    def _plan(self, inputs: AudioInputs, n_new: int) -> Int[Tensor, "b k positions"]:
+        """What enters, as far as it is known: the prompt, and initial codes outside the music.
+
+        Codebooks begin one after the other, and end so: all of them have equally many steps.
+        """
+        prompt = self.codes_of(inputs)
+        n_positions = prompt.shape[-1] + n_new
+        n_steps = n_positions - 1 - max(self.cfg.delays)
+        if n_new < 1 or n_steps < 1:
+            raise InputError(
+                f"max_new_tokens={n_new} makes no whole step: codebooks lag by up to "
+                f"{max(self.cfg.delays)} positions"
+            )
+        delays = torch.tensor(self.cfg.delays, device=prompt.device)[:, None]
+        step = torch.arange(n_positions, device=prompt.device) - 1 - delays
+        is_music = (step >= 0) & (step < n_steps)
+        held = torch.where(is_music, UNKNOWN, self.initial_code).repeat(len(prompt), 1, 1)
+        held[..., : prompt.shape[-1]] = prompt
+        known = prompt[:, 1:] if inputs.streams is None else inputs.streams[..., :n_positions]
+        others = held[:, 1:, : known.shape[-1]]
+        others.copy_(known.where((others == UNKNOWN) & (known != UNKNOWN), others))
+        return held

@@ -1,0 +1,388 @@
+"""Whisper: an audio encoder, and a text decoder that reads it by cross-attention.
+
+Every size, English-only and multilingual, large-v3, turbo and distilled checkpoints with fewer
+decoder layers. The encoder here is also the ear of Qwen2-Audio.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from audio_lens.hooks import HookPoint
+from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import AudioConfig, check_switches
+from audio_lens.models.kinds.ear import Ear
+from audio_lens.models.layers import (
+    Block,
+    Context,
+    CrossAttentionBlock,
+    Float16SafeBlock,
+    KVCache,
+    PartConfig,
+    Stack,
+)
+from audio_lens.models.mixins.vocabulary import TokenError
+from audio_lens.timeline import Row, Timeline, Track
+
+_UNDERSTOOD = """
+    activation_function classifier_proj_size d_model decoder_attention_heads decoder_ffn_dim
+    decoder_layers encoder_attention_heads encoder_ffn_dim encoder_layers max_source_positions
+    max_target_positions num_mel_bins use_weighted_layer_sum vocab_size
+"""
+FRAME_S = 0.02  # one encoder position: two mel frames of 10 ms
+
+
+def encoder_weight_names(theirs: str) -> dict[str, str]:
+    """The name table of a Whisper-style encoder with this prefix."""
+    block = {
+        "self_attn.q_proj": "attn.q_proj",
+        "self_attn.k_proj": "attn.k_proj",
+        "self_attn.v_proj": "attn.v_proj",
+        "self_attn.out_proj": "attn.o_proj",
+        "self_attn_layer_norm": "ln1",
+        "fc1": "mlp.fc_in",
+        "fc2": "mlp.fc_out",
+        "final_layer_norm": "ln2",
+    }
+    return {
+        f"{theirs}.conv1": "encoder.conv1",
+        f"{theirs}.conv2": "encoder.conv2",
+        f"{theirs}.embed_positions": "encoder.pos_embed",
+        **{f"{theirs}.layers.{{l}}.{a}": f"encoder.blocks.{{l}}.{b}" for a, b in block.items()},
+        f"{theirs}.layer_norm": "encoder.ln_final",
+    }
+
+
+class ConvEncoder(Stack):
+    """Two convolutions (the second halves the frames), then blocks."""
+
+    def __init__(self, cfg: PartConfig, n_mels: int, block: type[Block] = Float16SafeBlock):
+        super().__init__(cfg, block)
+        self.hook_mel = HookPoint(borrowed=True)  # the caller's features
+        self.hook_conv1 = HookPoint()
+        self.conv1 = nn.Conv1d(n_mels, cfg.d_model, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, kernel_size=3, stride=2, padding=1)
+
+    def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        mel = self.hook_mel(features.to(self.conv1.weight))
+        x = self.hook_conv1(F.gelu(self.conv1(mel)))
+        return self.hook_embed(rearrange(F.gelu(self.conv2(x)), "b d t -> b t d"))
+
+
+class WhisperEncoder(ConvEncoder):
+    """Two convolutions, a position table, pre-norm blocks."""
+
+    def __init__(self, cfg: PartConfig, n_mels: int):
+        super().__init__(cfg, n_mels)
+        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.hook_pos_embed = HookPoint()
+
+    def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        x = super().embed(features)
+        positions = self.pos_embed.weight[: x.shape[1]].repeat(len(x), 1, 1)
+        return x + self.hook_pos_embed(positions)
+
+
+class WhisperDecoder(Stack):
+    """Text decoder with learned positions; its unembedding is tied to its embedding."""
+
+    def __init__(self, cfg: PartConfig):
+        super().__init__(cfg, CrossAttentionBlock)
+        self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.hook_pos_embed = HookPoint()
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+
+    def embed_tokens(
+        self, tokens: Int[Tensor, "b t"], positions: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0."""
+        embed = self.hook_embed(self.token_embed(tokens))
+        return embed + self.hook_pos_embed(self.pos_embed(positions))
+
+
+class HookedWhisper(Ear, HookedAudioTransformer):
+    """Whisper with every activation hooked."""
+
+    lends_encoder = True
+    model_types = ("whisper",)
+    hf_class = "WhisperForConditionalGeneration"
+    weight_names: ClassVar = {
+        **encoder_weight_names("model.encoder"),
+        "model.decoder.embed_tokens": "decoder.token_embed",
+        "model.decoder.embed_positions": "decoder.pos_embed",
+        "model.decoder.layers.{l}.self_attn.q_proj": "decoder.blocks.{l}.attn.q_proj",
+        "model.decoder.layers.{l}.self_attn.k_proj": "decoder.blocks.{l}.attn.k_proj",
+        "model.decoder.layers.{l}.self_attn.v_proj": "decoder.blocks.{l}.attn.v_proj",
+        "model.decoder.layers.{l}.self_attn.out_proj": "decoder.blocks.{l}.attn.o_proj",
+        "model.decoder.layers.{l}.self_attn_layer_norm": "decoder.blocks.{l}.ln1",
+        "model.decoder.layers.{l}.encoder_attn.q_proj": "decoder.blocks.{l}.cross_attn.q_proj",
+        "model.decoder.layers.{l}.encoder_attn.k_proj": "decoder.blocks.{l}.cross_attn.k_proj",
+        "model.decoder.layers.{l}.encoder_attn.v_proj": "decoder.blocks.{l}.cross_attn.v_proj",
+        "model.decoder.layers.{l}.encoder_attn.out_proj": "decoder.blocks.{l}.cross_attn.o_proj",
+        "model.decoder.layers.{l}.encoder_attn_layer_norm": "decoder.blocks.{l}.ln_cross",
+        "model.decoder.layers.{l}.fc1": "decoder.blocks.{l}.mlp.fc_in",
+        "model.decoder.layers.{l}.fc2": "decoder.blocks.{l}.mlp.fc_out",
+        "model.decoder.layers.{l}.final_layer_norm": "decoder.blocks.{l}.ln2",
+        "model.decoder.layer_norm": "decoder.ln_final",
+        "proj_out": "decoder.unembed",
+    }
+
+    def __init__(self, cfg: AudioConfig):
+        super().__init__(cfg)
+        self.encoder = WhisperEncoder(cfg.encoder, cfg.n_mels)
+        if cfg.decoder is not None:  # else it is what hears, in a composed model
+            self.decoder = WhisperDecoder(cfg.decoder)
+        self.setup()
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> AudioConfig:
+        """The shape of a `WhisperConfig`.
+
+        Raises:
+            LoadingError: for a switch that is not implemented.
+        """
+        check_switches(hf_config, _UNDERSTOOD.split())
+        encoder = encoder_config(hf_config, hf_config.name_or_path)
+        decoder = replace(
+            encoder,
+            n_layers=hf_config.decoder_layers,
+            n_heads=hf_config.decoder_attention_heads,
+            n_key_value_heads=hf_config.decoder_attention_heads,
+            d_head=hf_config.d_model // hf_config.decoder_attention_heads,
+            d_mlp=hf_config.decoder_ffn_dim,
+            n_ctx=hf_config.max_target_positions,
+            d_vocab=hf_config.vocab_size,
+            causal=True,
+        )
+        return AudioConfig(
+            family="whisper",
+            model_name=hf_config.name_or_path,
+            encoder=encoder,
+            decoder=decoder,
+            n_mels=hf_config.num_mel_bins,
+            n_frames=2 * hf_config.max_source_positions,
+        )
+
+    # ---------------------------------------------------------------- forward
+
+    def decoder_context(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Context:
+        """Masks, and the encoder's output as memory."""
+        return Context(allowed=self.decoder_mask(inputs, past), memory=encoded, past=past)
+
+    def enter_decoder(
+        self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Embedded tokens; the audio is read later, by cross-attention."""
+        return self.decoder.embed_tokens(inputs.tokens, self._positions(inputs, past))
+
+    def _positions(self, inputs: AudioInputs, past: KVCache | None) -> Int[Tensor, "b t"]:
+        earlier = past.length if past is not None else 0
+        last = earlier + inputs.tokens.shape[1]
+        if last > self.cfg.decoder.n_ctx:
+            raise InputError(f"{last} tokens are more than the {self.cfg.decoder.n_ctx} it takes")
+        if inputs.position_ids is not None:
+            return inputs.position_ids
+        mask = inputs.attention_mask
+        if mask is not None and not mask[:, 0].all():  # padding on the left shifts nothing
+            return (mask.long().cumsum(1) - 1).clamp(min=0)[:, earlier:]
+        return torch.arange(earlier, last, device=inputs.device).expand(inputs.tokens.shape)
+
+    def frame_count(self, n_valid: int) -> int:
+        """Pairs of mel frames, the last one begun included."""
+        return (n_valid - 1) // 2 + 1
+
+    def frame_seconds(self, count: int) -> Float[Tensor, " t"]:
+        """Frame i is centred at 0.02 i seconds."""
+        return FRAME_S * torch.arange(count, dtype=torch.float64)
+
+    # ---------------------------------------------------------------- inputs
+
+    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
+        """Inputs from what `WhisperProcessor` returns; without tokens, English transcription."""
+        known = (
+            "input_features",
+            "attention_mask",
+            "decoder_input_ids",
+            "decoder_attention_mask",
+            "decoder_position_ids",
+        )
+        given = self._mapping_tensors(mapping, known)
+        features, tokens = given["input_features"], given["decoder_input_ids"]
+        self.check_features(features)
+        if tokens is None:
+            tokens = torch.tensor([self.prompt()] * len(features), device=features.device)
+        self.check_tokens(tokens)
+        mask, frames = given["decoder_attention_mask"], given["attention_mask"]
+        return AudioInputs(
+            features=features,
+            tokens=tokens,
+            clips_per_row=(1,) * len(tokens),
+            attention_mask=None if mask is None else mask.bool(),
+            feature_mask=None if frames is None else frames.bool(),
+            position_ids=self._positions_of(tokens, given["decoder_position_ids"]),
+        )
+
+    def prepare(
+        self,
+        audio: Any,
+        text: str | Sequence | None = None,
+        sampling_rate: int | None = None,
+        language: str | None = None,
+        task: str = "transcribe",
+    ) -> AudioInputs:
+        """Inputs from clips (one per prompt) and, if given, the text decoded so far.
+
+        Args:
+            audio: a path, array or tensor, or a list of them (a batch is a list, not an array).
+            text: what the decoder has already written, after the control tokens; or token ids,
+                which are then the whole decoder prompt; or a list of either, one per clip.
+            sampling_rate: of arrays, in Hz; files know their own.
+            language: a code like "en" for multilingual checkpoints; None lets the model choose.
+            task: "transcribe" or "translate" (multilingual checkpoints).
+
+        Raises:
+            AudioError: unusable or too long audio.
+            InputError: one text per clip is needed, an unknown language or task.
+            TokenError: text without a tokenizer.
+        """
+        sources = audio if isinstance(audio, (list, tuple)) else [audio]
+        texts = texts_per_clip(text, len(sources))
+        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        made = self.extract_features(clips)
+        if any(written is None or isinstance(written, str) for written in texts):
+            languages = self._languages(made["features"], language)
+        else:  # whole prompts of token ids
+            languages = [language] * len(clips)
+        prompts = [
+            self._prompt_of(written, spoken, task)
+            for written, spoken in zip(texts, languages, strict=True)
+        ]
+        if not all(prompts):
+            raise TokenError("the decoder needs at least one token to start from")
+        tokens, mask = padded(prompts, self._pad_token(), self.device)
+        self.check_tokens(tokens[mask])
+        inputs = AudioInputs(
+            features=made["features"],
+            tokens=tokens,
+            clips_per_row=(1,) * len(clips),
+            attention_mask=None if mask.all() else mask,
+            feature_mask=made["mask"],
+            audio=clips,
+            text=prompts,
+            sampling_rate=self.cfg.sampling_rate,
+            remake=functools.partial(self.prepare, language=language, task=task),
+        )
+        is_padded = inputs.attention_mask is not None
+        return replace(inputs, position_ids=inputs.counted_positions()) if is_padded else inputs
+
+    def prompt(self, language: str | None = None, task: str = "transcribe") -> list[int]:
+        """The control tokens decoding starts from: start, language, task, no timestamps.
+
+        Raises:
+            InputError: an unknown language or task, or one given to an English-only model.
+        """
+        config = self.generation_config
+        tokens = [config.decoder_start_token_id]
+        languages = getattr(config, "lang_to_id", None)
+        if languages:
+            tokens.append(_chosen(languages, f"<|{language or 'en'}|>", "language"))
+            tokens.append(_chosen(config.task_to_id, task, "task"))
+        elif language not in (None, "en") or task != "transcribe":
+            raise InputError("this checkpoint knows only English transcription")
+        no_timestamps = getattr(config, "no_timestamps_token_id", None)
+        return tokens + ([] if no_timestamps is None else [no_timestamps])
+
+    def _prompt_of(self, text: Any, language: str | None, task: str) -> list[int]:
+        if text is not None and not isinstance(text, str):
+            return [int(token) for token in text]
+        written = []
+        if text:
+            tokenizer = self.need_tokenizer("text for the decoder")
+            written = tokenizer.encode(text, add_special_tokens=False)
+        return self.prompt(language, task) + written
+
+    @torch.no_grad()
+    def _languages(
+        self, features: Float[Tensor, "b mels frames"], language: str | None
+    ) -> list[str | None]:
+        """The language of each clip: as given, or what the model itself finds likeliest."""
+        known = getattr(self.generation_config, "lang_to_id", None)
+        if language is not None or not known:
+            return [language] * len(features)
+        start = self.generation_config.decoder_start_token_id
+        tokens = torch.full((len(features), 1), start, device=features.device)
+        with self.without_hooks():  # the user's hooks are for the run that follows
+            logits = self(AudioInputs(features, tokens, (1,) * len(tokens)))[:, -1]
+        names, ids = zip(*known.items(), strict=True)
+        best = logits[:, list(ids)].argmax(-1).tolist()
+        return [names[i].strip("<|>") for i in best]
+
+    def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
+        """Encoder frame i is centred at 0.02 i seconds; decoder positions have no time."""
+        inputs = self.as_inputs(inputs)
+        rows = []
+        for row in range(len(inputs)):
+            n_mel = inputs.n_valid(row)
+            seconds = self.frame_seconds(self.cfg.encoder.n_ctx)
+            tracks = {
+                "encoder": [Track.of_clip(seconds, self.frame_count(n_mel), clip=0)],
+                "decoder": [Track.of_tokens(inputs.attended[row].cpu())],
+            }
+            rows.append(Row(tracks, [n_mel / 100]))
+        return Timeline(rows)
+
+    # ---------------------------------------------------------------- generation
+
+    def _allowed(self, logits: Float[Tensor, "b v"], is_first: bool) -> Float[Tensor, "b v"]:
+        config = self.generation_config
+        banned = list(getattr(config, "suppress_tokens", None) or [])
+        if is_first:
+            banned += getattr(config, "begin_suppress_tokens", None) or []
+        if not banned:
+            return logits
+        return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
+
+
+# -------------------------------------------------------------------------------- shared pieces
+
+
+def encoder_config(ear: Any, model_name: str, n_ctx: int | None = None) -> PartConfig:
+    """The shape of a Whisper-style encoder, from the Hugging Face config that describes it.
+
+    ``n_ctx`` is for encoders that hear less at once than their table of positions holds.
+    """
+    return PartConfig(
+        n_layers=ear.encoder_layers,
+        n_heads=ear.encoder_attention_heads,
+        n_key_value_heads=ear.encoder_attention_heads,
+        d_model=ear.d_model,
+        d_head=ear.d_model // ear.encoder_attention_heads,
+        d_mlp=ear.encoder_ffn_dim,
+        n_ctx=n_ctx or ear.max_source_positions,
+        act_fn=ear.activation_function,
+        eps=1e-5,
+        normalization_type="LN",
+        scales_queries=True,
+        model_name=model_name,
+    )
+
+
+def _chosen(known: Mapping[str, int], key: str, what: str) -> int:
+    if key not in known:
+        raise InputError(f"unknown {what} {key!r}; known: {', '.join(sorted(known))}")
+    return known[key]

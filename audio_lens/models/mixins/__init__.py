@@ -1,0 +1,1 @@
+"""What every model can do, by subject: hear, write, know words, decode."""

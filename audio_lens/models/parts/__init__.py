@@ -1,0 +1,1 @@
+"""Whole parts that families put together: language models, connectors, codecs, stacks."""

@@ -1,0 +1,348 @@
+"""The table of a sweep: one cell for every combination of its axes.
+
+Everything that can be wrong with site, axes, windows or layers raises here, before any work.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from audio_lens.inputs import AudioInputs
+from audio_lens.patching.sites import Site, SiteError
+from audio_lens.timeline import Band, Span, Timeline, Track
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
+Bands = Sequence["Band | tuple"] | Literal["patch"]
+DEFAULT_WINDOW_S = 0.1
+PLACE_AXES = ("time", "position", "frequency")  # what splits the positions of a site
+_WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
+_BAND_FORMS = "a list of bands or (low_hz, high_hz), or 'patch'"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What one row of a forward has patched: blocks, units (None: all) and a set of positions."""
+
+    layers: tuple[int | None, ...]
+    unit: int | None
+    positions: int  # row of `CellTable.positions`
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """Every cell of a sweep, in the order of its axes.
+
+    `sites` are patched together as one. `positions` holds the distinct sets of positions, for each
+    entry of the sites' batch axis (prompts in the decoder, segments of clips elsewhere); `covered`
+    says which prompts have any of them.
+    """
+
+    sites: tuple[Site, ...]
+    axes: tuple[str, ...]
+    coords: dict[str, list]
+    positions: Bool[Tensor, "sets batch t"]
+    covered: Bool[Tensor, "sets rows"]
+    cells: list[Intervention]
+
+    @staticmethod
+    def lay_out(
+        model: HookedAudioTransformer,
+        inputs: AudioInputs,
+        site: Site | Sequence[Site],
+        axes: Sequence[str],
+        windows: Windows | None,
+        layers: int | Sequence[int] | None,
+        layer_window: int = 1,
+        bands: Bands | None = None,
+    ) -> CellTable:
+        """The table of a sweep; everything that can be wrong with it raises here.
+
+        Args:
+            layer_window: how many adjacent blocks a cell patches, from its layer on.
+            bands: for axis "frequency", where positions have frequencies.
+        """
+        sites = (site,) if isinstance(site, Site) else tuple(site)
+        site = _common(model, sites, axes)
+        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        timeline = model.timeline(inputs)
+        _check_axes(site, axes, windows, bands, timeline.has_frequency(site.positions_of))
+        coords: dict[str, list] = {}
+        chosen = chosen_layers(site, layers, axes, layer_window)
+        if "layer" in axes:
+            coords["layer"] = list(chosen)
+        if site.unit in axes:
+            coords[site.unit] = list(range(unit_count(model, site)))
+        where, sets = Positions(timeline, site), {}
+        if not where.valid.any():
+            raise SiteError(f"no position of {site} holds anything: the clips are too short for it")
+        if "time" in axes:
+            coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
+            sets["time"] = where.inside(coords["time"])
+        elif "position" in axes:
+            coords["position"], sets["position"] = where.one_by_one()
+        if "frequency" in axes:
+            coords["frequency"] = where.bands("patch" if bands is None else bands)
+            sets["frequency"] = where.within(coords["frequency"])
+        positions = where.everywhere()
+        for axis in (axis for axis in axes if axis in sets):
+            both = positions[:, None] & sets[axis]
+            positions = rearrange(both, "a b batch t -> (a b) batch t")
+        return CellTable(
+            sites=sites,
+            axes=axes,
+            coords={axis: coords[axis] for axis in axes},
+            positions=positions,
+            covered=where.covered(positions),
+            cells=list(cells_of(site, axes, coords, chosen, layer_window)),
+        )
+
+    @property
+    def site(self) -> Site:
+        """The site, or the first of several."""
+        return self.sites[0]
+
+    @property
+    def place_axes(self) -> list[str]:
+        """The axes that split the positions, in order: `positions` has a set for every cell."""
+        return [axis for axis in self.axes if axis in PLACE_AXES]
+
+    @property
+    def site_name(self) -> str:
+        return " + ".join(map(str, self.sites))
+
+    @property
+    def part(self) -> str:
+        return self.site.part
+
+    def to(self, device: torch.device) -> CellTable:
+        """The same table with its positions on a device."""
+        return replace(self, positions=self.positions.to(device))
+
+    def hook_names(self, cells: Sequence[int]) -> list[str]:
+        """The hook points that some cells patch."""
+        layers = sorted({layer for c in cells for layer in self.cells[c].layers}, key=str)
+        return [site.hook_name(layer) for site in self.sites for layer in layers]
+
+    def where(self, cells: Sequence[int]) -> Bool[Tensor, "n batch t"]:
+        """The patched positions of some cells."""
+        return self.positions[[self.cells[cell].positions for cell in cells]]
+
+    def units(self, cells: Sequence[int]) -> Int[Tensor, " n"] | None:
+        """The patched heads or neurons of some cells; None where all are."""
+        if self.site.unit not in self.axes:
+            return None
+        units = [self.cells[cell].unit for cell in cells]
+        return torch.tensor(units, device=self.positions.device)
+
+
+def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequence[str]) -> Site:
+    """The site that stands for all of a union: they must lie on the same positions and units.
+
+    Raises:
+        SiteError: if they do not.
+    """
+    if not sites:
+        raise SiteError("no site: name at least one")
+    first, *others = sites
+    for other in others:
+        if other == first or sites.count(other) > 1:
+            raise SiteError(f"{other} is named twice")
+        if (other.part, other.positions_of) != (first.part, first.positions_of):
+            raise SiteError(f"{first} and {other} do not lie on the same positions of one part")
+        if first.n_layers is None:
+            raise SiteError(f"{first} and {other} follow each other: patch one of them")
+        units = [(site.unit, site.unit and unit_count(model, site)) for site in (first, other)]
+        if first.unit in axes and units[0] != units[1]:
+            raise SiteError(f"{first} and {other} do not have the same {first.unit}s")
+    return first
+
+
+def _check_axes(
+    site: Site,
+    axes: tuple[str, ...],
+    windows: Windows | None,
+    bands: Bands | None,
+    has_frequency: bool,
+) -> None:
+    known = (*site.axes, *(["frequency"] if has_frequency else []))
+    unknown = [axis for axis in axes if axis not in known]
+    if unknown or not axes or len(set(axes)) < len(axes):
+        raise SiteError(
+            f"axes {axes} do not fit {site}: choose one or more of {', '.join(known)}, each once"
+        )
+    places = [axis for axis in axes if axis in ("time", "frequency")]
+    if "position" in axes and places:
+        raise SiteError(f"'position' and {places[0]!r} are two names of one axis: choose one")
+    if windows is not None and "time" not in axes:
+        raise SiteError("windows belong to axis 'time', which is not among the axes")
+    if bands is not None and "frequency" not in axes:
+        raise SiteError("bands belong to axis 'frequency', which is not among the axes")
+
+
+def chosen_layers(
+    site: Site, layers: int | Sequence[int] | None, axes: tuple[str, ...], layer_window: int
+) -> tuple[int | None, ...]:
+    if site.n_layers is None:
+        if layers is not None or layer_window != 1:
+            raise SiteError(f"{site} lies outside the blocks: it has no layers to choose")
+        return (None,)
+    if layer_window != 1 and "layer" not in axes:
+        raise SiteError("layer_window goes with axis 'layer': without it all layers are patched")
+    if not 1 <= layer_window <= site.n_layers:
+        raise ValueError(f"layer_window must lie in 1 to {site.n_layers}, got {layer_window}")
+    last = site.n_layers - layer_window
+    if layers is None:
+        return tuple(range(last + 1))
+    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+    is_known = all(isinstance(layer, int) and 0 <= layer <= last for layer in chosen)
+    if not chosen or not is_known or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
+    return chosen
+
+
+def unit_count(model: HookedAudioTransformer, site: Site) -> int:
+    cfg = model.cfg.parts[site.part]
+    if site.unit == "neuron":
+        return cfg.d_mlp
+    is_key_value = site.last in ("k", "v", "rot_k")
+    return cfg.n_key_value_heads if is_key_value else cfg.n_heads
+
+
+def cells_of(
+    site: Site,
+    axes: tuple[str, ...],
+    coords: dict[str, list],
+    layers: tuple[int | None, ...],
+    layer_window: int,
+) -> Iterator[Intervention]:
+    in_order = layers if None in layers else tuple(sorted(layers))
+    for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
+        at, positions = dict(zip(axes, place, strict=True)), 0
+        for axis in (axis for axis in axes if axis in PLACE_AXES):
+            positions = positions * len(coords[axis]) + at[axis]
+        first = coords["layer"][at["layer"]] if "layer" in at else None
+        yield Intervention(
+            layers=in_order if first is None else tuple(range(first, first + layer_window)),
+            unit=at.get(site.unit),
+            positions=positions,
+        )
+
+
+class Positions:
+    """Sets of positions of a site, for every entry of its batch axis."""
+
+    def __init__(self, timeline: Timeline, site: Site):
+        self.site, self.part = site, site.positions_of
+        self.rows = [timeline[row] for row in range(len(timeline))]
+        self.entries = [
+            (n, track) for n, row in enumerate(timeline.rows) for track in row.segments(self.part)
+        ]
+        self.valid = torch.stack([track.valid for _, track in self.entries])
+
+    def everywhere(self) -> Bool[Tensor, "1 batch t"]:
+        return torch.ones_like(self.valid)[None]
+
+    def one_by_one(self) -> tuple[list[int], Bool[Tensor, "sets batch t"]]:
+        """Every position that holds something in any row."""
+        chosen = self.valid.any(0).nonzero().flatten()
+        single = torch.eye(self.valid.shape[1], dtype=torch.bool)[chosen]
+        return chosen.tolist(), repeat(single, "sets t -> sets batch t", batch=len(self.valid))
+
+    def inside(self, spans: Sequence[Span]) -> Bool[Tensor, "sets batch t"]:
+        """The positions of every span; a span without any raises."""
+        sets = self._sets(spans, Track.inside)
+        for span, found in zip(spans, sets, strict=True):
+            if not found.any():
+                self.rows[0].inside(self.part, replace(span, clip=0))  # raises if it has no time
+                raise ValueError(
+                    f"no position of {self.site} lies in the window {span.start_s:g} to "
+                    f"{span.end_s:g} s of clip {span.clip}; clips last "
+                    + ", ".join(f"{self._longest(c).duration_s(c):g} s" for c in self._clips())
+                )
+        return sets
+
+    def within(self, bands: Sequence[Band]) -> Bool[Tensor, "sets batch t"]:
+        """The positions of every band; a band without any raises."""
+        sets = self._sets(bands, Track.within)
+        for band, found in zip(bands, sets, strict=True):
+            if not found.any():
+                middles = self.rows[0].hertz(self.part).unique()
+                raise ValueError(
+                    f"no position of {self.site} lies in the band {band}; they lie at "
+                    + ", ".join(f"{hertz:.0f}" for hertz in middles.tolist() if hertz == hertz)
+                    + " Hz"
+                )
+        return sets
+
+    def _sets(
+        self, places: Sequence[Span | Band], holds: Callable[[Track, Any], Tensor]
+    ) -> Bool[Tensor, "sets batch t"]:
+        """The positions of every place, for each entry of the site's batch axis."""
+        return torch.stack(
+            [torch.stack([holds(track, place) for _, track in self.entries]) for place in places]
+        )
+
+    def bands(self, bands: Bands) -> list[Band]:
+        """The bands asked for."""
+        if bands == "patch":
+            return self.rows[0].bands(self.part)
+        if isinstance(bands, str) or not len(bands):
+            raise ValueError(f"bands {bands!r} is none of {_BAND_FORMS}")
+        return [Band.of(band) for band in bands]
+
+    def covered(self, sets: Bool[Tensor, "sets batch t"]) -> Bool[Tensor, "sets rows"]:
+        """Which prompts hold something at any position of a set."""
+        found = (sets & self.valid).any(-1)
+        rows = torch.zeros(len(sets), len(self.rows), dtype=torch.bool)
+        for entry, (n, _) in enumerate(self.entries):
+            rows[:, n] |= found[:, entry]
+        return rows
+
+    def spans(self, windows: Windows) -> list[Span]:
+        """The windows asked for, over every clip where no clip is named."""
+        if windows == "position":
+            return [span for clip in self._clips() for span in self._single_positions(clip)]
+        sizes = [windows] if isinstance(windows, Real) else windows
+        if isinstance(sizes, str) or not len(sizes):
+            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
+        if not all(isinstance(size, Real) for size in sizes):
+            return [Span.of(window) for window in sizes]
+        if len(sizes) > 2 or isinstance(windows, list):
+            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
+        width, stride = float(sizes[0]), float(sizes[-1])
+        return [
+            span
+            for clip in self._clips()
+            for span in self._longest(clip).windows(self.part, width, stride, clip)
+        ]
+
+    def _clips(self) -> range:
+        return range(max(row.n_clips for row in self.rows))
+
+    def _longest(self, clip: int) -> Timeline:
+        """The prompt in which this clip lasts longest."""
+        having = [row for row in self.rows if clip < row.n_clips]
+        return max(having, key=lambda row: row.duration_s(clip))
+
+    def _single_positions(self, clip: int) -> list[Span]:
+        """One span around the centre of every position of a clip."""
+        row = self._longest(clip)
+        seconds = row.seconds(self.part, clip)
+        here = row.valid(self.part, clip) & (row.clips(self.part, clip) == clip)
+        centres = seconds[here & seconds.isfinite()].unique()
+        if len(centres) < 2:
+            raise ValueError(f"the {self.part} has too few positions in time for single ones")
+        half = float(centres[1] - centres[0]) / 2
+        return [Span(max(0.0, c - half), c + half, clip=clip) for c in centres.tolist()]
