@@ -260,9 +260,14 @@ class Result:
         if not path.is_file():
             raise ValueError(f"no saved {cls.kind} at {path}")
         try:
-            return cls(**cls._fields(xr.load_dataset(path, engine="h5netcdf")))
+            data = xr.load_dataset(path, engine="h5netcdf")
+            result = cls(**cls._fields(data))
         except (OSError, KeyError) as error:
             raise ValueError(f"{path} does not hold a saved {cls.kind}: {error}") from error
+        more = sorted(map(str, set(data.data_vars) - set(result.to_xarray().data_vars)))
+        if more:
+            raise ValueError(f"{path} holds more than a {cls.kind}: {', '.join(more)}")
+        return result
 
     @classmethod
     def _fields(cls, data: xr.Dataset) -> dict[str, Any]:

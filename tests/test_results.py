@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from audio_lens.patching.result import SweepResult
 from audio_lens.results import Result
 from audio_lens.timeline import Band, Span
 
@@ -77,6 +78,10 @@ def test_parts_that_do_not_fit_raise():
 def test_load_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="no saved result"):
         Result.load(tmp_path / "none.nc")
+    zero = torch.tensor(0.0)
+    sweep = SweepResult(torch.zeros(1), ("layer",), {"layer": [0]}, zero + 1, zero, "a.b", "noise")
+    with pytest.raises(ValueError, match="more than a result: clean, corrupted, recovery"):
+        Result.load(sweep.save(tmp_path / "sweep.nc"))
 
 
 def test_values_are_drawn_with_the_scale_of_their_size():
