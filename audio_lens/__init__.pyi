@@ -1,5 +1,6 @@
 """The public names of audio_lens: the one list of them."""
 
+from . import analysis as analysis
 from . import corruptions as corruptions
 from . import metrics as metrics
 from . import models as models

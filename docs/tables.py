@@ -5,6 +5,7 @@ A line ``<!-- table: NAME -->`` of a page stands for one of `TABLES`.
 
 from __future__ import annotations
 
+import ast
 import configparser
 import functools
 import inspect
@@ -214,7 +215,33 @@ def notebooks() -> str:
     return "\n".join(lines)
 
 
+def house() -> str:
+    """The packages, what they hold, and what each may import."""
+    return _rooms("HOUSE", ROOT / "audio_lens")
+
+
+def models_house() -> str:
+    """The folders and files of `models`, likewise."""
+    return _rooms("MODELS", ROOT / "audio_lens" / "models")
+
+
+def _rooms(plan: str, folder: Path) -> str:
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_architecture
+
+    lines = ["| | holds | may import |", "|---|---|---|"]
+    for room, below in getattr(test_architecture, plan).items():
+        file = folder / f"{room}.py"
+        name = room + (".py" if file.is_file() else "/")
+        text = (file if file.is_file() else folder / room / "__init__.py").read_text("utf-8")
+        summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
+        lines.append(f"| `{name}` | {' '.join(summary.split())} | {_code(below)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "house": house,
+    "models_house": models_house,
     "hooks": hook_tables,
     "models": model_table,
     "commands": commands,

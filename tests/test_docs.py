@@ -99,6 +99,14 @@ def test_every_command_and_option_is_told() -> None:
     assert not re.search(r"\[/?(bold|green|dim)?\]", told)
 
 
+@pytest.mark.parametrize("page", ["layout.md", "adding_a_model.md"])
+def test_named_files_exist(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w]+/)*\w+\.py)(?::|`)", text))
+    folders = [ROOT, ROOT / "audio_lens", ROOT / "audio_lens" / "models"]
+    assert named and not {one for one in named if not any((f / one).is_file() for f in folders)}
+
+
 # -------------------------------------------------------------------------------- hook names
 
 

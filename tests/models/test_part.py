@@ -241,6 +241,15 @@ def test_inputs_have_the_shape_of_the_part(small, family):
 
 
 @pytest.mark.parametrize("part", PARTS)
+def test_reading_the_shape_of_a_part_leaves_the_models_own(small, part):
+    double = small.to(torch.float64)
+    before = dict(vars(double.cfg.parts[part]))
+    assert double.part(part).cfg.dtype == torch.float64
+    double.part(part).cfg.n_layers = 99
+    assert vars(double.cfg.parts[part]) == before and double.part(part).cfg.n_layers == 2
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_weights(small, pair, part):
     view = small.part(part)
     cfg = view.cfg

@@ -480,5 +480,5 @@ def test_tokens_have_no_time(published: type[Desta]) -> None:
 def test_asking_for_their_time_names_the_profile(published: type[Desta], site: str) -> None:
     model, inputs = timed(published)
     options = {"clean": inputs, "corrupted": inputs, "site": site, "windows": 0.5}
-    with pytest.raises(ValueError, match=r"audio_lens\.profile\.time_profile"):
+    with pytest.raises(ValueError, match=r"audio_lens\.analysis\.time_profile"):
         patching.sweep(model, axes="time", metric=lambda logits: logits[:, -1, 3], **options)
