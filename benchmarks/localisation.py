@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from audio_lens import AudioInputs, HookedAudioTransformer, Span, metrics, patching
-from audio_lens.models.embedded import material, questions, scenes
+from audio_lens.models.embedded.training import material, questions, scenes
 
 WINDOW_S = 0.1
 NEAR_ZERO = 0.1  # of the whole gap between corrupted and clean answer

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +10,12 @@ import soundfile
 import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
-from audio_lens.models.embedded import (
+from audio_lens.models.embedded import CHECKPOINT, CLIPS, DIGITS
+from audio_lens.models.embedded.training import (
     acoustics,
     batches,
     card,
     checkpoint,
-    clips,
     material,
     network,
     questions,
@@ -24,7 +23,6 @@ from audio_lens.models.embedded import (
     train,
 )
 
-DIGITS = material.DIGITS
 VALUE = {word: number for number, word in enumerate(DIGITS)}
 
 
@@ -41,14 +39,12 @@ def bank() -> batches.Bank:
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(checkpoint.DIRECTORY)
+    return AutoProcessor.from_pretrained(CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return Qwen2AudioForConditionalGeneration.from_pretrained(
-        checkpoint.DIRECTORY, output_loading_info=True
-    )
+    return Qwen2AudioForConditionalGeneration.from_pretrained(CHECKPOINT, output_loading_info=True)
 
 
 def small_model(tokenizer):
@@ -164,12 +160,12 @@ def test_checkpoint_loads_strictly_and_is_small(loaded):
     model, report = loaded
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.float32
-    shipped = [p for p in checkpoint.DIRECTORY.parent.rglob("*") if p.suffix not in (".py", ".pyc")]
+    shipped = [p for p in CHECKPOINT.parent.rglob("*") if p.suffix not in (".py", ".pyc")]
     assert sum(path.stat().st_size for path in shipped if path.is_file()) <= 25e6
 
 
 def test_every_answer_is_one_token_with_and_without_space():
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.DIRECTORY)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     for answer in questions.ANSWERS:
         plain, spaced = tokenizer(answer).input_ids, tokenizer(f" {answer}").input_ids
         assert plain == spaced and len(plain) == 1
@@ -309,10 +305,10 @@ def test_plain_mel_equals_whisper_s(processor):
 
 
 def test_shipped_clips_are_minimal_pairs():
-    index = json.loads((clips.FOLDER / "clips.json").read_text())
+    index = json.loads((CLIPS / "clips.json").read_text())
     assert 6 <= len(index["clips"]) <= 10
     for pair in index["pairs"]:
-        waves = [soundfile.read(clips.FOLDER / pair[side])[0] for side in ("clean", "corrupted")]
+        waves = [soundfile.read(CLIPS / pair[side])[0] for side in ("clean", "corrupted")]
         words = [index["clips"][pair[side]]["words"] for side in ("clean", "corrupted")]
         assert len(waves[0]) == len(waves[1])
         swapped = [i for i, (a, b) in enumerate(zip(*words, strict=True)) if a["word"] != b["word"]]
@@ -327,7 +323,7 @@ def test_card_keeps_the_patching_section(tmp_path):
     path = tmp_path / "README.md"
     begin, end = card.PATCHING
     path.write_text(f"outdated\n{begin}\nby hand\n{end}\n")
-    metrics = json.loads((Path(clips.__file__).parent / "metrics.json").read_text())
+    metrics = json.loads((CHECKPOINT.parent / "metrics.json").read_text())
     card.write_card(metrics, {"stages": {}, "notes": []}, 1, path)
     assert f"{begin}\nby hand\n{end}" in path.read_text()
     assert "outdated" not in path.read_text()

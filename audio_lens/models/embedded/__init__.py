@@ -1,4 +1,4 @@
-"""The audio language model that comes with the package, its clips, and how it is made."""
+"""The audio language model that comes with the package, and its clips."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from audio_lens.timeline import Span
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 CLIPS = Path(__file__).parent / "clips"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""The words it knows, in order of their values; it also answers yes and no."""
 
 
 @dataclass(frozen=True)

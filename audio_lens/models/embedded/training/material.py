@@ -16,9 +16,9 @@ from jaxtyping import Float
 
 from audio_lens.audio import read, resample
 from audio_lens.errors import AudioLensError
+from audio_lens.models.embedded import DIGITS
 
 RATE = 16_000
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN_SPEAKERS = ("george", "jackson", "yweweler")
 UNSEEN_SPEAKERS = ("nicolas", "theo")
 TRAIN_TAKES = range(5, 50)
@@ -104,7 +104,7 @@ def data_root() -> Path:
     Raises:
         MissingData: neither is there.
     """
-    repository = Path(__file__).resolve().parents[3]
+    repository = Path(__file__).resolve().parents[4]
     named = os.environ.get("AUDIO_LENS_DATA")
     root = Path(named) if named else repository.parent / "shared" / "data"
     if not root.is_dir():

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from audio_lens.models.embedded.acoustics import log_mel
-from audio_lens.models.embedded.material import RATE, Utterance, data_root
-from audio_lens.models.embedded.scenes import GRID
+from audio_lens.models.embedded.training.acoustics import log_mel
+from audio_lens.models.embedded.training.material import RATE, Utterance, data_root
+from audio_lens.models.embedded.training.scenes import GRID
 
 POSITIONS = 64
 LEAD = 4

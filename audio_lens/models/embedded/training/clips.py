@@ -1,4 +1,4 @@
-"""Make the shipped clips: ``python -m audio_lens.models.embedded.clips``.
+"""Make the shipped clips: ``python -m audio_lens.models.embedded.training.clips``.
 
 Minimal pairs of voices that were held out from training: both sides have one layout and length
 and differ in one digit. Of the voices, the first is taken for which the model answers every
@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from audio_lens.models.embedded import acoustics, checkpoint, material, questions, scenes
-from audio_lens.models.embedded.batches import Task
-from audio_lens.models.embedded.evaluate import Subject
-from audio_lens.models.embedded.material import Wave
+from audio_lens.models.embedded import CHECKPOINT, CLIPS
+from audio_lens.models.embedded.training import acoustics, material, questions, scenes
+from audio_lens.models.embedded.training.batches import Task
+from audio_lens.models.embedded.training.evaluate import Subject
+from audio_lens.models.embedded.training.material import Wave
 
 log = logging.getLogger(__name__)
-FOLDER = Path(__file__).parent / "clips"
 LEAD_S, GAP_S, TAIL_S = 0.32, 0.36, 0.36
 NOISE_DB = 30.0
 
@@ -130,12 +130,12 @@ def main() -> None:
     """Parse the command line and write the clips."""
     parser = argparse.ArgumentParser(description="Make the shipped clips.")
     parser.add_argument("--workdir", type=Path, help="where espeak-ng's wavs are kept")
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint.DIRECTORY)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as temporary:
         cache = (arguments.workdir or Path(temporary)) / "espeak"
-        ship(Subject(arguments.checkpoint), FOLDER, cache)
+        ship(Subject(arguments.checkpoint), CLIPS, cache)
 
 
 if __name__ == "__main__":

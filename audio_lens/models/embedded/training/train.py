@@ -1,4 +1,4 @@
-"""Make the embedded model: ``python -m audio_lens.models.embedded.train --workdir W``.
+"""Make the embedded model: ``python -m audio_lens.models.embedded.training.train --workdir W``.
 
 Four stages, each resumable from its last save in the working folder:
 
@@ -31,8 +31,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import Qwen2AudioForConditionalGeneration
 
-from audio_lens.models.embedded import checkpoint, material
-from audio_lens.models.embedded.batches import (
+from audio_lens.models.embedded import CHECKPOINT
+from audio_lens.models.embedded.training import checkpoint, material
+from audio_lens.models.embedded.training.batches import (
     SILENCE,
     Bank,
     Clip,
@@ -44,8 +45,8 @@ from audio_lens.models.embedded.batches import (
     draw_task,
     frame_labels,
 )
-from audio_lens.models.embedded.network import Prompts, hear, read, think
-from audio_lens.models.embedded.teacher import Targets, teach
+from audio_lens.models.embedded.training.network import Prompts, hear, read, think
+from audio_lens.models.embedded.training.teacher import Targets, teach
 
 log = logging.getLogger(__name__)
 SEED = 7
@@ -451,7 +452,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--workdir", type=Path, required=True, help="caches and saves")
-    parser.add_argument("--into", type=Path, default=checkpoint.DIRECTORY, help="the checkpoint")
+    parser.add_argument("--into", type=Path, default=CHECKPOINT, help="the checkpoint")
     parser.add_argument("--stage", choices=["teach", "listen", "reason"], help="only this one")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from audio_lens.models.embedded.material import DIGITS
+from audio_lens.models.embedded import DIGITS
 
 Trust = Literal["audio", "text"]
 Digits = Sequence[str]

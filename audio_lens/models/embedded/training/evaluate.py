@@ -1,4 +1,4 @@
-"""Measure the embedded model: ``python -m audio_lens.models.embedded.evaluate``.
+"""Measure the embedded model: ``python -m audio_lens.models.embedded.training.evaluate``.
 
 Writes ``metrics.json`` and the model card beside this file. Clips are drawn with fixed seeds from
 words that were not trained on: other takes of the seen speakers, all of the unseen speakers,
@@ -19,17 +19,24 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from audio_lens.models.embedded import acoustics, checkpoint, material, questions
-from audio_lens.models.embedded.batches import Bank, Clip, Prompter, Task, draw_clip, features
-from audio_lens.models.embedded.card import SOURCES, write_card
-from audio_lens.models.embedded.material import Wave
-from audio_lens.models.embedded.network import hear, think
+from audio_lens.models.embedded import CHECKPOINT
+from audio_lens.models.embedded.training import acoustics, material, questions
+from audio_lens.models.embedded.training.batches import (
+    Bank,
+    Clip,
+    Prompter,
+    Task,
+    draw_clip,
+    features,
+)
+from audio_lens.models.embedded.training.card import SOURCES, write_card
+from audio_lens.models.embedded.training.material import Wave
+from audio_lens.models.embedded.training.network import hear, think
 
 log = logging.getLogger(__name__)
 SEED = 11
 CLIPS, CLIPS_PER_BATCH = 200, 24
 NOISE_DB = 15.0
-HERE = Path(__file__).parent
 
 
 class Told(NamedTuple):
@@ -222,8 +229,10 @@ def main() -> None:
     """Parse the command line, measure, write metrics and card."""
     parser = argparse.ArgumentParser(description="Measure the embedded model.")
     parser.add_argument("--workdir", type=Path, help="where espeak-ng's wavs are kept")
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint.DIRECTORY)
-    parser.add_argument("--into", type=Path, default=HERE, help="folder of metrics and card")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument(
+        "--into", type=Path, default=CHECKPOINT.parent, help="folder of metrics and card"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     subject = Subject(arguments.checkpoint)

@@ -14,10 +14,9 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import sinusoids
 
-from audio_lens.models.embedded.material import RATE
-from audio_lens.models.embedded.questions import corpus
+from audio_lens.models.embedded.training.material import RATE
+from audio_lens.models.embedded.training.questions import corpus
 
-DIRECTORY = Path(__file__).parent / "checkpoint"
 CLIP_S = 4
 SPECIAL = (
     "<|endoftext|>",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 from audio_lens.audio import read
-from audio_lens.models.embedded.material import RATE, Wave, data_root
+from audio_lens.models.embedded.training.material import RATE, Wave, data_root
 
 FFT, HOP, MELS = 400, 160, 80
 BINS = FFT // 2 + 1

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from audio_lens.models.embedded.questions import KINDS
+from audio_lens.models.embedded.training.questions import KINDS
 
 SOURCES = ("seen real", "unseen real", "seen synthetic", "unseen synthetic")
 SOUNDS = ("clean", "noisy")
@@ -71,9 +71,9 @@ Choices were made by the test takes of the seen speakers and by the held-out syn
 are therefore unseen in training but not in choosing. The accuracy on nicolas and theo was looked at
 on the way, but no choice was made by it. To reproduce the model:
 
-    python -m audio_lens.models.embedded.train --workdir W
-    python -m audio_lens.models.embedded.clips --workdir W
-    python -m audio_lens.models.embedded.evaluate --workdir W
+    python -m audio_lens.models.embedded.training.train --workdir W
+    python -m audio_lens.models.embedded.training.clips --workdir W
+    python -m audio_lens.models.embedded.training.evaluate --workdir W
 """
 
 MATERIAL = (

@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Qwen2AudioProcessor
 
-from audio_lens.models.embedded import acoustics, questions, scenes
-from audio_lens.models.embedded.material import DIGITS, RATE, Utterance, Wave
-from audio_lens.models.embedded.network import Prompts
+from audio_lens.models.embedded import DIGITS
+from audio_lens.models.embedded.training import acoustics, questions, scenes
+from audio_lens.models.embedded.training.material import RATE, Utterance, Wave
+from audio_lens.models.embedded.training.network import Prompts
 
 SILENCE = len(DIGITS)
 CONDITIONS = {

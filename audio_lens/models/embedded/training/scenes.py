@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from audio_lens.models.embedded.material import RATE, Utterance, Wave
+from audio_lens.models.embedded.training.material import RATE, Utterance, Wave
 
 GRID = RATE // 50
 TOKEN = RATE // 25
