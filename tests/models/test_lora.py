@@ -341,3 +341,61 @@ def test_adapters_in_memory_that_are_not_implemented() -> None:
         HookedAudioTransformer.from_hf(adapted("whisper", target_modules=["conv1"]))
     with pytest.raises(LoadingError, match=r"without a place .*lora_embedding_A"):
         HookedAudioTransformer.from_hf(adapted("whisper", target_modules=["embed_tokens"]))
+
+
+REFUSAL = "The version of PEFT you are using is not compatible, please use a version >= 0.22.0"
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise ValueError(REFUSAL)
+
+
+def test_a_peft_that_transformers_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers 5.24 reads an adapter beside a model and then refuses to say which is active."""
+    told = rf"pip install --upgrade 'audio_lens\[lora\]'.*transformers says: {REFUSAL}"
+    hf, beside, _ = saved("whisper", tmp_path)
+    hf.save_pretrained(beside)
+    carrier = transformers.WhisperForConditionalGeneration.from_pretrained(beside)
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
+    for load in (
+        lambda: HookedAudioTransformer.from_pretrained(beside),
+        lambda: HookedAudioTransformer.from_hf(carrier),
+    ):
+        with pytest.raises(LoadingError, match=told) as raised:
+            load()
+        assert str(raised.value.__cause__) == REFUSAL
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError(REFUSAL), ImportError("No module named 'peft.utils'")]
+)
+def test_a_refusal_while_reading_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    _, base, _ = saved("whisper", tmp_path)
+
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(
+        transformers.WhisperForConditionalGeneration, "from_pretrained", from_pretrained
+    )
+    with pytest.raises(LoadingError, match="transformers says") as raised:
+        HookedAudioTransformer.from_pretrained(base)
+    assert raised.value.__cause__ is error
+
+
+def test_other_errors_of_transformers_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, base, _ = saved("whisper", tmp_path / "my peft")
+
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        raise ValueError(f"{base} is wrong")
+
+    monkeypatch.setattr(
+        transformers.WhisperForConditionalGeneration, "from_pretrained", from_pretrained
+    )
+    with pytest.raises(ValueError, match=r"my peft.* is wrong") as raised:
+        HookedAudioTransformer.from_pretrained(base)
+    assert not isinstance(raised.value, LoadingError)

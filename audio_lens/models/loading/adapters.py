@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -217,6 +219,25 @@ def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------- in memory
 
 
+@contextmanager
+def refusal_told() -> Iterator[None]:
+    """Raise what transformers says against the installed peft as an error that says what to do.
+
+    Raises:
+        LoadingError: in place of the ImportError or ValueError about peft.
+    """
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if not re.search(r"\bPEFT\b|'peft\b", str(error)):
+            raise
+        raise LoadingError(
+            f"transformers {transformers.__version__} reads no adapters with the peft that is "
+            "installed: pip install --upgrade 'audio_lens[lora]' brings versions that go together "
+            f"(transformers says: {str(error).splitlines()[0]})"
+        ) from error
+
+
 def is_adapted(hf_model: nn.Module) -> bool:
     """Whether peft has put adapters into a model."""
     return any(hasattr(module, "base_layer") for module in hf_model.modules())
@@ -256,8 +277,9 @@ def taken_apart(hf_model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Adap
 
 def _active(hf_model: nn.Module) -> str:
     """The one adapter that is active."""
-    active = hf_model.active_adapters
-    names = active() if callable(active) else active
+    with refusal_told():
+        active = hf_model.active_adapters
+        names = active() if callable(active) else active
     if len(names) != 1:
         raise LoadingError(
             f"{len(names)} adapters are active ({', '.join(names)}): set_adapter(one of them)"

@@ -28,6 +28,7 @@ from audio_lens.models.loading.adapters import (
     is_adapted,
     is_adapter,
     read_adapter,
+    refusal_told,
     taken_apart,
 )
 from audio_lens.models.loading.lora import attach
@@ -300,13 +301,14 @@ def _read(
 ) -> nn.Module:
     """The Hugging Face model, with every weight from the checkpoint but the outdated."""
     try:
-        hf_model, info = hf_class.from_pretrained(
-            source,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are reported below, by name
-            output_loading_info=True,
-        )
+        with refusal_told():
+            hf_model, info = hf_class.from_pretrained(
+                source,
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are reported below, by name
+                output_loading_info=True,
+            )
     except SafetensorError as error:
         raise LoadingError(f"{_corrupt_file(source)} is corrupt: {error}") from error
     _check_stored(source)
