@@ -14,6 +14,8 @@ import pytest
 import tiny
 from audio_lens import HookedAudioTransformer
 
+pytest_plugins = ["share", "pytester"]
+
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("audio_lens")
 

@@ -1,0 +1,133 @@
+"""A seeded share of the long tests: ``pytest -m slow --share 6`` runs a sixth of them.
+
+Which sixth is a matter of the seed, drawn from the clock unless ``--share-seed`` gives it. The run
+says both options as they are pasted to run the same share again; seeds 0 to 5 together, 6 to 11 and
+so on, run every test. Of the cases of a test each family has its share, and no test is left out
+whole: one with fewer cases than shares runs one of them. Tests not marked slow are not touched.
+
+What is chosen of a file's tests depends on them alone, not on other files, ``-k`` or ``-m``, and
+all workers of pytest-xdist choose the same.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import pytest
+
+MARK = "slow"
+SEED_S = 3600  # seconds until another seed is drawn
+COUNTS = pytest.StashKey[tuple[int, int]]()  # long tests that run, and all there are
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("share", "a share of the long tests")
+    group.addoption(
+        "--share", type=positive, metavar="N", help=f"run one in N of the tests marked {MARK}"
+    )
+    group.addoption(
+        "--share-seed", type=int, metavar="SEED", help="which share it is (drawn from the clock)"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw the seed, before workers get the options of the process that starts them."""
+    if config.option.share and config.option.share_seed is None:
+        config.option.share_seed = int(time.time() // SEED_S)
+
+
+# -------------------------------------------------------------------------------- the choice
+
+
+def chosen(cases: Sequence[tuple[str, str]], share: int, seed: int) -> set[str]:
+    """Ids of one in ``share`` of a test's cases, given as family and id; at least one.
+
+    The cases of each family are shuffled and every ``share``-th is taken, running on from family to
+    family. ``share`` seeds in a row, from a multiple of ``share``, take each case at least once.
+    """
+    turn, first = divmod(seed, share)
+    order = sorted(cases, key=lambda case: (case[0], random.Random(f"{turn} {case[1]}").random()))
+    taken = order[first::share] or [order[first % len(order)]]
+    return {name for _, name in taken}
+
+
+def family_of(item: pytest.Item) -> str:
+    """The family a case is of, as its parameter ``family`` says; else nothing."""
+    call = getattr(item, "callspec", None)
+    family = call.params.get("family", "") if call else ""
+    return getattr(family, "name", str(family))
+
+
+def test_of(item: pytest.Item) -> str:
+    """The id of a case without its parameters."""
+    return item.nodeid.partition("[")[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share = config.option.share
+    if not share:
+        return
+    long = sorted((item for item in items if item.get_closest_marker(MARK)), key=test_of)
+    kept: set[str] = set()
+    for _, group in groupby(long, test_of):
+        cases = [(family_of(item), item.nodeid) for item in group]
+        kept |= chosen(cases, share, config.option.share_seed)
+    left_out = [item for item in long if item.nodeid not in kept]
+    config.stash[COUNTS] = (len(kept), len(long))
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+
+
+# -------------------------------------------------------------------------------- what is told
+
+def told(config: pytest.Config) -> str:
+    """The share in words, with the options that choose it again."""
+    options = f"--share {config.option.share} --share-seed {config.option.share_seed}"
+    counts = config.stash.get(COUNTS, None)
+    which = f"{counts[0]} of {counts[1]}" if counts else f"one in {config.option.share}"
+    return f"share: {which} long tests, again with {options}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Said at once, for runs that do not come to their end."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and session.config.option.share:
+        reporter.write_line(told(session.config))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.option.share:
+        terminalreporter.write_line(told(config))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts to the process that started it."""
+    counts = session.config.stash.get(COUNTS, None)
+    if counts and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["share"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    counts = getattr(node, "workeroutput", {}).get("share")
+    if counts:
+        node.config.stash[COUNTS] = counts

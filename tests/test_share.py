@@ -1,0 +1,108 @@
+"""The seeded share of the long tests: what it holds, that it comes again, that runs say it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from share import chosen
+
+FAMILIES = {"small": 2, "whisper": 6, "moshi": 13, "beats": 40}
+CASES = [(name, f"test[{name}-{i}]") for name, count in FAMILIES.items() for i in range(count)]
+SUITE = """
+import pytest
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", range(3))
+@pytest.mark.parametrize("family", ["a", "b", "c", "d"])
+def test_long(family, way): pass
+
+@pytest.mark.slow
+def test_one(): pass
+
+@pytest.mark.parametrize("lot", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_both(lot): pass
+
+def test_quick(): pass
+"""
+
+
+# -------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize("seed", [0, 5, 77, 491_237])
+def test_a_share_is_a_share_of_every_family(seed: int) -> None:
+    taken = chosen(CASES, 6, seed)
+    assert len(taken) in (len(CASES) // 6, len(CASES) // 6 + 1)
+    for family, count in FAMILIES.items():
+        of_family = sum(name.startswith(f"test[{family}-") for name in taken)
+        assert count // 6 <= of_family <= -(-count // 6)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 61])
+def test_the_seeds_of_a_turn_choose_every_case(count: int) -> None:
+    cases = CASES[:count]
+    shares = [chosen(cases, 6, seed) for seed in range(12, 18)]
+    assert all(shares) and set.union(*shares) == {name for _, name in cases}
+    assert count < 6 or sum(map(len, shares)) == count
+
+
+def test_the_seed_alone_decides() -> None:
+    assert chosen(CASES, 6, 8) == chosen(CASES[::-1], 6, 8)
+    assert len({frozenset(chosen(CASES, 6, seed)) for seed in range(60)}) == 60
+    assert chosen(CASES, 1, 8) == {name for _, name in CASES}
+
+
+# -------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A small suite under the plugin."""
+    pytester.makepyfile(SUITE)
+    pytester.makeconftest('pytest_plugins = ["share"]')
+    pytester.makeini(
+        f"[pytest]\npythonpath = {Path(__file__).parent}\nmarkers =\n    slow: long\n"
+        "addopts = -q --strict-markers -p no:cacheprovider\n"
+    )
+    return pytester
+
+
+def run(suite: pytest.Pytester, *options: str) -> tuple[set[str], tuple[str, str] | str]:
+    """Names of the tests that passed, none having failed; the count and options that were said."""
+    result = suite.runpytest_inprocess("-rp", *options)
+    assert result.ret == 0
+    text = result.stdout.str()
+    (told,) = set(re.findall(r"^share: (\d+ of \d+) .* (--share .*)$", text, re.MULTILINE)) or [""]
+    return set(re.findall(r"^PASSED \S*::(\S+)", text, re.MULTILINE)), told
+
+
+def test_workers_run_the_share_that_one_process_does(suite: pytest.Pytester) -> None:
+    alone, (counts, options) = run(suite, "-m", "slow", "--share", "3")
+    assert re.fullmatch(r"--share 3 --share-seed \d+", options)
+    assert counts == "6 of 14" and len(alone) == 6
+    assert {name[10] for name in alone if "long" in name} == set("abcd")
+    assert run(suite, "-m", "slow", "-n", "2", *options.split()) == (alone, (counts, options))
+
+
+def test_only_long_tests_are_left_out(suite: pytest.Pytester) -> None:
+    names, _ = run(suite, "--share", "12", "--share-seed", "0")
+    assert {"test_quick", "test_both[0]", "test_both[1]", "test_one"} <= names
+    assert len(names) == 5
+    everything, told = run(suite)
+    assert len(everything) == 16 and not told
+
+
+def test_the_share_does_not_depend_on_what_else_is_asked(suite: pytest.Pytester) -> None:
+    options = ("--share", "4", "--share-seed", "6")
+    names, _ = run(suite, "-m", "slow", *options)
+    some, _ = run(suite, "-k", "long", *options)
+    assert some == {name for name in names if "long" in name}
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "half"])
+def test_no_share_at_all_is_refused(suite: pytest.Pytester, share: str) -> None:
+    result = suite.runpytest_inprocess("--share", share)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
