@@ -98,6 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # -------------------------------------------------------------------------------- what is told
 
+
 def told(config: pytest.Config) -> str:
     """The share in words, with the options that choose it again."""
     options = f"--share {config.option.share} --share-seed {config.option.share_seed}"

@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
 from families.base import (
-    attentions,
-    by_layer,
-    hidden_states,
+    EVERYTHING,
+    Family,
+    attending,
+    clips_of,
+    decoder_of,
+    draw_clips,
+    draw_decoder,
+    entering_blocks,
     length_mask,
-    padded_rows,
+    prompts,
     prompts_about,
     random_words,
     run_hf,
-    with_clips,
 )
 
 N_FRAMES = 200
@@ -68,6 +72,40 @@ def windows(n_mel: int) -> list[int]:
     return [min(N_FRAMES, n_mel - start) for start in range(0, n_mel, N_FRAMES)]
 
 
+def mel_batch(
+    tokens_of: Callable[[int], int],
+    n_frames: int,
+    lengths: Sequence[int | Sequence[int]],
+    words: Sequence[int] = (6, 4),
+    padding: str = "right",
+    n_mels: int = 20,
+    single_placeholder: bool = False,
+    mask_key: str = "feature_attention_mask",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Prompts of so many words about clips of so many mel frames: one clip each, or several.
+
+    Args:
+        tokens_of: placeholders of a clip with so many mel frames.
+        n_frames: mel frames of the features, padding included.
+        single_placeholder: one placeholder per clip, as old processors wrote.
+        options: of `prompts`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clips = clips_of(lengths)
+    flat = [n for prompt in clips for n in prompt]
+    features = torch.randn(len(flat), n_mels, n_frames, generator=generator, dtype=dtype)
+    placeholders = [[1 if single_placeholder else tokens_of(n) for n in clip] for clip in clips]
+    texts = [random_words(count, generator) for count in words]
+    return {
+        **prompts(texts, placeholders, padding, **options),
+        "input_features": features,
+        mask_key: length_mask(flat, n_frames),
+    }
+
+
 def windowed_batch(
     tokens_of: Callable[[int], int],
     lengths: Sequence[int | Sequence[int]] = (201, 173),
@@ -87,48 +125,22 @@ def windowed_batch(
         around: the tokens before and behind the placeholders of a clip.
     """
     generator = torch.Generator().manual_seed(seed)
-    clips = [[n] if isinstance(n, int) else list(n) for n in lengths]
+    clips = clips_of(lengths)
     cut = [n for prompt in clips for clip in prompt for n in windows(clip)]
-    rows = []
-    for count, prompt in zip(words, clips, strict=True):
-        placeholders = [sum(map(tokens_of, windows(n))) for n in prompt]
-        rows.append(enclosed(with_clips(random_words(count, generator), placeholders), around))
-    tokens, mask = padded_rows(rows, padding)
+    texts = [random_words(count, generator) for count in words]
+    placeholders = [[sum(map(tokens_of, windows(n))) for n in prompt] for prompt in clips]
     return {
-        "input_ids": tokens,
-        "attention_mask": mask,
+        **prompts(texts, placeholders, padding, around=around),
         "input_features": torch.randn(len(cut), n_mels, N_FRAMES, generator=generator, dtype=dtype),
         "input_features_mask": length_mask(cut, N_FRAMES),
     }
 
 
-def enclosed(row: list[int], around: tuple[int, ...], audio_token: int = 90) -> list[int]:
-    """The row with the first of ``around`` before each run of placeholders, the second behind."""
-    if not around:
-        return row
-    begin, end = around
-    made: list[int] = []
-    for before, token, after in zip([None, *row[:-1]], row, [*row[1:], None], strict=True):
-        is_audio = token == audio_token
-        made += [begin] * (is_audio and before != audio_token) + [token]
-        made += [end] * (is_audio and after != audio_token)
-    return made
-
-
 def draw_windowed(data: Any) -> tuple[dict, dict]:
     """A shape of ear and Qwen2 or Llama, and clips over up to three windows."""
-    heads = data.draw(st.sampled_from((4, 6)), "heads")
-    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
-    model = {
-        "ear_num_hidden_layers": data.draw(st.integers(1, 3), "encoder_layers"),
-        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
-        "num_hidden_layers": data.draw(st.integers(1, 3), "decoder_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": data.draw(st.sampled_from(divisors), "key_value_heads"),
-    }
-    clips = st.lists(st.integers(8, 3 * N_FRAMES), min_size=1, max_size=2)
-    lengths = data.draw(st.lists(clips, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(prompt) for prompt in lengths]}
+    layers = data.draw(st.integers(1, 3), "encoder_layers")
+    model = {"ear_num_hidden_layers": layers, **draw_decoder(data)}
+    return model, draw_clips(data, st.integers(8, 3 * N_FRAMES))
 
 
 def extractor(model: HookedAudioTransformer) -> transformers.WhisperFeatureExtractor:
@@ -138,55 +150,111 @@ def extractor(model: HookedAudioTransformer) -> transformers.WhisperFeatureExtra
     )
 
 
-def windowed_clips(
+def extracted(extract: Callable, waves: list[np.ndarray], **options: Any) -> dict[str, Tensor]:
+    """``features`` and ``mask`` of clips by a Hugging Face extractor."""
+    made = extract(
+        waves, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt", **options
+    )
+    return {"features": made["input_features"], "mask": made["attention_mask"]}
+
+
+def mel_clips(
     tokens_of: Callable[[int], int],
+    extract: Callable[[HookedAudioTransformer, list[np.ndarray]], dict[str, Tensor]],
+    mask_key: str = "feature_attention_mask",
+    **options: Any,
 ) -> Callable[[HookedAudioTransformer, list[np.ndarray]], AudioInputs]:
-    """For `Family.clips`: every window of a clip extracted on its own."""
+    """For `Family.clips`: a prompt about each clip, of which ``extract`` makes features and mask.
+
+    Args:
+        options: of `prompts`.
+    """
 
     def inputs(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs:
-        samples = N_FRAMES * 160
-        cut = [wave[at : at + samples] for wave in waves for at in range(0, len(wave), samples)]
-        made = extractor(model)(
-            cut, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
-        )
-        mels = [-(-len(wave) // 160) for wave in waves]
-        prompts = prompts_about([sum(map(tokens_of, windows(n))) for n in mels])
-        return model.as_inputs(
-            {
-                **prompts,
-                "input_features": made["input_features"],
-                "input_features_mask": made["attention_mask"],
-            }
-        )
+        made = extract(model, waves)
+        counts = [tokens_of(int(n)) for n in made["mask"].sum(-1)]
+        features = {"input_features": made["features"], mask_key: made["mask"]}
+        return model.as_inputs({**prompts_about(counts, **options), **features})
 
     return inputs
+
+
+def windowed_features(model: HookedAudioTransformer, waves: list[np.ndarray]) -> dict[str, Tensor]:
+    """Every window of a clip extracted on its own."""
+    samples = N_FRAMES * 160
+    cut = [wave[at : at + samples] for wave in waves for at in range(0, len(wave), samples)]
+    made = extracted(extractor(model), cut)
+    return {"input_features": made["features"], "input_features_mask": made["mask"]}
+
+
+def windowed_prompts(tokens_of: Callable[[int], int], waves: list[np.ndarray]) -> dict[str, Tensor]:
+    """A prompt about each clip, with the placeholders of all of its windows."""
+    mels = [-(-len(wave) // 160) for wave in waves]
+    return prompts_about([sum(map(tokens_of, windows(n))) for n in mels])
 
 
 # -------------------------------------------------------------------------------- references
 
 
-def reference(hf: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Everything that Hugging Face's encoder, projector and language model compute."""
-    tower, projector = hf.model.audio_tower, hf.model.multi_modal_projector
+def heard_and_written(
+    hf: nn.Module,
+    batch: dict[str, Any],
+    layers: Sequence[nn.Module],
+    leaving: dict[str, nn.Module],
+    attention: str = "self_attn",
+) -> dict[str, Tensor]:
+    """Under our names: streams and patterns of encoder and language model, and what is named."""
     out, found = run_hf(
         hf,
         batch,
-        entering=by_layer("encoder.blocks.{l}.hook_resid_pre", tower.layers),
-        leaving={
-            "encoder.hook_out": tower,
-            "connector.hook_pre": projector.linear_1,
-            "connector.hook_post": projector.act,
-            "connector.hook_out": projector,
-        },
-        patterns=by_layer(
-            "encoder.blocks.{l}.attn.hook_pattern", [layer.self_attn for layer in tower.layers]
-        ),
-        output_hidden_states=True,
-        output_attentions=True,
+        entering=entering_blocks("encoder", layers),
+        leaving=leaving,
+        patterns=attending("encoder", layers, attention),
+        **EVERYTHING,
     )
-    return {
-        "hook_logits": out.logits,
-        **found,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
+    return {**found, **decoder_of(out)}
+
+
+def reference(hf: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Everything that Hugging Face's encoder, projector and language model compute."""
+    tower, projector = hf.model.audio_tower, hf.model.multi_modal_projector
+    leaving = {
+        "encoder.hook_out": tower,
+        "connector.hook_pre": projector.linear_1,
+        "connector.hook_post": projector.act,
+        "connector.hook_out": projector,
     }
+    return heard_and_written(hf, batch, tower.layers, leaving)
+
+
+# -------------------------------------------------------------------------------- families
+
+
+def windowed_family(
+    name: str,
+    tokens_of: Callable[[int], int],
+    build: Callable[..., nn.Module],
+    models: dict[str, dict],
+    **options: Any,
+) -> Family:
+    """An entry for a model that cuts clips into windows; ``options`` are what differs."""
+
+    def batch(**of_batch: Any) -> dict[str, Tensor]:
+        return windowed_batch(tokens_of, **of_batch)
+
+    def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs:
+        prompts = windowed_prompts(tokens_of, waves)
+        return model.as_inputs({**prompts, **windowed_features(model, waves)})
+
+    usual = {
+        "batch": batch,
+        "reference": reference,
+        "model_batches": {"128 mels": {"n_mels": 128}},
+        "batches": BATCHES,
+        "no_float64": ("left padding",),
+        "draw": draw_windowed,
+        "clips": clips,
+        "durations": [LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
+        "segment_s": WINDOW_S,
+    }
+    return Family(name=name, build=build, models={"tiny": {}, **models}, **{**usual, **options})

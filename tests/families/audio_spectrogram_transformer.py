@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
-from families.base import Family, by_layer, randomise, run_hf
+from families.base import Family, attending, entering_blocks, randomise, run_hf
 
 N_FRAMES, N_MELS = 213, 46  # frames of the tiny models: 2.13 s
 PATCH, STRIDE = 16, 10  # as released: 4 rows of 20 patches
@@ -62,15 +62,13 @@ def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     out, found = run_hf(
         hf,
         batch,
-        entering=by_layer("encoder.blocks.{l}.hook_resid_pre", body.layers),
+        entering=entering_blocks("encoder", body.layers),
         leaving={
             "frontend.hook_out": body.embeddings.patch_embeddings,
             "encoder.hook_out": body.layernorm,
             f"encoder.blocks.{len(body.layers) - 1}.hook_resid_post": body.layers[-1],
         },
-        patterns=by_layer(
-            "encoder.blocks.{l}.attn.hook_pattern", [layer.attention for layer in body.layers]
-        ),
+        patterns=attending("encoder", body.layers, "attention"),
     )
     return found if hf is body else {"hook_logits": out.logits, **found}
 

@@ -6,20 +6,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from families.audio_llms import (
-    BATCHES,
-    LONG_CLIPS,
-    TINY_EAR,
-    WINDOW_S,
-    config,
-    draw_windowed,
-    reference,
-    windowed_batch,
-    windowed_clips,
-)
-from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, Family, randomise
+from families.audio_llms import TINY_EAR, config, windowed_family
+from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, ready, whisper_biases
 
 EAR = {"model_type": "audioflamingo3_encoder", **TINY_EAR}
 LANGUAGE = {"model_type": "qwen2", "rope_parameters": None, **TINY_LANGUAGE_MODEL}
@@ -36,32 +25,18 @@ def build(
     options = {"audio_token_id": AUDIO_TOKEN, **overrides}
     hf_config = config(transformers.AudioFlamingo3Config, EAR, LANGUAGE, options)
     model = transformers.AudioFlamingo3ForConditionalGeneration(hf_config)
-    model.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
-def batch(**options: Any) -> dict[str, Tensor]:
-    return windowed_batch(tokens_of, **options)
-
-
-AUDIOFLAMINGO3 = Family(
-    name="audioflamingo3",
-    build=build,
-    batch=batch,
-    reference=reference,
-    models={
-        "tiny": {},
+AUDIOFLAMINGO3 = windowed_family(
+    "audioflamingo3",
+    tokens_of,
+    build,
+    {
         "128 mels": {"ear_num_mel_bins": 128},
         "no biases in the connector": {"projector_bias": False},
         "another activation in the connector": {"projector_hidden_act": "relu"},
         "slow rotation": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     },
-    model_batches={"128 mels": {"n_mels": 128}},
-    batches=BATCHES,
-    no_float64=("left padding",),
-    float16_biases=lambda hf: [layer.fc2.bias for layer in hf.model.audio_tower.layers[:2]],
-    draw=draw_windowed,
-    clips=windowed_clips(tokens_of),
-    durations=[LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
-    segment_s=WINDOW_S,
+    float16_biases=whisper_biases,
 )

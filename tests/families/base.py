@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
@@ -133,6 +134,29 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def ready(model: nn.Module, seed: int, dtype: torch.dtype, attn: str) -> nn.Module:
+    """A Hugging Face model with random parameters and the attention that is asked for."""
+    model.set_attn_implementation(attn)
+    return randomise(model, seed).to(dtype)
+
+
+def whisper_biases(hf: nn.Module) -> list[nn.Parameter]:
+    """For `Family.float16_biases`, of audio LLMs with an ear like Whisper's."""
+    return [layer.fc2.bias for layer in hf.model.audio_tower.layers[:2]]
+
+
+def draw_decoder(data: st.DataObject) -> dict[str, int]:
+    """Overrides of a language model: any shape, with queries that share keys and values."""
+    heads = data.draw(st.sampled_from((4, 6)), "heads")
+    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
+    return {
+        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
+        "num_hidden_layers": data.draw(st.integers(1, 3), "decoder_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": data.draw(st.sampled_from(divisors), "key_value_heads"),
+    }
+
+
 # -------------------------------------------------------------------------------- inputs
 
 
@@ -167,14 +191,57 @@ def length_mask(lengths: Sequence[int], width: int) -> Tensor:
     return (torch.arange(width) < torch.tensor(list(lengths))[:, None]).long()
 
 
-def prompts_about(counts: Sequence[int], audio_token: int = AUDIO_TOKEN) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` of a prompt per clip that has so many placeholders."""
-    rows = [with_clips([7, 8, 9], [count], audio_token) for count in counts]
-    tokens, mask = padded_rows(rows, "left")
+def enclosed(row: list[int], around: tuple[int, ...]) -> list[int]:
+    """The row with the first of ``around`` before each run of placeholders, the second behind."""
+    if not around:
+        return row
+    begin, end = around
+    made: list[int] = []
+    for before, token, after in zip([None, *row[:-1]], row, [*row[1:], None], strict=True):
+        is_audio = token == AUDIO_TOKEN
+        made += [begin] * (is_audio and before != AUDIO_TOKEN) + [token]
+        made += [end] * (is_audio and after != AUDIO_TOKEN)
+    return made
+
+
+def prompts(
+    texts: Sequence[list[int]],
+    placeholders: Sequence[Sequence[int]],
+    padding: str,
+    audio_token: int = AUDIO_TOKEN,
+    around: tuple[int, ...] = (),
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` of words about clips of so many placeholders each.
+
+    Args:
+        around: the tokens before and behind the placeholders of a clip.
+    """
+    rows = [with_clips(*of, audio_token) for of in zip(texts, placeholders, strict=True)]
+    tokens, mask = padded_rows([enclosed(row, around) for row in rows], padding)
     return {"input_ids": tokens, "attention_mask": mask}
 
 
+def prompts_about(counts: Sequence[int], **options: Any) -> dict[str, Tensor]:
+    """A prompt per clip that has so many placeholders; with options of `prompts`."""
+    return prompts([[7, 8, 9]] * len(counts), [[count] for count in counts], "left", **options)
+
+
+def clips_of(lengths: Sequence[int | Sequence[int]]) -> list[list[int]]:
+    """The lengths of each prompt's clips, of which a prompt with one names just that."""
+    return [[n] if isinstance(n, int) else list(n) for n in lengths]
+
+
+def draw_clips(data: st.DataObject, clip: st.SearchStrategy[int]) -> dict[str, list]:
+    """Options of a batch: one or two prompts about one or two clips of a drawn length each."""
+    prompt = st.lists(clip, min_size=1, max_size=2)
+    lengths = data.draw(st.lists(prompt, min_size=1, max_size=2), "lengths")
+    return {"lengths": lengths, "words": [3 + len(clips) for clips in lengths]}
+
+
 # -------------------------------------------------------------------------------- references
+
+EVERYTHING = {"output_hidden_states": True, "output_attentions": True}
+"""What Hugging Face returns besides logits, where it is asked to."""
 
 
 @torch.no_grad()
@@ -242,6 +309,19 @@ def by_layer(name: str, modules: Sequence[nn.Module]) -> dict[str, nn.Module]:
     return {name.format(l=layer): module for layer, module in enumerate(modules)}
 
 
+def entering_blocks(part: str, layers: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The blocks of a part by the name of what enters each."""
+    return by_layer(f"{part}.blocks.{{l}}.hook_resid_pre", layers)
+
+
+def attending(
+    part: str, layers: Sequence[nn.Module], attention: str = "self_attn", attn: str = "attn"
+) -> dict[str, nn.Module]:
+    """The attention modules of a part's blocks by the name of their pattern."""
+    modules = [layer.get_submodule(attention) for layer in layers]
+    return by_layer(f"{part}.blocks.{{l}}.{attn}.hook_pattern", modules)
+
+
 def hidden_states(part: str, states: Sequence[Tensor]) -> dict[str, Tensor]:
     """``hidden_states`` of an output under our names, where the last is taken after the norm."""
     *before, last = states
@@ -256,3 +336,37 @@ def attentions(part: str, patterns: Sequence[Tensor | None] | None, attn: str = 
         for i, pattern in enumerate(patterns or ())
         if pattern is not None
     }
+
+
+def decoder_of(out: Any) -> dict[str, Tensor]:
+    """Logits, streams and patterns of a language model's output under our names."""
+    return {
+        "hook_logits": out.logits,
+        **hidden_states("decoder", out.hidden_states),
+        **attentions("decoder", out.attentions),
+    }
+
+
+def encoder_and_decoder_of(out: Any) -> dict[str, Tensor]:
+    """The same of both parts, and what the decoder reads of the encoder, but no logits."""
+    return {
+        **hidden_states("encoder", out.encoder_hidden_states),
+        **hidden_states("decoder", out.decoder_hidden_states),
+        **attentions("encoder", out.encoder_attentions),
+        **attentions("decoder", out.decoder_attentions),
+        **attentions("decoder", out.cross_attentions, "cross_attn"),
+    }
+
+
+def on_diagonal(patterns: Tensor, n_rows: int) -> Tensor:
+    """Patterns of windows, ``(row window) h q k``, as those of whole rows, zero between windows."""
+    by_head = patterns.unflatten(0, (n_rows, -1)).transpose(1, 2)  # row head window q k
+    wholes = [torch.block_diag(*windows) for windows in by_head.flatten(0, 1)]
+    return torch.stack(wholes).unflatten(0, by_head.shape[:2])
+
+
+def side_by_side(tensor: Tensor, n_rows: int) -> Tensor:
+    """What was computed window by window for every row, as the positions of whole rows."""
+    if tensor.ndim == 4:
+        return on_diagonal(tensor, n_rows)
+    return tensor.reshape(n_rows, -1, tensor.shape[-1])

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
 from audio_lens.models.families.beats import HookedBeats
-from families.base import Family, by_layer, length_mask, randomise, run_hf
+from families.base import (
+    Family,
+    attending,
+    by_layer,
+    entering_blocks,
+    length_mask,
+    randomise,
+    run_hf,
+)
 from published.beats import TINY, Beats, SelfAttention
 
 LONGEST = 9000  # samples of the tiny clips: three columns of eight patches
@@ -51,7 +59,7 @@ def reference(published: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     out, found = run_hf(
         published,
         batch,
-        entering=by_layer("encoder.blocks.{l}.hook_resid_pre", body.layers),
+        entering=entering_blocks("encoder", body.layers),
         leaving={
             "encoder.hook_patches": published.patch_embedding,
             "encoder.hook_pos_embed": body.pos_conv,
@@ -61,9 +69,7 @@ def reference(published: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
             ),
             **by_layer("encoder.blocks.{l}.hook_mlp_out", [layer.fc2 for layer in body.layers]),
         },
-        patterns=by_layer(
-            "encoder.blocks.{l}.attn.hook_pattern", [layer.self_attn for layer in body.layers]
-        ),
+        patterns=attending("encoder", body.layers),
     )
     found["encoder.hook_patches"] = found["encoder.hook_patches"].flatten(2).mT
     return {"hook_logits": out, **found} if hasattr(published, "predictor") else found

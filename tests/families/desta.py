@@ -15,17 +15,20 @@ from audio_lens import HookedAudioTransformer
 from audio_lens.recipes.desta import HookedDesta2, HookedDesta25
 from families.base import (
     AUDIO_TOKEN,
+    EVERYTHING,
     TINY_LANGUAGE_MODEL,
     Family,
-    attentions,
-    by_layer,
-    hidden_states,
+    attending,
+    clips_of,
+    decoder_of,
+    draw_clips,
+    entering_blocks,
     length_mask,
-    padded_rows,
+    prompts,
     random_words,
     randomise,
     run_hf,
-    with_clips,
+    side_by_side,
 )
 from published.desta import Desta, Desta2, Desta25, Size
 
@@ -113,17 +116,12 @@ def batch(
 ) -> dict[str, Tensor]:
     """Prompts of so many words about clips of so many mel frames: one clip each, or several."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = [[n] if isinstance(n, int) else list(n) for n in lengths]
-    flat = [n for prompt in prompts for n in prompt]
-    rows = [
-        with_clips(random_words(count, generator), [QUERIES] * len(prompt))
-        for count, prompt in zip(words, prompts, strict=True)
-    ]
-    tokens, mask = padded_rows(rows, padding)
+    clips = clips_of(lengths)
+    flat = [n for prompt in clips for n in prompt]
+    texts = [random_words(count, generator) for count in words]
     features = torch.randn(len(flat), EAR["num_mel_bins"], N_FRAMES, generator=generator)
     return {
-        "input_ids": tokens,
-        "attention_mask": mask,
+        **prompts(texts, [[QUERIES] * len(prompt) for prompt in clips], padding),
         "input_features": features.to(dtype),
         "feature_attention_mask": length_mask(flat, N_FRAMES),
     }
@@ -142,7 +140,7 @@ def reference(model: Desta, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     encoder, bert = model.ear.whisper.model.encoder, model.ear.connector.qformer.layer
     is_eager = encoder.config._attn_implementation == "eager"
     n_taps, tokens = len(model.ear.targets), batch["input_ids"]
-    tapped = max(model.ear.targets) + isinstance(model, Desta25)  # blocks that are read at all
+    read = encoder.layers[: max(model.ear.targets) + isinstance(model, Desta25)]
     out, found = run_hf(
         model,
         {
@@ -152,48 +150,29 @@ def reference(model: Desta, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             "starts": starts(tokens),
         },
         entering={
-            **by_layer("encoder.blocks.{l}.hook_resid_pre", encoder.layers[:tapped]),
-            **by_layer("connector.blocks.{l}.hook_resid_pre", bert),
+            **entering_blocks("encoder", read),
+            **entering_blocks("connector", bert),
         },
-        leaving={
-            "encoder.hook_out": encoder.layers[tapped - 1],
-            "connector.hook_out": model.ear.connector,
-        },
+        leaving={"encoder.hook_out": read[-1], "connector.hook_out": model.ear.connector},
         patterns={
-            **by_layer(
-                "encoder.blocks.{l}.attn.hook_pattern",
-                [layer.self_attn for layer in encoder.layers[:tapped]],
-            ),
-            **by_layer("connector.blocks.{l}.attn.hook_pattern", [x.attention.self for x in bert]),
-            **by_layer(
-                "connector.blocks.{l}.cross_attn.hook_pattern",
-                [x.crossattention.self for x in bert],
-            ),
+            **attending("encoder", read),
+            **attending("connector", bert, "attention.self"),
+            **attending("connector", bert, "crossattention.self", "cross_attn"),
         },
-        output_hidden_states=True,
-        output_attentions=is_eager,
+        **{**EVERYTHING, "output_attentions": is_eager},
     )
     states = {
-        name: side_by_side(tensor, n_taps) if name.startswith("connector.blocks") else tensor
+        name: of_clips(tensor, n_taps) if name.startswith("connector.blocks") else tensor
         for name, tensor in found.items()
         if is_eager or not name.endswith("hook_pattern")
     }
-    return {
-        "hook_logits": out.logits,
-        **states,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions if is_eager else None),
-    }
+    return {**states, **decoder_of(out)}
 
 
-def side_by_side(tensor: Tensor, n_taps: int) -> Tensor:
+def of_clips(tensor: Tensor, n_taps: int) -> Tensor:
     """What was computed block after block for a batch; patterns are zero between blocks."""
-    by_tap = tensor.unflatten(0, (n_taps, -1)).transpose(0, 1)  # clip tap ...
-    if tensor.ndim == 3:
-        return by_tap.flatten(1, 2)
-    heads = by_tap.transpose(1, 2)  # clip head tap q k
-    wholes = [torch.block_diag(*taps) for taps in heads.flatten(0, 1)]
-    return torch.stack(wholes).unflatten(0, heads.shape[:2])
+    by_clip = tensor.unflatten(0, (n_taps, -1)).transpose(0, 1)  # clip tap ...
+    return side_by_side(by_clip.flatten(0, 1), len(by_clip))
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
@@ -205,9 +184,7 @@ def draw(data: st.DataObject) -> tuple[dict, dict]:
         "ear_encoder_attention_heads": data.draw(st.sampled_from((1, 2, 8)), "heads"),
         "num_hidden_layers": data.draw(st.integers(1, 2), "decoder_layers"),
     }
-    clips = st.lists(st.integers(1, N_FRAMES), min_size=1, max_size=2)
-    lengths = data.draw(st.lists(clips, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(prompt) for prompt in lengths]}
+    return model, draw_clips(data, st.integers(1, N_FRAMES))
 
 
 def family(name: str, published: type[Desta]) -> Family:

@@ -6,20 +6,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from families.audio_llms import (
-    BATCHES,
-    LONG_CLIPS,
-    N_FRAMES,
-    WINDOW_S,
-    config,
-    draw_windowed,
-    reference,
-    windowed_batch,
-    windowed_clips,
-)
-from families.base import AUDIO_TOKEN, Family, randomise
+from families.audio_llms import N_FRAMES, config, windowed_family
+from families.base import AUDIO_TOKEN, ready
 from families.voxtral import LANGUAGE
 
 EAR = {
@@ -48,21 +37,14 @@ def build(
     hf_config = config(transformers.GlmAsrConfig, EAR, LANGUAGE, options)
     hf_config.tie_word_embeddings = hf_config.text_config.tie_word_embeddings = ties
     model = transformers.GlmAsrForConditionalGeneration(hf_config)
-    model.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
-def batch(**options: Any) -> dict[str, Tensor]:
-    return windowed_batch(tokens_of, **options)
-
-
-GLMASR = Family(
-    name="glmasr",
-    build=build,
-    batch=batch,
-    reference=reference,
-    models={
-        "tiny": {},
+GLMASR = windowed_family(
+    "glmasr",
+    tokens_of,
+    build,
+    {
         "128 mels": {"ear_num_mel_bins": 128},
         "tied": {"tie_word_embeddings": True},
         "no shared keys in the encoder": {"ear_num_key_value_heads": None},
@@ -74,12 +56,5 @@ GLMASR = Family(
             }
         },
     },
-    model_batches={"128 mels": {"n_mels": 128}},
-    batches=BATCHES,
-    no_float64=("left padding",),
-    draw=draw_windowed,
-    clips=windowed_clips(tokens_of),
-    durations=[LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
     connector_reach_s=0.05,
-    segment_s=WINDOW_S,
 )

@@ -16,18 +16,23 @@ from torch.overrides import TorchFunctionMode
 from audio_lens import AudioInputs, HookedAudioTransformer
 from families.base import (
     AUDIO_TOKEN,
+    EVERYTHING,
     TINY_LANGUAGE_MODEL,
     Family,
-    attentions,
+    attending,
     by_layer,
-    hidden_states,
+    clips_of,
+    decoder_of,
+    draw_clips,
+    entering_blocks,
     length_mask,
-    padded_rows,
+    on_diagonal,
+    prompts,
     prompts_about,
     random_words,
     randomise,
     run_hf,
-    with_clips,
+    side_by_side,
 )
 
 EAR = {
@@ -117,17 +122,13 @@ def batch(
 ) -> dict[str, Tensor]:
     """Prompts of so many words about clips of so many encoder frames: one clip each, or several."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = [[n] if isinstance(n, int) else list(n) for n in lengths]
-    flat = [n for prompt in prompts for n in prompt]
-    rows = [
-        with_clips(random_words(count, generator), [token_count(n) for n in prompt], audio_token)
-        for count, prompt in zip(words, prompts, strict=True)
-    ]
-    tokens, mask = padded_rows(rows, padding)
+    clips = clips_of(lengths)
+    flat = [n for prompt in clips for n in prompt]
+    texts = [random_words(count, generator) for count in words]
+    placeholders = [[token_count(n) for n in prompt] for prompt in clips]
     counts = [token_count(n) for n in flat]
     return {
-        "input_ids": tokens,
-        "attention_mask": mask,
+        **prompts(texts, placeholders, padding, audio_token),
         "input_features": torch.randn(
             len(flat), max(flat), n_features, generator=generator, dtype=dtype
         ),
@@ -139,12 +140,12 @@ def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs
     """Features as the model makes them, which equal those of the real feature extractor."""
     made = model.extract_features(waves)
     counts = [token_count((len(wave) // 160 + 1) // 2) for wave in waves]
-    prompts = prompts_about(counts)
+    texts = prompts_about(counts)
     return AudioInputs(
         features=made["features"],
-        tokens=prompts["input_ids"],
+        tokens=texts["input_ids"],
         clips_per_row=(1,) * len(waves),
-        attention_mask=prompts["attention_mask"].bool(),
+        attention_mask=texts["attention_mask"].bool(),
         feature_mask=made["mask"],
     )
 
@@ -181,8 +182,8 @@ def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             hf,
             batch,
             entering={
-                **by_layer("encoder.blocks.{l}.hook_resid_pre", ear.layers),
-                **by_layer("connector.blocks.{l}.hook_resid_pre", former),
+                **entering_blocks("encoder", ear.layers),
+                **entering_blocks("connector", former),
             },
             leaving={
                 "encoder.hook_out": ear,
@@ -193,17 +194,13 @@ def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
                 "connector.hook_out": hf.model.projector,
             },
             patterns={
-                **by_layer(
-                    "connector.blocks.{l}.attn.hook_pattern",
-                    [layer.attention.attention for layer in former],
-                ),
+                **attending("connector", former, "attention.attention"),
                 **{
                     f"connector.blocks.{i}.cross_attn.hook_pattern": x.crossattention.attention
                     for i, x in crosses.items()
                 },
             },
-            output_hidden_states=True,
-            output_attentions=True,
+            **EVERYTHING,
         )
     n_clips, n_frames = batch["input_features"].shape[:2]
     for name in [name for name in found if name.startswith("connector.blocks")]:
@@ -211,27 +208,12 @@ def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     for layer, pattern in enumerate(fused.found):
         whole = on_diagonal(pattern, n_clips)[..., :n_frames, :n_frames]
         found[f"encoder.blocks.{layer}.attn.hook_pattern"] = whole
-    return {
-        "hook_logits": out.logits,
-        **found,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
-    }
+    return {**found, **decoder_of(out)}
 
 
 def clip_by_clip(tensor: Tensor, n_clips: int, n_windows: int) -> Tensor:
     """What the Q-Former computes for a window (or once for all), side by side for each clip."""
-    per_window = tensor.expand(n_clips * n_windows, *tensor.shape[1:])
-    if tensor.ndim == 4:
-        return on_diagonal(per_window, n_clips)
-    return per_window.reshape(n_clips, -1, tensor.shape[-1])
-
-
-def on_diagonal(patterns: Tensor, n_clips: int) -> Tensor:
-    """Patterns of windows as those of whole clips, zero between the windows."""
-    by_head = patterns.unflatten(0, (n_clips, -1)).transpose(1, 2)  # clip head window q k
-    wholes = [torch.block_diag(*windows) for windows in by_head.flatten(0, 1)]
-    return torch.stack(wholes).unflatten(0, by_head.shape[:2])
+    return side_by_side(tensor.expand(n_clips * n_windows, *tensor.shape[1:]), n_clips)
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
@@ -248,9 +230,7 @@ def draw(data: st.DataObject) -> tuple[dict, dict]:
         "former_cross_attention_frequency": data.draw(st.integers(1, 3), "cross_every"),
         "num_hidden_layers": data.draw(st.integers(1, 2), "decoder_layers"),
     }
-    clips = st.lists(st.integers(1, 70), min_size=1, max_size=2)
-    lengths = data.draw(st.lists(clips, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(prompt) for prompt in lengths]}
+    return model, draw_clips(data, st.integers(1, 70))
 
 
 GRANITE_SPEECH = Family(

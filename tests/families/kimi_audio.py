@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,21 @@ from audio_lens import AudioInputs, HookedAudioTransformer
 from audio_lens.recipes.kimi_audio import HookedKimiAudio, kimi_audio_of
 from audio_lens.recipes.kimi_audio_config import kimi_audio_config
 from families.audio_llms import (
-    BATCHES,
-    LONG_CLIPS,
     N_FRAMES,
-    WINDOW_S,
     draw_windowed,
-    extractor,
     windowed_batch,
-    windows,
+    windowed_family,
+    windowed_features,
+    windowed_prompts,
 )
 from families.base import (
     AUDIO_TOKEN,
     END,
     PAD,
     START,
-    Family,
-    by_layer,
+    attending,
     decoder_attended,
-    prompts_about,
+    entering_blocks,
     randomise,
     run_hf,
 )
@@ -132,19 +128,8 @@ def batch(seed: int = 0, **options: Any) -> dict[str, Tensor]:
 
 def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs:
     """One prompt per clip, with some discrete tokens."""
-    samples = N_FRAMES * 160
-    cut = [wave[at : at + samples] for wave in waves for at in range(0, len(wave), samples)]
-    made = extractor(model)(
-        cut, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
-    )
-    counts = [sum(map(tokens_of, windows(-(-len(wave) // 160)))) for wave in waves]
-    return model.as_inputs(
-        {
-            **in_two_streams(prompts_about(counts)),
-            "input_features": made["input_features"],
-            "input_features_mask": made["attention_mask"],
-        }
-    )
+    prompts = in_two_streams(windowed_prompts(tokens_of, waves))
+    return model.as_inputs({**prompts, **windowed_features(model, waves)})
 
 
 # -------------------------------------------------------------------------------- reference
@@ -153,26 +138,18 @@ def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs
 def reference(published: KimiAudio, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under our names; the adaptor is also held against what it makes of all frames."""
     ear, inner = published.whisper.model.encoder, published.alm.model
-    (audio, text), found = run_hf(
-        published,
-        batch,
-        entering={
-            **by_layer("encoder.blocks.{l}.hook_resid_pre", ear.layers),
-            **by_layer("decoder.blocks.{l}.hook_resid_pre", inner.layers),
-            **by_layer("speaker.blocks.{l}.hook_resid_pre", inner.mimo_layers),
-        },
-        leaving={
-            "encoder.hook_out": ear,
-            "decoder.hook_out": inner.norm,
-            "speaker.hook_out": inner.mimo_norm,
-            "decoder.hook_audio_embed": inner.vq_adaptor,
-        },
-        patterns={
-            **by_layer("encoder.blocks.{l}.attn.hook_pattern", attention_of(ear.layers)),
-            **by_layer("decoder.blocks.{l}.attn.hook_pattern", attention_of(inner.layers)),
-            **by_layer("speaker.blocks.{l}.attn.hook_pattern", attention_of(inner.mimo_layers)),
-        },
-    )
+    stacks = {"encoder": ear.layers, "decoder": inner.layers, "speaker": inner.mimo_layers}
+    entering, patterns = {}, {}
+    for part, layers in stacks.items():
+        entering |= entering_blocks(part, layers)
+        patterns |= attending(part, layers)
+    leaving = {
+        "encoder.hook_out": ear,
+        "decoder.hook_out": inner.norm,
+        "speaker.hook_out": inner.mimo_norm,
+        "decoder.hook_audio_embed": inner.vq_adaptor,
+    }
+    (audio, text), found = run_hf(published, batch, entering, leaving, patterns)
     heard = found["decoder.hook_audio_embed"][batch["is_continuous_mask"].bool()]
     with torch.no_grad():
         carried = inner.vq_adaptor(stacked(found["encoder.hook_out"]))
@@ -182,10 +159,6 @@ def reference(published: KimiAudio, batch: dict[str, Tensor]) -> dict[str, Tenso
         "connector.hook_out": carried,
         "hook_logits": torch.cat([text, audio], dim=-1),
     }
-
-
-def attention_of(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    return [layer.self_attn for layer in layers]
 
 
 def compared(name: str, tensor: Tensor, inputs: AudioInputs) -> Tensor:
@@ -205,24 +178,22 @@ def draw(data: Any) -> tuple[dict, dict]:
     return model, batch_options
 
 
-KIMI_AUDIO = Family(
-    name="kimi_audio",
-    build=build,
-    batch=batch,
-    reference=reference,
-    hooked=hooked,
-    models={
-        "tiny": {},
+KIMI_AUDIO = windowed_family(
+    "kimi_audio",
+    tokens_of,
+    build,
+    {
         "the first layer alone is shared": {"kimia_mimo_transformer_from_layer_index": 0},
         "all layers are shared": {"kimia_mimo_transformer_from_layer_index": 3},
         "one layer speaks": {"kimia_mimo_layers": 1, "num_key_value_heads": 6},
         "another base of rotary positions": {"rope_theta": 10_000.0},
     },
-    batches=BATCHES,
+    batch=batch,
+    reference=reference,
+    hooked=hooked,
+    no_float64=(),
     mask_of=compared,
     draw=draw,
     clips=clips,
-    durations=[LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
     connector_reach_s=0.05,
-    segment_s=WINDOW_S,
 )

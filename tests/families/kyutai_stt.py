@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 import transformers
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from families.base import (
+    EVERYTHING,
     Family,
-    attentions,
-    hidden_states,
+    decoder_of,
+    draw_decoder,
     padded_rows,
     random_words,
-    randomise,
+    ready,
     run_hf,
 )
-from families.moshi import TINY_MIMI, TINY_STACK, random_codebooks
+from families.moshi import TINY_MIMI, TINY_STACK, draw_lengths, random_codebooks
 
 N_TEXTS, N_CODES, N_BOOKS = 100, 16, 4  # text tokens, codes of a codebook, codebooks
 PADDING = N_TEXTS + N_BOOKS * (N_CODES + 1)  # the last row of the table
@@ -43,8 +43,7 @@ def build(
     )
     model = transformers.KyutaiSpeechToTextForConditionalGeneration(hf_config)
     random_codebooks(model.codec_model, seed)
-    model.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
 def batch(
@@ -76,26 +75,13 @@ def as_hf(made: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def reference(hf: nn.Module, made: dict[str, Any]) -> dict[str, Tensor]:
     """Everything that Hugging Face's decoder computes."""
-    out, _ = run_hf(hf, as_hf(made), output_hidden_states=True, output_attentions=True)
-    return {
-        "hook_logits": out.logits,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
-    }
+    out, _ = run_hf(hf, as_hf(made), **EVERYTHING)
+    return decoder_of(out)
 
 
 def draw(data: Any) -> tuple[dict, dict]:
     """A shape of decoder, and clips of other lengths."""
-    heads = data.draw(st.sampled_from((4, 6)), "heads")
-    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
-    model = {
-        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
-        "num_hidden_layers": data.draw(st.integers(1, 3), "layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": data.draw(st.sampled_from(divisors), "key_value_heads"),
-    }
-    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), "lengths")
-    return model, {"lengths": lengths}
+    return draw_decoder(data), draw_lengths(data)
 
 
 KYUTAI_STT = Family(

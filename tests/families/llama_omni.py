@@ -11,23 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from audio_lens import AudioInputs, HookedAudioTransformer
 from audio_lens.recipes.llama_omni import FIRST, SECOND, HookedLlamaOmni, llama_omni_of
-from families.audio_llms import N_FRAMES, WINDOW_S
-from families.base import (
-    TINY_LANGUAGE_MODEL,
-    Family,
-    attentions,
-    by_layer,
-    hidden_states,
-    length_mask,
-    padded_rows,
-    prompts_about,
-    random_words,
-    randomise,
-    run_hf,
-    with_clips,
-)
+from families.audio_llms import N_FRAMES, WINDOW_S, heard_and_written, mel_batch, mel_clips
+from families.base import TINY_LANGUAGE_MODEL, Family, draw_clips, draw_decoder, randomise
 from published.llama_omni import SPEECH, LlamaOmni, LlamaOmni2, Speaking, fuse
 
 EAR = {"n_mels": 20, "n_ctx": N_FRAMES // 2, "width": 128, "n_heads": 2, "n_layers": 3}
@@ -68,86 +54,38 @@ def hooked(published: Speaking) -> HookedLlamaOmni:
 
 
 def batch(
-    lengths: Sequence[int | Sequence[int]] = (199, 173),
-    words: Sequence[int] = (6, 4),
-    padding: str = "right",
-    n_mels: int = 20,
-    n_frames: int = N_FRAMES,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    lengths: Sequence[int | Sequence[int]] = (199, 173), n_frames: int = N_FRAMES, **options: Any
 ) -> dict[str, Tensor]:
-    """Prompts of so many words about clips of so many mel frames, one placeholder for each clip."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [[n] if isinstance(n, int) else list(n) for n in lengths]
-    flat = [n for prompt in prompts for n in prompt]
-    rows = [
-        with_clips(random_words(count, generator), [1] * len(prompt), SPEECH)
-        for count, prompt in zip(words, prompts, strict=True)
-    ]
-    tokens, mask = padded_rows(rows, padding)
-    features = torch.randn(len(flat), n_mels, n_frames, generator=generator, dtype=dtype)
-    return {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "input_features": features,
-        "feature_attention_mask": length_mask(flat, n_frames),
-    }
+    """Prompts about clips of so many mel frames, one placeholder for each clip."""
+    return mel_batch(lambda n_mel: 1, n_frames, lengths, audio_token=SPEECH, **options)
 
 
 def reference(published: Speaking, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under our names."""
     ear, projector = published.model.speech_encoder, published.model.speech_projector
-    out, found = run_hf(
-        published,
-        batch,
-        entering=by_layer("encoder.blocks.{l}.hook_resid_pre", ear.blocks),
-        leaving={
-            "encoder.hook_out": ear,
-            "connector.hook_pre": projector.linear1,
-            "connector.hook_post": projector.relu,
-            "connector.hook_out": projector,
-        },
-        patterns=by_layer("encoder.blocks.{l}.attn.hook_pattern", [x.attn for x in ear.blocks]),
-        output_hidden_states=True,
-        output_attentions=True,
-    )
-    return {
-        "hook_logits": out.logits,
-        **found,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
+    leaving = {
+        "encoder.hook_out": ear,
+        "connector.hook_pre": projector.linear1,
+        "connector.hook_post": projector.relu,
+        "connector.hook_out": projector,
     }
+    return heard_and_written(published, batch, ear.blocks, leaving, "attn")
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
     """Any shape of model, with any number of clips of any length."""
-    heads = data.draw(st.sampled_from((4, 6)), "heads")
-    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
     width = data.draw(st.sampled_from((64, 128)), "width")
     model = {
         "width": width,
         "n_heads": width // 64,
         "n_layers": data.draw(st.integers(1, 3), "encoder_layers"),
-        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
-        "num_hidden_layers": data.draw(st.integers(1, 3), "decoder_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": data.draw(st.sampled_from(divisors), "key_value_heads"),
+        **draw_decoder(data),
     }
-    prompt = st.lists(st.integers(1, N_FRAMES), min_size=1, max_size=2)
-    lengths = data.draw(st.lists(prompt, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(clips) for clips in lengths]}
+    return model, draw_clips(data, st.integers(1, N_FRAMES))
 
 
-def clips(model: HookedAudioTransformer, waveforms: list[np.ndarray]) -> AudioInputs:
-    """A prompt each."""
-    made = model.extract_features(waveforms)
-    return model.as_inputs(
-        {
-            **prompts_about([TOKENS] * len(waveforms), SPEECH),
-            "input_features": made["features"],
-            "feature_attention_mask": made["mask"],
-        }
-    )
+def features(model: HookedLlamaOmni, waves: list[np.ndarray]) -> dict[str, Tensor]:
+    return model.extract_features(waves)
 
 
 def family(name: str, published: type[Speaking], models: dict[str, dict]) -> Family:
@@ -175,7 +113,7 @@ def family(name: str, published: type[Speaking], models: dict[str, dict]) -> Fam
         no_float64=["left padding"],
         bfloat16=["right padding", "left padding"],
         draw=draw,
-        clips=clips,
+        clips=mel_clips(lambda n_mel: TOKENS, features, audio_token=SPEECH),
         durations=[(0.75,), (WINDOW_S,), (0.6, 1.9)],
         connector_reach_s=0.06,
         segment_s=WINDOW_S,

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs
 from families.base import (
+    EVERYTHING,
     Family,
-    attentions,
-    by_layer,
+    attending,
     decoder_attended,
-    hidden_states,
+    decoder_of,
+    draw_decoder,
+    entering_blocks,
+    on_diagonal,
     padded_rows,
     random_words,
-    randomise,
+    ready,
     recorded,
 )
 
@@ -80,9 +83,8 @@ def build(
     )
     model = transformers.MoshiForConditionalGeneration(hf_config)
     random_codebooks(model.audio_encoder, seed)
-    model.set_attn_implementation(attn)
     model.depth_decoder.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
 def batch(
@@ -128,17 +130,6 @@ def depth_ids(made: Mapping[str, Tensor]) -> Tensor:
     return rearrange(torch.where(known[:, None], moved, initial), "b k t -> b t k")
 
 
-def on_diagonal(patterns: Tensor, n_rows: int) -> Tensor:
-    """Patterns of steps, ``(b t) h k k``, as one of all positions, ``b h (t k) (t k)``."""
-    steps = rearrange(patterns, "(b t) h q k -> b t h q k", b=n_rows)
-    return torch.stack(
-        [
-            torch.stack([torch.block_diag(*row[:, head]) for head in range(row.shape[1])])
-            for row in steps
-        ]
-    )
-
-
 @torch.no_grad()
 def reference(hf: transformers.MoshiForConditionalGeneration, made: dict[str, Any]) -> dict:
     """Everything that Hugging Face's decoder computes, and its depth decoder made causal."""
@@ -148,11 +139,11 @@ def reference(hf: transformers.MoshiForConditionalGeneration, made: dict[str, An
     found: dict[str, list[Tensor]] = {}
     with recorded(
         found,
-        by_layer("depth.blocks.{l}.hook_resid_pre", depth.layers),
+        entering_blocks("depth", depth.layers),
         {"depth.hook_out": depth.layers[-1]},
-        by_layer("depth.blocks.{l}.attn.hook_pattern", [x.self_attn for x in depth.layers]),
+        attending("depth", depth.layers),
     ):
-        out = hf(**made, output_hidden_states=True, output_attentions=True)
+        out = hf(**made, **EVERYTHING)
         codes = depth(
             input_ids=ids,
             last_hidden_state=out.last_hidden_state.reshape(len(ids), 1, -1),
@@ -160,11 +151,10 @@ def reference(hf: transformers.MoshiForConditionalGeneration, made: dict[str, An
         ).logits
     of_depth = {name: tensors[0] for name, tensors in found.items()}
     return {
+        **decoder_of(out),
         "hook_logits": torch.cat(
             [out.logits, rearrange(codes, "(b t) k v -> b t (k v)", b=n_rows)], dim=-1
         ),
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
         **{
             name: on_diagonal(x, n_rows)
             if name.endswith("hook_pattern")
@@ -184,18 +174,17 @@ def compared(name: str, tensor: Tensor, inputs: AudioInputs) -> Tensor:
 
 def draw(data: Any) -> tuple[dict, dict]:
     """A shape of both stacks, and conversations of other lengths."""
-    heads = data.draw(st.sampled_from((4, 6)), "heads")
-    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
     model = {
-        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
-        "num_hidden_layers": data.draw(st.integers(1, 3), "layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": data.draw(st.sampled_from(divisors), "key_value_heads"),
+        **draw_decoder(data),
         "depth_num_hidden_layers": data.draw(st.integers(1, 3), "depth_layers"),
         "depth_num_attention_heads": data.draw(st.sampled_from((4, 6)), "depth_heads"),
     }
-    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), "lengths")
-    return model, {"lengths": lengths}
+    return model, draw_lengths(data)
+
+
+def draw_lengths(data: Any) -> dict[str, list[int]]:
+    """Conversations of other lengths."""
+    return {"lengths": data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), "lengths")}
 
 
 MOSHI = Family(

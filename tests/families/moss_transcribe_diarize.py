@@ -10,24 +10,14 @@ import transformers
 from torch import Tensor
 
 from audio_lens import AudioInputs
-from families.audio_llms import (
-    BATCHES,
-    LONG_CLIPS,
-    TINY_EAR,
-    WINDOW_S,
-    config,
-    draw_windowed,
-    reference,
-    windowed_batch,
-    windowed_clips,
-)
+from families.audio_llms import TINY_EAR, config, windowed_batch, windowed_family
 from families.base import (
     AUDIO_TOKEN,
     TINY_LANGUAGE_MODEL,
-    Family,
+    clips_of,
     decoder_attended,
     length_mask,
-    randomise,
+    ready,
 )
 
 
@@ -46,14 +36,12 @@ def build(
     hf_config = config(transformers.MossTranscribeDiarizeConfig, ear, text, options)
     hf_config.tie_word_embeddings = hf_config.text_config.tie_word_embeddings = ties
     model = transformers.MossTranscribeDiarizeForConditionalGeneration(hf_config)
-    model.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
 def batch(lengths: Sequence[int | Sequence[int]] = (201, 173), **options: Any) -> dict[str, Tensor]:
     """As the processor gives it: with a mask of every clip's samples."""
-    clips = [n for prompt in lengths for n in ([prompt] if isinstance(prompt, int) else prompt)]
-    samples = [160 * n for n in clips]
+    samples = [160 * n for prompt in clips_of(lengths) for n in prompt]
     made = windowed_batch(tokens_of, lengths=lengths, **options)
     return {**made, "padding_mask": length_mask(samples, max(samples))}
 
@@ -66,22 +54,15 @@ def compared(name: str, tensor: Tensor, inputs: AudioInputs) -> Tensor:
     return tensor[length_mask(counts, tensor.shape[1]).bool()]
 
 
-MOSS_TRANSCRIBE_DIARIZE = Family(
-    name="moss_transcribe_diarize",
-    build=build,
-    batch=batch,
-    reference=reference,
-    models={
-        "tiny": {},
+MOSS_TRANSCRIBE_DIARIZE = windowed_family(
+    "moss_transcribe_diarize",
+    tokens_of,
+    build,
+    {
         "no biases in the connector": {"projector_bias": False},
         "tied": {"tie_word_embeddings": True},
     },
-    batches=BATCHES,
+    batch=batch,
     mask_of=compared,
-    no_float64=("left padding",),
-    draw=draw_windowed,
-    clips=windowed_clips(tokens_of),
-    durations=[LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
     connector_reach_s=0.05,
-    segment_s=WINDOW_S,
 )

@@ -10,9 +10,9 @@ from hypothesis import assume
 from torch import Tensor, nn
 
 from families import audio_llms
-from families.audio_llms import BATCHES, LONG_CLIPS, WINDOW_S, config, windowed_batch
+from families.audio_llms import BATCHES, config, windowed_batch, windowed_family
 from families.audioflamingo3 import EAR, tokens_of
-from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, Family, randomise
+from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, ready
 
 BEGIN, FINISH = 91, 92
 LANGUAGE = {"model_type": "qwen2", **TINY_LANGUAGE_MODEL}
@@ -29,8 +29,7 @@ def build(
     options = {**tokens, **overrides}
     hf_config = config(transformers.MusicFlamingoConfig, EAR, LANGUAGE, options)
     model = transformers.MusicFlamingoForConditionalGeneration(hf_config)
-    model.set_attn_implementation(attn)
-    model = randomise(model, seed)
+    model = ready(model, seed, torch.float32, attn)
     angles = model.model.pos_emb
     tables = {name: table.clone() for name, table in angles.named_buffers()}
     model.to(dtype)
@@ -63,13 +62,11 @@ def draw(data: Any) -> tuple[dict, dict]:
     return model, inputs
 
 
-MUSICFLAMINGO = Family(
-    name="musicflamingo",
-    build=build,
-    batch=batch,
-    reference=reference,
-    models={
-        "tiny": {},
+MUSICFLAMINGO = windowed_family(
+    "musicflamingo",
+    tokens_of,
+    build,
+    {
         "another share turns": {
             "rope_parameters": {
                 "rope_type": "default",
@@ -79,13 +76,11 @@ MUSICFLAMINGO = Family(
         },
         "other frame step": {"audio_frame_step": 0.02},
     },
+    batch=batch,
+    reference=reference,
     batches={
         name: {**options, "lengths": [203]} if name == "one frame over a window" else options
         for name, options in BATCHES.items()
     },
-    no_float64=("left padding",),
     draw=draw,
-    clips=audio_llms.windowed_clips(tokens_of),
-    durations=[LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
-    segment_s=WINDOW_S,
 )

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from families.base import (
+    EVERYTHING,
     Family,
-    attentions,
-    hidden_states,
+    encoder_and_decoder_of,
     length_mask,
     padded_rows,
     random_words,
@@ -120,17 +120,12 @@ def batch(
 def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under our names; logits of all codebooks side by side."""
     carried = {"connector.hook_out": hf.enc_to_dec_proj} if hasattr(hf, "enc_to_dec_proj") else {}
-    wanted = {"output_hidden_states": True, "output_attentions": True}
-    out, found = run_hf(hf, batch, leaving=carried, **wanted)
+    out, found = run_hf(hf, batch, leaving=carried, **EVERYTHING)
     n_books = hf.config.decoder.num_codebooks
     return {
         "hook_logits": rearrange(out.logits, "(b k) t v -> b t (k v)", k=n_books),
         **found,
-        **hidden_states("encoder", out.encoder_hidden_states),
-        **hidden_states("decoder", out.decoder_hidden_states),
-        **attentions("encoder", out.encoder_attentions),
-        **attentions("decoder", out.decoder_attentions),
-        **attentions("decoder", out.cross_attentions, "cross_attn"),
+        **encoder_and_decoder_of(out),
     }
 
 

@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from audio_lens import AudioInputs, HookedAudioTransformer
+from families.audio_llms import heard_and_written, mel_batch, mel_clips
 from families.base import (
     AUDIO_TOKEN,
     TINY_LANGUAGE_MODEL,
     Family,
-    attentions,
-    by_layer,
-    hidden_states,
-    length_mask,
-    padded_rows,
-    prompts_about,
-    random_words,
-    randomise,
-    run_hf,
-    with_clips,
+    draw_clips,
+    draw_decoder,
+    ready,
+    whisper_biases,
 )
 from families.whisper import N_FRAMES, TINY_EAR, mel_features
 
@@ -42,8 +35,7 @@ def build(
         tie_word_embeddings=overrides.get("tie_word_embeddings", False),
     )
     model = transformers.Qwen2AudioForConditionalGeneration(config)
-    model.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
 def audio_tokens(n_mel: int) -> int:
@@ -52,91 +44,41 @@ def audio_tokens(n_mel: int) -> int:
 
 
 def batch(
-    lengths: Sequence[int | Sequence[int]] = (201, 173),
-    words: Sequence[int] = (6, 4),
-    padding: str = "right",
-    n_mels: int = 20,
-    n_frames: int = N_FRAMES,
-    single_placeholder: bool = False,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    lengths: Sequence[int | Sequence[int]] = (201, 173), n_frames: int = N_FRAMES, **options: Any
 ) -> dict[str, Tensor]:
-    """Prompts of so many words about clips of so many mel frames: one clip each, or several.
-
-    With ``single_placeholder`` there is one audio token per clip, as old processors wrote.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [[n] if isinstance(n, int) else list(n) for n in lengths]
-    flat = [n for prompt in prompts for n in prompt]
-    features = torch.randn(len(flat), n_mels, n_frames, generator=generator, dtype=dtype)
-    rows = [
-        with_clips(
-            random_words(count, generator),
-            [1 if single_placeholder else audio_tokens(n) for n in prompt],
-        )
-        for count, prompt in zip(words, prompts, strict=True)
-    ]
-    tokens, mask = padded_rows(rows, padding)
-    return {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "input_features": features,
-        "feature_attention_mask": length_mask(flat, n_frames),
-    }
+    """Prompts about clips of so many mel frames, with options of `mel_batch`."""
+    return mel_batch(audio_tokens, n_frames, lengths, **options)
 
 
 def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under our names."""
     tower = hf.model.audio_tower
-    attention = [layer.self_attn for layer in tower.layers]
-    out, found = run_hf(
-        hf,
-        batch,
-        entering=by_layer("encoder.blocks.{l}.hook_resid_pre", tower.layers),
-        leaving={
-            "encoder.hook_out": tower,
-            "connector.hook_out": hf.model.multi_modal_projector,
-        },
-        patterns=by_layer("encoder.blocks.{l}.attn.hook_pattern", attention),
-        output_hidden_states=True,
-        output_attentions=True,
-    )
-    return {
-        "hook_logits": out.logits,
-        **found,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
-    }
+    leaving = {"encoder.hook_out": tower, "connector.hook_out": hf.model.multi_modal_projector}
+    return heard_and_written(hf, batch, tower.layers, leaving)
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
     """Any shape of model, with any number of clips of any length."""
-    heads = data.draw(st.sampled_from((4, 6)), "heads")
-    divisors = {4: (1, 2, 4), 6: (1, 2, 3, 6)}[heads]
     model = {
         "d_model": data.draw(st.sampled_from((8, 24)), "d_model"),
-        "hidden_size": data.draw(st.sampled_from((24, 48)), "hidden_size"),
         "encoder_layers": data.draw(st.integers(1, 3), "encoder_layers"),
-        "num_hidden_layers": data.draw(st.integers(1, 3), "decoder_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": data.draw(st.sampled_from(divisors), "kv_heads"),
+        **draw_decoder(data),
         "head_dim": data.draw(st.sampled_from((4, 10)), "head_dim"),
     }
-    prompt = st.lists(st.integers(4, N_FRAMES), min_size=1, max_size=2)
-    lengths = data.draw(st.lists(prompt, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(clips) for clips in lengths]}
+    return model, draw_clips(data, st.integers(4, N_FRAMES))
 
 
-def clips(model: HookedAudioTransformer, waveforms: list[np.ndarray]) -> AudioInputs:
-    """A prompt each."""
-    made = mel_features(model, waveforms)
-    return model.as_inputs(
-        {
-            **prompts_about([audio_tokens(int(n)) for n in made["mask"].sum(-1)]),
-            "input_features": made["features"],
-            "feature_attention_mask": made["mask"],
-        }
-    )
+BATCHES: dict[str, dict] = {
+    "one prompt, 173 mel frames": {"lengths": [173], "words": [5]},
+    "one prompt, 199 mel frames": {"lengths": [199], "words": [5]},
+    "one prompt, 201 mel frames": {"lengths": [201], "words": [5]},
+    "the whole clip": {"lengths": [N_FRAMES], "words": [5]},
+    "right padding": {"lengths": [199, 173], "padding": "right"},
+    "left padding": {"lengths": [199, 173], "padding": "left"},
+    "several clips": {"lengths": [[60, 101], [173, 40, 7]], "words": [4, 8]},
+    "one-token clip": {"lengths": [4], "words": [4]},
+}
+"""By mel frames; Qwen-Audio, which counts tokens alike, has these too."""
 
 
 QWEN2_AUDIO = Family(
@@ -154,14 +96,7 @@ QWEN2_AUDIO = Family(
     },
     model_batches={"128 mels": {"n_mels": 128}},
     batches={
-        "one prompt, 173 mel frames": {"lengths": [173], "words": [5]},
-        "one prompt, 199 mel frames": {"lengths": [199], "words": [5]},
-        "one prompt, 201 mel frames": {"lengths": [201], "words": [5]},
-        "the whole clip": {"lengths": [N_FRAMES], "words": [5]},
-        "right padding": {"lengths": [199, 173], "padding": "right"},
-        "left padding": {"lengths": [199, 173], "padding": "left"},
-        "several clips": {"lengths": [[60, 101], [173, 40, 7]], "words": [4, 8]},
-        "one-token clip": {"lengths": [4], "words": [4]},
+        **BATCHES,
         "one placeholder": {"lengths": [173], "words": [4], "single_placeholder": True},
         "one placeholder per clip, right": {
             "lengths": [[60, 101], 199],
@@ -178,8 +113,8 @@ QWEN2_AUDIO = Family(
     },
     no_float64=["left padding", "one placeholder per clip, left"],
     bfloat16=["right padding", "left padding"],
-    float16_biases=lambda hf: [layer.fc2.bias for layer in hf.model.audio_tower.layers[:2]],
+    float16_biases=whisper_biases,
     draw=draw,
-    clips=clips,
+    clips=mel_clips(audio_tokens, mel_features),
     durations=[(1.0,), (2.2,), (0.6, 2.1)],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,29 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.models.qwen3_asr import modeling_qwen3_asr as modeling
 
-from audio_lens import AudioInputs, HookedAudioTransformer
-from families import qwen2_5_omni as chunks
-from families.base import (
-    AUDIO_TOKEN,
-    END,
-    PAD,
-    TINY_LANGUAGE_MODEL,
-    Family,
-    attentions,
-    by_layer,
-    hidden_states,
-    prompts_about,
-    randomise,
-    run_hf,
-)
-from families.qwen2_5_omni import (
-    at_valid,
-    chunked_batch,
-    eager_patterns,
-    in_rows,
-    padded_patterns,
-    segments,
-)
+from audio_lens import HookedAudioTransformer
+from families import chunked
+from families.audio_llms import extracted, mel_clips
+from families.base import AUDIO_TOKEN, END, PAD, TINY_LANGUAGE_MODEL, ready
+from families.chunked import ChunkedEar
 
 CHUNK, PER_CHUNK = 100, 13
 WINDOW = 200  # mel frames; of the tiny models, 800 of the released ones
@@ -61,7 +44,7 @@ BATCHES: dict[str, dict] = {
     "one-token clip": {"lengths": [8], "words": [4]},
 }
 """By mel frames; but for short clips, a last window has more positions than a vector register."""
-NO_FLOAT64 = (*chunks.NO_FLOAT64, "a whole chunk")
+NO_FLOAT64 = (*chunked.NO_FLOAT64, "a whole chunk")
 
 
 def audio_tokens(n_mel: int) -> int:
@@ -91,99 +74,47 @@ def build(
         tie_word_embeddings=text["tie_word_embeddings"],
     )
     model = transformers.Qwen3ASRForConditionalGeneration(config)
-    model.set_attn_implementation(attn)
-    return randomise(model, seed).to(dtype)
+    return ready(model, seed, dtype, attn)
 
 
-def batch(**options: Any) -> dict[str, Tensor]:
-    options = {"lengths": (580, 201), **options}
-    return chunked_batch(audio_tokens, "input_features_mask", CHUNK, **options)
+EAR = ChunkedEar(modeling, audio_tokens, audio_tokens, "input_features_mask", CHUNK)
 
 
-def clips(model: HookedAudioTransformer, waveforms: list[np.ndarray]) -> AudioInputs:
-    """A prompt each."""
+def batch(lengths: Sequence[int | Sequence[int]] = (580, 201), **options: Any) -> dict[str, Tensor]:
+    return EAR.batch(lengths, **options)
+
+
+def features(model: HookedAudioTransformer, waves: list[np.ndarray]) -> dict[str, Tensor]:
     extractor = transformers.Qwen3ASRFeatureExtractor(feature_size=20)
-    made = extractor(
-        waveforms,
-        sampling_rate=16_000,
-        padding=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    mask = made["attention_mask"]
-    return model.as_inputs(
-        {
-            **prompts_about([audio_tokens(int(n)) for n in mask.sum(-1)]),
-            "input_features": made["input_features"],
-            "input_features_mask": mask,
-        }
-    )
+    return extracted(extractor, waves, padding=True)
 
 
 WHOLE_ROWS = st.integers(130, WINDOW)  # mel frames of a last window, which sums in one order
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
-    return chunks.drawn(data, WINDOW, WHOLE_ROWS, downsample_hidden_size=st.integers(1, 6))
-
-
-def mask_of(name: str, tensor: Tensor, inputs: AudioInputs) -> Tensor:
-    return at_valid(name, tensor, inputs, audio_tokens, audio_tokens)
+    return chunked.draw(data, WINDOW, WHOLE_ROWS, downsample_hidden_size=st.integers(1, 6))
 
 
 def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under our names, the encoder's packed sequence as a row per window."""
-    tower, projector = hf.model.audio_tower, hf.model.multi_modal_projector
-    n_window = hf.config.audio_config.n_window_infer
-    with eager_patterns(modeling, tower) as kept:
-        out, found = run_hf(
-            hf,
-            batch,
-            entering=by_layer("encoder.blocks.{l}.hook_resid_pre", tower.layers),
-            leaving={
-                "encoder.hook_out": tower.ln_post,
-                "connector.hook_pre": projector.linear_1,
-                "connector.hook_out": projector,
-            },
-            output_hidden_states=True,
-            output_attentions=True,
-        )
-    mels = batch["input_features_mask"].sum(1).tolist()
-    counts = [audio_tokens(n) for n in segments(mels, n_window)]
-    width = n_window // CHUNK * PER_CHUNK
-    return {
-        "hook_logits": out.logits,
-        **{name: in_rows(packed, counts, width) for name, packed in found.items()},
-        **padded_patterns(kept, width),
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
-    }
+    projector = hf.model.multi_modal_projector
+    leaving = {"connector.hook_pre": projector.linear_1, "connector.hook_out": projector}
+    return EAR.reference(hf, batch, hf.config.audio_config.n_window_infer, leaving)
 
 
-QWEN3_ASR = Family(
-    name="qwen3_asr",
+QWEN3_ASR = EAR.family(
+    "qwen3_asr",
+    {"windows of 3 s": {"n_window_infer": 300}},
+    WINDOW,
     build=build,
     batch=batch,
     reference=reference,
-    models={
-        "tiny": {},
-        "128 mels": {"num_mel_bins": 128},
-        "windows of 3 s": {"n_window_infer": 300},
-        "no GQA": {"num_key_value_heads": 6},
-        "wide heads": {"head_dim": 16},
-        "tied": {"tie_word_embeddings": True},
-    },
-    model_batches={"128 mels": {"n_mels": 128}},
     batches=BATCHES,
     no_float64=NO_FLOAT64,
-    bfloat16=["right padding", "left padding"],
-    float16_biases=lambda hf: [layer.fc2.bias for layer in hf.model.audio_tower.layers[:2]],
-    mask_of=mask_of,
     draw=draw,
-    clips=clips,
-    durations=[(0.75,), (2.0,), (4.3,), (0.6, 2.01, 5.2)],
+    clips=mel_clips(audio_tokens, features, "input_features_mask"),
     reach_s=0.07,
     connector_reach_s=0.07,
-    segment_s=WINDOW / 100,
     chunk_s=CHUNK / 100,
 )

@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from audio_lens import AudioInputs, HookedAudioTransformer
+from audio_lens import AudioInputs
 from audio_lens.recipes.qwen_audio import HookedQwenAudio, qwen_audio_config, qwen_audio_of
-from families.audio_llms import enclosed
+from families.audio_llms import mel_batch, mel_clips
 from families.base import (
     AUDIO_TOKEN,
     Family,
-    by_layer,
+    attending,
     decoder_attended,
+    draw_clips,
+    entering_blocks,
     length_mask,
-    padded_rows,
-    random_words,
     randomise,
     run_hf,
-    with_clips,
 )
+from families.qwen2_audio import BATCHES, audio_tokens
 from families.whisper import N_FRAMES, mel_features
 from published.qwen_audio import QWenLMHeadModel, fuse
 
 OPENING = AUDIO_TOKEN + 3312  # as far behind the placeholder as in the published vocabulary
+TAGS = (OPENING, OPENING + 1)
 EAR = {
     "n_mels": 20,
     "n_ctx": N_FRAMES // 2,
@@ -78,35 +78,9 @@ def hooked(published: QWenLMHeadModel) -> HookedQwenAudio:
     return qwen_audio_of(qwen_audio_config(published.config), published.state_dict())
 
 
-def audio_tokens(n_mel: int) -> int:
-    """Audio tokens of a clip of ``n_mel`` mel frames."""
-    return ((n_mel - 1) // 2 + 1) // 2
-
-
-def batch(
-    lengths: Sequence[int | Sequence[int]] = (181, 173),
-    words: Sequence[int] = (6, 4),
-    padding: str = "right",
-    n_mels: int = 20,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Prompts of so many words about clips of so many mel frames: one clip each, or several."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [[n] if isinstance(n, int) else list(n) for n in lengths]
-    flat = [n for prompt in prompts for n in prompt]
-    features = torch.randn(len(flat), n_mels, N_FRAMES, generator=generator, dtype=dtype)
-    rows = [
-        with_clips(random_words(count, generator), [audio_tokens(n) for n in prompt])
-        for count, prompt in zip(words, prompts, strict=True)
-    ]
-    tokens, mask = padded_rows([enclosed(row, (OPENING, OPENING + 1)) for row in rows], padding)
-    return {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "input_features": features,
-        "feature_attention_mask": length_mask(flat, N_FRAMES),
-    }
+def batch(lengths: Sequence[int | Sequence[int]] = (181, 173), **options: Any) -> dict[str, Tensor]:
+    """Prompts about clips of so many mel frames, each between tags."""
+    return mel_batch(audio_tokens, N_FRAMES, lengths, around=TAGS, **options)
 
 
 def reference(published: QWenLMHeadModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,19 +90,13 @@ def reference(published: QWenLMHeadModel, batch: dict[str, Tensor]) -> dict[str,
     logits, found = run_hf(
         published,
         batch,
-        entering={
-            **by_layer("encoder.blocks.{l}.hook_resid_pre", ear.blocks),
-            **by_layer("decoder.blocks.{l}.hook_resid_pre", inner.h),
-        },
-        leaving={
+        {**entering_blocks("encoder", ear.blocks), **entering_blocks("decoder", inner.h)},
+        {
             "encoder.hook_out": ear.ln_post,
             "connector.hook_out": ear.proj,
             "decoder.hook_out": inner.ln_f,
         },
-        patterns={
-            **by_layer("encoder.blocks.{l}.attn.hook_pattern", [x.attn for x in ear.blocks]),
-            **by_layer("decoder.blocks.{l}.attn.hook_pattern", [x.attn for x in inner.h]),
-        },
+        {**attending("encoder", ear.blocks, "attn"), **attending("decoder", inner.h, "attn")},
     )
     return {"hook_logits": logits, **found}
 
@@ -153,24 +121,7 @@ def draw(data: st.DataObject) -> tuple[dict, dict]:
         "num_hidden_layers": data.draw(st.integers(1, 3), "decoder_layers"),
         "num_attention_heads": data.draw(st.sampled_from((1, 2, 6)), "heads"),
     }
-    prompt = st.lists(st.integers(4, N_FRAMES), min_size=1, max_size=2)
-    lengths = data.draw(st.lists(prompt, min_size=1, max_size=2), "lengths")
-    return model, {"lengths": lengths, "words": [3 + len(clips) for clips in lengths]}
-
-
-def clips(model: HookedAudioTransformer, waveforms: list[np.ndarray]) -> AudioInputs:
-    """A prompt each."""
-    made = mel_features(model, waveforms)
-    rows = [with_clips([7, 8, 9], [audio_tokens(int(n))]) for n in made["mask"].sum(1)]
-    tokens, mask = padded_rows([enclosed(row, (OPENING, OPENING + 1)) for row in rows], "left")
-    return model.as_inputs(
-        {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "input_features": made["features"],
-            "feature_attention_mask": made["mask"],
-        }
-    )
+    return model, draw_clips(data, st.integers(4, N_FRAMES))
 
 
 QWEN_AUDIO = Family(
@@ -186,18 +137,10 @@ QWEN_AUDIO = Family(
         "slow rotation": {"rotary_emb_base": 1000000},
     },
     model_batches={"80 mels": {"n_mels": 80}},
-    batches={
-        "one prompt, 173 mel frames": {"lengths": [173], "words": [5]},
-        "one prompt, 199 mel frames": {"lengths": [199], "words": [5]},
-        "the whole clip": {"lengths": [N_FRAMES], "words": [5]},
-        "right padding": {"lengths": [199, 173], "padding": "right"},
-        "left padding": {"lengths": [199, 173], "padding": "left"},
-        "several clips": {"lengths": [[60, 101], [173, 40, 7]], "words": [4, 8]},
-        "one-token clip": {"lengths": [4], "words": [4]},
-    },
+    batches={name: x for name, x in BATCHES.items() if name != "one prompt, 201 mel frames"},
     bfloat16=["right padding", "left padding"],
     mask_of=compared,
     draw=draw,
-    clips=clips,
+    clips=mel_clips(audio_tokens, mel_features, around=TAGS),
     durations=[(1.0,), (2.0,), (0.6, 1.9)],
 )

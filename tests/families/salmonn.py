@@ -18,16 +18,15 @@ from families.base import (
     AUDIO_TOKEN,
     TINY_LANGUAGE_MODEL,
     Family,
-    attentions,
-    by_layer,
-    hidden_states,
+    attending,
+    decoder_of,
+    entering_blocks,
     length_mask,
-    padded_rows,
+    prompts,
     prompts_about,
     random_words,
     randomise,
     recorded,
-    with_clips,
 )
 from families.beats import build as build_beats
 from families.beats import hooked as hooked_beats
@@ -131,8 +130,7 @@ def batch(
 ) -> dict[str, Tensor]:
     """Prompts of so many words about one clip each, of so many samples."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [with_clips(random_words(n, generator), [WINDOWS * queries]) for n in words]
-    tokens, mask = padded_rows(rows, padding)
+    texts = [random_words(n, generator) for n in words]
     frames = [frames_of(n) for n in lengths]
     shapes = {"input_features": (20, N_FRAMES), "beats": (N_MELS, max(frames))}
     features = {
@@ -140,8 +138,7 @@ def batch(
         for name, shape in shapes.items()
     }
     return {
-        "input_ids": tokens,
-        "attention_mask": mask,
+        **prompts(texts, [[WINDOWS * queries]] * len(words), padding),
         **features,
         "feature_attention_mask": length_mask([n // 160 for n in lengths], N_FRAMES).bool(),
         "beats.mask": length_mask(frames, max(frames)).bool(),
@@ -151,12 +148,12 @@ def batch(
 def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs:
     """Features as the model makes them."""
     made, beside = model.extract_features(waves), model.heard_beside(waves)
-    prompts = prompts_about([WINDOWS * QUERIES] * len(waves))
+    texts = prompts_about([WINDOWS * QUERIES] * len(waves))
     return AudioInputs(
         features=made["features"],
-        tokens=prompts["input_ids"],
+        tokens=texts["input_ids"],
         clips_per_row=(1,) * len(waves),
-        attention_mask=prompts["attention_mask"].bool(),
+        attention_mask=texts["attention_mask"].bool(),
         feature_mask=made["mask"],
         extra={name: x.double() if x.is_floating_point() else x for name, x in beside.items()},
     )
@@ -173,9 +170,9 @@ def reference(published: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     blocks = former.encoder["layer"]
     found: dict[str, list[Tensor]] = {}
     entering = {
-        **by_layer("encoder.blocks.{l}.hook_resid_pre", ear.layers),
-        **by_layer("beats.blocks.{l}.hook_resid_pre", sounds.layers),
-        **by_layer("connector.blocks.{l}.hook_resid_pre", blocks),
+        **entering_blocks("encoder", ear.layers),
+        **entering_blocks("beats", sounds.layers),
+        **entering_blocks("connector", blocks),
     }
     leaving = {
         "encoder.hook_out": ear,
@@ -183,12 +180,10 @@ def reference(published: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
         "connector.hook_out": published.speech_llama_proj,
     }
     patterns = {
-        **by_layer("encoder.blocks.{l}.attn.hook_pattern", [x.self_attn for x in ear.layers]),
-        **by_layer("beats.blocks.{l}.attn.hook_pattern", [x.self_attn for x in sounds.layers]),
-        **by_layer("connector.blocks.{l}.attn.hook_pattern", [x.attention.self for x in blocks]),
-        **by_layer(
-            "connector.blocks.{l}.cross_attn.hook_pattern", [x.crossattention.self for x in blocks]
-        ),
+        **attending("encoder", ear.layers),
+        **attending("beats", sounds.layers),
+        **attending("connector", blocks, "attention.self"),
+        **attending("connector", blocks, "crossattention.self", "cross_attn"),
     }
     with recorded(found, entering, leaving, patterns):
         speech = ear(batch["input_features"]).last_hidden_state
@@ -203,12 +198,7 @@ def reference(published: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tenso
     n_clips, whole = len(speech), {name: torch.cat(x) for name, x in found.items()}
     for name in [name for name in whole if name.startswith("connector")]:
         whole[name] = clip_by_clip(whole[name], n_clips, WINDOWS)
-    return {
-        "hook_logits": out.logits,
-        **whole,
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
-    }
+    return {**whole, **decoder_of(out)}
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:

@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
 from audio_lens.recipes.soundwave import HookedSoundwave, soundwave_of
-from families.audio_llms import N_FRAMES, WINDOW_S, extractor
+from families.audio_llms import N_FRAMES, WINDOW_S, extracted, extractor
 from families.base import (
     AUDIO_TOKEN,
+    EVERYTHING,
     TINY_LANGUAGE_MODEL,
     Family,
-    attentions,
-    by_layer,
+    attending,
     decoder_attended,
-    hidden_states,
+    decoder_of,
+    entering_blocks,
     length_mask,
-    padded_rows,
+    prompts,
+    prompts_about,
     random_words,
-    randomise,
+    ready,
     recorded,
-    with_clips,
 )
 from published.soundwave import Soundwave
 
@@ -62,9 +63,8 @@ def build(
     ear = {key: overrides.pop(f"ear_{key}", value) for key, value in EAR.items()}
     text = transformers.LlamaConfig(**{**TINY_LANGUAGE_MODEL, **overrides})
     model = Soundwave(text, transformers.WhisperConfig(**ear), AUDIO_TOKEN)
-    for part in (model, model.model.audio_tower):
-        part.set_attn_implementation(attn)
-    model = randomise(model, seed).to(dtype)
+    model.model.audio_tower.set_attn_implementation(attn)
+    model = ready(model, seed, dtype, attn)
     if not looks_back:
         for parameter in model.model.lbm.encoder_attn.out_proj.parameters():
             parameter.data.zero_()
@@ -98,35 +98,27 @@ def batch(
 ) -> dict[str, Tensor]:
     """Prompts about a clip each, of so many mel frames, of which so many frames are kept."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [
-        with_clips(random_words(n_words, generator), [n_kept])
-        for n_words, n_kept in zip(words, kept, strict=True)
-    ]
-    tokens, mask = padded_rows(rows, padding)
-    features = torch.randn(len(rows), EAR["num_mel_bins"], N_FRAMES, generator=generator)
+    texts = [random_words(count, generator) for count in words]
+    made = prompts(texts, [[count] for count in kept], padding)
+    features = torch.randn(len(texts), EAR["num_mel_bins"], N_FRAMES, generator=generator)
     return {
-        "input_ids": tokens,
-        "attention_mask": mask,
+        **made,
         "input_features": features.to(dtype),
         "feature_attention_mask": length_mask(lengths, N_FRAMES),
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "position_ids": (made["attention_mask"].cumsum(1) - 1).clamp(min=0),
         "kept": some_frames(kept),
     }
 
 
 def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs:
     """Every third frame of each clip is kept, whatever it sounds like."""
-    made = extractor(model)(
-        waves, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
-    )
+    made = extracted(extractor(model), waves)
     kept = torch.arange(0, FRAMES, 3).repeat(len(waves), 1)
-    tokens, mask = padded_rows([with_clips([7, 8, 9], [kept.shape[1]])] * len(waves))
     return model.as_inputs(
         {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "input_features": made["input_features"],
-            "feature_attention_mask": made["attention_mask"],
+            **prompts_about([kept.shape[1]] * len(waves)),
+            "input_features": made["features"],
+            "feature_attention_mask": made["mask"],
             "kept": kept,
         }
     )
@@ -158,7 +150,7 @@ def answer(
     with recorded(
         found,
         entering={
-            **by_layer("encoder.blocks.{l}.hook_resid_pre", tower.layers),
+            **entering_blocks("encoder", tower.layers),
             "connector.blocks.0.hook_resid_pre": layer,
             "connector.hook_stacked": inner.mm_projector1,
             "connector.hook_kept": look_back,
@@ -172,21 +164,12 @@ def answer(
             "connector.hook_out": look_back,
         },
         patterns={
-            **by_layer(
-                "encoder.blocks.{l}.attn.hook_pattern", [block.self_attn for block in tower.layers]
-            ),
+            **attending("encoder", tower.layers),
             "connector.cross_attn.hook_pattern": look_back.encoder_attn,
         },
     ):
-        out, _ = published.answer(
-            tokens[is_first], features, kept, output_hidden_states=True, output_attentions=True
-        )
-    made = {
-        "hook_logits": out.logits,
-        **{name: tensor for name, (tensor,) in found.items()},
-        **hidden_states("decoder", out.hidden_states),
-        **attentions("decoder", out.attentions),
-    }
+        out, _ = published.answer(tokens[is_first], features, kept, **EVERYTHING)
+    made = {**{name: tensor for name, (tensor,) in found.items()}, **decoder_of(out)}
     if published.config._attn_implementation == "eager":
         read = layer.norm1(made["connector.blocks.0.hook_resid_pre"])
         _, own = layer.self_attn(read, read, read, average_attn_weights=False)  # t h 1 1

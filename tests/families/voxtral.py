@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
 from families import audio_llms
-from families.audio_llms import BATCHES, LONG_CLIPS, N_FRAMES, TINY_EAR, WINDOW_S, config
-from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, Family, prompts_about, randomise
+from families.audio_llms import N_FRAMES, TINY_EAR, config, windowed_family
+from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, prompts_about, ready, whisper_biases
 
 EAR = {"model_type": "voxtral_encoder", **TINY_EAR, "intermediate_size": 4 * 32}
 LANGUAGE = {
@@ -30,8 +30,7 @@ def build(
     options = {"audio_token_id": AUDIO_TOKEN, **overrides}
     hf_config = config(transformers.VoxtralConfig, EAR, LANGUAGE, options)
     model = transformers.VoxtralForConditionalGeneration(hf_config)
-    model.set_attn_implementation(attn)
-    model = randomise(model, seed)
+    model = ready(model, seed, torch.float32, attn)
     table = model.model.audio_tower.embed_positions
     half = dtype in (torch.float16, torch.bfloat16)
     model.to(dtype)
@@ -75,24 +74,18 @@ def clips(model: HookedAudioTransformer, waves: list[np.ndarray]) -> AudioInputs
     return model.as_inputs({**prompts, "input_features": torch.cat(features)})
 
 
-VOXTRAL = Family(
-    name="voxtral",
-    build=build,
-    batch=batch,
-    reference=reference,
-    models={
-        "tiny": {},
+VOXTRAL = windowed_family(
+    "voxtral",
+    lambda n_mel: PER_WINDOW,
+    build,
+    {
         "128 mels": {"ear_num_mel_bins": 128},
         "wide heads": {"head_dim": 16},
         "another activation in the connector": {"projector_hidden_act": "relu"},
     },
-    model_batches={"128 mels": {"n_mels": 128}},
-    batches=BATCHES,
-    no_float64=("left padding",),
-    float16_biases=lambda hf: [layer.fc2.bias for layer in hf.model.audio_tower.layers[:2]],
-    draw=audio_llms.draw_windowed,
+    batch=batch,
+    reference=reference,
+    float16_biases=whisper_biases,
     clips=clips,
-    durations=[LONG_CLIPS[:1], LONG_CLIPS[1:2], LONG_CLIPS],
     connector_reach_s=0.05,
-    segment_s=WINDOW_S,
 )

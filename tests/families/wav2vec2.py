@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audio_lens import AudioInputs, HookedAudioTransformer
-from families.base import Family, by_layer, length_mask, randomise, run_hf
+from families.base import (
+    Family,
+    attending,
+    by_layer,
+    entering_blocks,
+    length_mask,
+    randomise,
+    run_hf,
+)
 
 N_LABELS = 20
 TINY = {
@@ -79,16 +87,14 @@ def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch,
         entering={
             "encoder.hook_embed": body.encoder.pos_conv_embed,
-            **by_layer("encoder.blocks.{l}.hook_resid_pre", layers),
+            **entering_blocks("encoder", layers),
         },
         leaving={
             "encoder.hook_pos_embed": body.encoder.pos_conv_embed,
             "encoder.hook_out": body.encoder,
             **by_layer("frontend.convs.{l}.hook_out", convs),
         },
-        patterns=by_layer(
-            "encoder.blocks.{l}.attn.hook_pattern", [layer.attention for layer in layers]
-        ),
+        patterns=attending("encoder", layers, "attention"),
     )
     for name in by_layer("frontend.convs.{l}.hook_out", convs):
         found[name] = found[name].transpose(1, 2)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from audio_lens import AudioInputs, HookedAudioTransformer
 from families.base import (
     END,
+    EVERYTHING,
     PAD,
     START,
     Family,
-    attentions,
-    hidden_states,
+    encoder_and_decoder_of,
     padded_rows,
     random_words,
     randomise,
@@ -83,15 +83,8 @@ def reference(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     positions = (batch["decoder_attention_mask"].cumsum(1) - 1).clamp(min=0)
     if not batch["decoder_attention_mask"][:, 0].all():
         batch = {**batch, "decoder_position_ids": positions}
-    out = hf(**batch, output_hidden_states=True, output_attentions=True)
-    return {
-        "hook_logits": out.logits,
-        **hidden_states("encoder", out.encoder_hidden_states),
-        **hidden_states("decoder", out.decoder_hidden_states),
-        **attentions("encoder", out.encoder_attentions),
-        **attentions("decoder", out.decoder_attentions),
-        **attentions("decoder", out.cross_attentions, "cross_attn"),
-    }
+    out = hf(**batch, **EVERYTHING)
+    return {"hook_logits": out.logits, **encoder_and_decoder_of(out)}
 
 
 def draw(data: st.DataObject) -> tuple[dict, dict]:
