@@ -1,5 +1,6 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv on a fresh machine.
-# `make test-slow` runs the long tests, which `make test` leaves out; `make docs` builds the site.
+# `make test` leaves out the long tests: `make test-share` runs a sixth of them, which SEED chooses
+# (else the clock), `make test-slow` all, `make test-all` every test; `make docs` builds the site.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,8 +9,9 @@ BIN := $(VENV)/bin
 # GB, TORCH can name another wheel or version.
 TORCH ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
+PYTEST := $(BIN)/pytest -n 2 --durations=25
 
-.PHONY: demo test test-slow docs install
+.PHONY: demo test test-share test-slow test-all docs install
 
 demo: $(VENV)/.runtime
 	$(BIN)/audio-lens map --out map.html
@@ -17,10 +19,16 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-share: $(VENV)/.dev
+	$(PYTEST) -m slow --share 6 $(if $(SEED),--share-seed $(SEED))
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -n 2 -m slow
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/.docs
+	$(PYTEST)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

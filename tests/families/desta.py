@@ -30,15 +30,13 @@ from families.base import (
     run_hf,
     side_by_side,
 )
+from families.whisper import EAR_SHAPE
 from published.desta import Desta, Desta2, Desta25, Size
 
 N_FRAMES, QUERIES, BLOCKS = 200, 5, 5
 EAR = {
-    "num_mel_bins": 20,
-    "d_model": 32,
+    **EAR_SHAPE,
     "encoder_layers": BLOCKS,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
     "decoder_layers": 1,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 24,

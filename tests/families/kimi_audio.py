@@ -32,14 +32,11 @@ from families.base import (
     randomise,
     run_hf,
 )
+from families.whisper import EAR_SHAPE
 from published.kimi_audio import FRAMES_PER_TOKEN, PUBLISHED, KimiAudio, stacked
 
 EAR = {
-    "num_mel_bins": 20,
-    "d_model": 32,
-    "encoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
+    **EAR_SHAPE,
     "decoder_layers": 1,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 16,

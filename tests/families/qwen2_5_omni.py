@@ -17,16 +17,10 @@ from families import chunked
 from families.audio_llms import extracted, mel_clips
 from families.base import AUDIO_TOKEN, TINY_LANGUAGE_MODEL, ready
 from families.chunked import NO_FLOAT64, ChunkedEar
+from families.whisper import EAR_SHAPE
 
 CHUNK = 200  # mel frames
-TINY_EAR = {
-    "num_mel_bins": 20,
-    "encoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "d_model": 32,
-    "max_source_positions": CHUNK // 2,
-}
+TINY_EAR = {**EAR_SHAPE, "max_source_positions": CHUNK // 2}
 TINY_EYE = {
     "depth": 1,
     "hidden_size": 16,

@@ -17,18 +17,11 @@ from families import chunked
 from families.audio_llms import extracted, mel_clips
 from families.base import AUDIO_TOKEN, END, PAD, TINY_LANGUAGE_MODEL, ready
 from families.chunked import ChunkedEar
+from families.whisper import EAR_SHAPE
 
 CHUNK, PER_CHUNK = 100, 13
 WINDOW = 200  # mel frames; of the tiny models, 800 of the released ones
-TINY_EAR = {
-    "num_mel_bins": 20,
-    "encoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "d_model": 32,
-    "n_window_infer": WINDOW,
-    "downsample_hidden_size": 6,
-}
+TINY_EAR = {**EAR_SHAPE, "n_window_infer": WINDOW, "downsample_hidden_size": 6}
 BATCHES: dict[str, dict] = {
     "one prompt, 173 mel frames": {"lengths": [173], "words": [5]},
     "one prompt, 199 mel frames": {"lengths": [199], "words": [5]},

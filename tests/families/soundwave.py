@@ -31,14 +31,11 @@ from families.base import (
     ready,
     recorded,
 )
+from families.whisper import EAR_SHAPE
 from published.soundwave import Soundwave
 
 EAR = {
-    "num_mel_bins": 20,
-    "d_model": 32,
-    "encoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
+    **EAR_SHAPE,
     "max_source_positions": N_FRAMES // 2,
     "decoder_layers": 1,
     "decoder_attention_heads": 4,

@@ -25,14 +25,14 @@ from families.base import (
 )
 
 N_FRAMES = 220  # mel frames of the tiny models: 2.2 s
-TINY_EAR = {
+EAR_SHAPE = {
     "num_mel_bins": 20,
     "encoder_layers": 3,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
     "d_model": 32,
-    "max_source_positions": N_FRAMES // 2,
 }
+TINY_EAR = {**EAR_SHAPE, "max_source_positions": N_FRAMES // 2}
 _REST = {
     "vocab_size": 100,
     "decoder_layers": 3,

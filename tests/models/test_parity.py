@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from families import FAMILIES
 from families.base import Family
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}  # relative to the largest value
+LOTS, EXAMPLES = range(1, 7), 5  # of drawn shapes beside the first lot, and in each
 ATTN_MODES = {"eager": "explicit", "sdpa": "sdpa"}
 
 
@@ -143,10 +144,17 @@ def test_float16_stays_finite_where_the_residual_stream_overflows(family: Family
     assert cache[name].max() == torch.tensor(64504.0).half()
 
 
+@pytest.mark.parametrize("lot", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in LOTS)])
 @those(lambda family: family.draw)
-@settings(max_examples=10)
-@given(data=st.data())
-def test_any_shape(family: Family, data: st.DataObject) -> None:
-    model_options, batch_options = family.draw(data)
-    differences = compare(family, torch.float64, model_options, batch_options)
-    check(differences, TOLERANCE[torch.float64])
+def test_any_shape(family: Family, lot: int) -> None:
+    """A few drawn shapes on every run; the other lots are long tests, as share.py has them."""
+
+    @seed(lot)
+    @settings(max_examples=EXAMPLES, database=None)
+    @given(data=st.data())
+    def is_equal(data: st.DataObject) -> None:
+        model_options, batch_options = family.draw(data)
+        differences = compare(family, torch.float64, model_options, batch_options)
+        check(differences, TOLERANCE[torch.float64])
+
+    is_equal()

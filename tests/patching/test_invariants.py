@@ -1,7 +1,8 @@
 """What every sweep must satisfy, on every family: Exact, Identity, Total, and user hooks.
 
 Exact is a property test of every site: whatever is asked of a sweep, its values are those of one
-full forward with hooks per cell (loops.py). The long form of it is marked slow.
+full forward with hooks per cell (loops.py). The long form of it is marked slow, and runs take a
+share of it (share.py).
 """
 
 from __future__ import annotations
@@ -608,9 +609,9 @@ def test_user_hooks_anywhere(family, lots):
 
 
 @pytest.mark.parametrize("lots", [range(3), pytest.param(range(3, 25), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in THOROUGH])
-def test_user_hooks_in_every_family(name, lots):
-    assert_exact_under_hooks(name, lots)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in THOROUGH])
+def test_user_hooks_in_every_family(family, lots):
+    assert_exact_under_hooks(family, lots)
 
 
 @pytest.mark.parametrize("site", ["encoder.resid_pre", "decoder.attn.z"])
