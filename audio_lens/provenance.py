@@ -47,7 +47,7 @@ def provenance(
         "device": str(model.device),
         "attn_mode": model.attn_mode,
         "seed": str(SEED),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **versions(),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from audio_lens.patching.clip_pair import ClipPair
 
 
-class Direction(str, Enum):
+class Direction(StrEnum):
     """Which run is patched: the corrupted one (denoise), the clean one (noise), or each in turn."""
 
     denoise = "denoise"

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,7 @@ out, err = Console(), Console(stderr=True)
 log = logging.getLogger(__name__)
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Floating-point dtypes, as torch calls them."""
 
     float64 = "float64"
