@@ -42,7 +42,7 @@ class Event(ctypes.Structure):
     )
 
 
-class Voice(ctypes.Structure):
+class EspeakVoice(ctypes.Structure):
     """A voice wanted by its languages."""
 
     _fields_ = (
@@ -83,7 +83,7 @@ def choose_voice(speech: ctypes.CDLL, voice: str) -> None:
     Raises:
         SystemExit: if there is no such voice, or variant (which espeak-ng itself would ignore).
     """
-    by_language = ctypes.byref(Voice(languages=voice.encode()))
+    by_language = ctypes.byref(EspeakVoice(languages=voice.encode()))
     is_missing = speech.espeak_SetVoiceByName(voice.encode())
     if is_missing and speech.espeak_SetVoiceByProperties(by_language):
         raise SystemExit(f"espeak-ng has no voice {voice!r}: `espeak-ng --voices` lists them")
@@ -96,8 +96,8 @@ def choose_voice(speech: ctypes.CDLL, voice: str) -> None:
 
 def variants(speech: ctypes.CDLL) -> set[str]:
     """The variants that a voice can have, such as f2."""
-    speech.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(Voice))
-    found = speech.espeak_ListVoices(ctypes.byref(Voice(languages=b"variant")))
+    speech.espeak_ListVoices.restype = ctypes.POINTER(ctypes.POINTER(EspeakVoice))
+    found = speech.espeak_ListVoices(ctypes.byref(EspeakVoice(languages=b"variant")))
     listed = itertools.takewhile(bool, (found[index] for index in itertools.count()))
     return {voice.contents.identifier.decode().rpartition("/")[2] for voice in listed}
 

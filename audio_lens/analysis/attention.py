@@ -50,7 +50,7 @@ class HeadSummary:
 
 
 @dataclass(frozen=True)
-class Attention:
+class ClipAttention:
     """What the heads of one site look at in a clip.
 
     Attributes:
@@ -198,7 +198,7 @@ def read_attention(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     cache: AudioCache | None = None,
-) -> list[Attention]:
+) -> list[ClipAttention]:
     """Patterns of some sites, from a cache or else by running the model on the prompt.
 
     Raises:
@@ -257,11 +257,13 @@ class Reader:
         own = self.prompt.own(self.part, pattern)[:, self.heads]
         self._found[layer] = tuple(x.cpu() for x in self._on_clip(own))
 
-    def attention(self) -> Attention:
+    def attention(self) -> ClipAttention:
         """What was taken in."""
         found = [self._found[layer] for layer in self.layers]
         arrays = (torch.stack(of_layers).numpy() for of_layers in zip(*found, strict=True))
-        return Attention(self.site, self.layers, self.heads, *arrays, self.edges, self._queries())
+        return ClipAttention(
+            self.site, self.layers, self.heads, *arrays, self.edges, self._queries()
+        )
 
     def _timed(self) -> Places:
         """The positions with seconds: what is attended to."""
@@ -302,7 +304,7 @@ class Reader:
 
 
 class WordReader(Reader):
-    """Takes in how steps of the clip attend to the words of a text; see `Attention.is_read`."""
+    """Takes in how steps of the clip attend to the words of a text; see `ClipAttention.is_read`."""
 
     def _timed(self) -> Places:
         """The positions with seconds: what attends."""
@@ -315,7 +317,7 @@ class WordReader(Reader):
     def _queries(self) -> list[Query]:
         return [Query(label) for label in self.prompt.labels("encoder", self.rows)]
 
-    def attention(self) -> Attention:
+    def attention(self) -> ClipAttention:
         """What was taken in."""
         return replace(super().attention(), is_read=True)
 

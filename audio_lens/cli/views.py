@@ -26,7 +26,7 @@ from audio_lens.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from audio_lens.analysis.attention import Attention
+    from audio_lens.analysis.attention import ClipAttention
     from audio_lens.analysis.prompts import Prompt
 
 SHARPEST = 8  # heads that are printed
@@ -190,14 +190,14 @@ def attention(
             shared.print_json(told)
 
 
-def _heads(found: Attention) -> dict[str, Any]:
+def _heads(found: ClipAttention) -> dict[str, Any]:
     return {
         "queries": [query.label for query in found.queries],
         "heads": [asdict(summary) for summary in found.summary()],
     }
 
 
-def _print_heads(found: Sequence[Attention], page: Path) -> None:
+def _print_heads(found: Sequence[ClipAttention], page: Path) -> None:
     for one in found:
         table = Table(
             f"sharpest heads of {one.site}", one.share_head, "entropy (bits)", "peak",

@@ -110,7 +110,7 @@ class Speaker(Stack):
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
 
 
-class Spoken(NamedTuple):
+class TextAndCodes(NamedTuple):
     """What `HookedKimiAudio.speak` answers to one prompt: a text, and discrete audio tokens."""
 
     text: str
@@ -410,7 +410,7 @@ class HookedKimiAudio(StackedAudioLLM):
     @torch.no_grad()
     def speak(
         self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 750
-    ) -> list[Spoken]:
+    ) -> list[TextAndCodes]:
         """Continue both streams greedily: a text and discrete audio tokens for every prompt.
 
         Prompts are those prepared with ``answer="both"``. The audio tokens are numbered as those of
@@ -426,7 +426,7 @@ class HookedKimiAudio(StackedAudioLLM):
         texts = tokenizer.batch_decode(text, skip_special_tokens=True)
         first = self.cfg.first_code
         codes = [[token - first for token in row if token >= first] for row in audio.tolist()]
-        return [Spoken(*answer) for answer in zip(texts, codes, strict=True)]
+        return [TextAndCodes(*answer) for answer in zip(texts, codes, strict=True)]
 
     @torch.no_grad()
     def continued(

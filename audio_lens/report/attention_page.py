@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sequential
 
-from audio_lens.analysis.attention import Attention, read_attention, sites_of
+from audio_lens.analysis.attention import ClipAttention, read_attention, sites_of
 from audio_lens.analysis.prompts import Prompt
 from audio_lens.audio import AudioSource
 from audio_lens.cache import AudioCache
@@ -98,7 +98,7 @@ def attention_page(
 
 def write_attention(
     prompt: Prompt,
-    found: Sequence[Attention],
+    found: Sequence[ClipAttention],
     path: str | Path,
     title: str,
     tiers: Tiers,
@@ -187,7 +187,7 @@ def prompt_shown(prompt: Prompt, cache: AudioCache | None, answer: int | None) -
 # -------------------------------------------------------------------------------- drawing
 
 
-def _view(attention: Attention, rows: Rows) -> dict[str, Any]:
+def _view(attention: ClipAttention, rows: Rows) -> dict[str, Any]:
     """One site for attention.js."""
     heat = go.Heatmap(name="attention", x=attention.edges, z=[], **_heat_style(attention))
     profile = go.Bar(
@@ -221,7 +221,7 @@ def _view(attention: Attention, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _told(attention: Attention) -> dict[str, str]:
+def _told(attention: ClipAttention) -> dict[str, str]:
     """How to read the rows, what share of attention they have, and the table of the heads."""
     if attention.is_read:
         how, share = HOW_READ, "of the attention of all steps is on it"
@@ -230,7 +230,7 @@ def _told(attention: Attention) -> dict[str, str]:
     return {"how": how, "share_of": share, "share_head": attention.share_head}
 
 
-def _heat_style(attention: Attention) -> dict[str, Any]:
+def _heat_style(attention: ClipAttention) -> dict[str, Any]:
     y = _query_edges(attention)
     return {
         "y": y,
@@ -241,14 +241,14 @@ def _heat_style(attention: Attention) -> dict[str, Any]:
     }
 
 
-def _query_edges(attention: Attention) -> np.ndarray:
+def _query_edges(attention: ClipAttention) -> np.ndarray:
     """Where rows begin and end: seconds, or numbers of tokens."""
     if attention.is_timed:
         return attention.edges
     return np.arange(len(attention.queries) + 1) - 0.5
 
 
-def _pattern_panel(attention: Attention) -> Panel:
+def _pattern_panel(attention: ClipAttention) -> Panel:
     """The row of the page that holds the pattern: tokens downwards, seconds upwards."""
     if attention.is_timed:
         return Panel(SQUARE_PX, yaxis={"title": {"text": "frame at (s)"}})
@@ -267,7 +267,7 @@ def _cut(label: str) -> str:
     )
 
 
-def _notes(found: Sequence[Attention]) -> list[str]:
+def _notes(found: Sequence[ClipAttention]) -> list[str]:
     """How patterns were made small, and how to read them."""
     notes = [
         "A share says how much of a query's attention falls into a stretch of the clip (of a row "
@@ -301,7 +301,7 @@ def _notes(found: Sequence[Attention]) -> list[str]:
     return notes
 
 
-def _left_out(found: Sequence[Attention], fitting: Sequence[Attention]) -> list[str]:
+def _left_out(found: Sequence[ClipAttention], fitting: Sequence[ClipAttention]) -> list[str]:
     """Which layers are not on the page."""
     notes = []
     for whole, shown in zip(found, fitting, strict=True):

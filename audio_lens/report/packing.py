@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from audio_lens.analysis.attention import Attention, timed_queries
+from audio_lens.analysis.attention import ClipAttention, timed_queries
 
 LEAST_BINS = 50  # stretches that the seconds of a clip are still cut into
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 TOP_LEVEL = len(LETTERS) - 1
 
 
-def letters_of(attention: Attention) -> list[list[str]]:
+def letters_of(attention: ClipAttention) -> list[list[str]]:
     """Every head's pattern as text: the square root of the share in 64 steps up to its peak."""
     peaks = np.maximum(attention.peaks(), np.finfo(np.float32).tiny)[..., None, None]
     levels = np.sqrt(attention.share / peaks) * TOP_LEVEL
@@ -25,7 +25,7 @@ def letters_of(attention: Attention) -> list[list[str]]:
     return [[head.tobytes().decode() for head in layer] for layer in written]
 
 
-def fitted(found: Sequence[Attention], room: int, keeps_layers: bool) -> list[Attention]:
+def fitted(found: Sequence[ClipAttention], room: int, keeps_layers: bool) -> list[ClipAttention]:
     """The attention of several sites in at most so many compressed bytes.
 
     The largest is made coarser first; then every second layer is left out.
@@ -42,11 +42,11 @@ def fitted(found: Sequence[Attention], room: int, keeps_layers: bool) -> list[At
     return fitting
 
 
-def _packed_size(attention: Attention) -> int:
+def _packed_size(attention: ClipAttention) -> int:
     return len(gzip.compress("".join("".join(l) for l in letters_of(attention)).encode()))
 
 
-def _smaller(attention: Attention, keeps_layers: bool) -> Attention:
+def _smaller(attention: ClipAttention, keeps_layers: bool) -> ClipAttention:
     if len(attention.edges) - 1 >= 2 * LEAST_BINS:
         return coarser(attention)
     if keeps_layers or len(attention.layers) == 1:
@@ -57,7 +57,7 @@ def _smaller(attention: Attention, keeps_layers: bool) -> Attention:
     return _fewer_layers(attention)
 
 
-def coarser(attention: Attention) -> Attention:
+def coarser(attention: ClipAttention) -> ClipAttention:
     """With stretches joined by twos: attention to them adds up, that of them is averaged."""
     edges, n = attention.edges, len(attention.edges) - 1
     edges = np.append(edges[:-1:2], edges[-1])
@@ -79,7 +79,7 @@ def _joined(values: np.ndarray, axis: int) -> np.ndarray:
     return np.add.reduceat(values, np.arange(0, values.shape[axis], 2), axis=axis)
 
 
-def _fewer_layers(attention: Attention) -> Attention:
+def _fewer_layers(attention: ClipAttention) -> ClipAttention:
     """With every second layer, the last one among them."""
     n = len(attention.layers)
     kept = list(range((n - 1) % 2, n, 2))

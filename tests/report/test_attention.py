@@ -10,7 +10,7 @@ from browsing import at, last_sound, until
 from pages import Page
 
 from audio_lens import InputError
-from audio_lens.analysis.attention import Attention, Query, read_attention, sites_of
+from audio_lens.analysis.attention import ClipAttention, Query, read_attention, sites_of
 from audio_lens.analysis.prompts import Prompt
 from audio_lens.hooks import HookNameError
 from audio_lens.models.embedded import default_pair
@@ -199,7 +199,7 @@ def random_attention(layers=4, heads=3, bins=200, timed=True):
     queries = [Query("", span) for span in spans] if timed else [Query("a")] * bins
     sums = share.sum(-1)
     site = "encoder.attn" if timed else "decoder.attn"
-    return Attention(site, [*range(layers)], [*range(heads)], share, sums, sums, edges, queries)
+    return ClipAttention(site, [*range(layers)], [*range(heads)], share, sums, sums, edges, queries)
 
 
 def test_letters_hold_shares_to_a_64th_of_the_root():

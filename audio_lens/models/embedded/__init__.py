@@ -15,7 +15,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 @dataclass(frozen=True)
-class ClipPair:
+class ShippedPair:
     """Two shipped clips that differ in one spoken digit, and the question that digit decides.
 
     Attributes:
@@ -39,7 +39,7 @@ class ClipPair:
         return next(word for word, other in pairs if word.label != other.label)
 
 
-def clip_pairs() -> list[ClipPair]:
+def clip_pairs() -> list[ShippedPair]:
     """Every minimal pair that is shipped."""
     index = json.loads((CLIPS / "clips.json").read_text())
 
@@ -48,7 +48,7 @@ def clip_pairs() -> list[ClipPair]:
         return tuple(Span(word["start_s"], word["end_s"], word["word"]) for word in said)
 
     return [
-        ClipPair(
+        ShippedPair(
             clean=CLIPS / pair["clean"],
             corrupted=CLIPS / pair["corrupted"],
             question=pair["question"],
@@ -61,6 +61,6 @@ def clip_pairs() -> list[ClipPair]:
     ]
 
 
-def default_pair() -> ClipPair:
+def default_pair() -> ShippedPair:
     """The pair that `audio-lens map` shows when nothing else is asked."""
     return clip_pairs()[0]

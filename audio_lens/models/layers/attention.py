@@ -80,16 +80,16 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of self-attention as they meet: normed and rotated."""
         q, (k, v) = self.queries(x), self.keys_values(x)
-        return self.turned_queries(q, rotary), self.turned_keys(k, rotary), v
+        return self.rotated_queries(q, rotary), self.rotated_keys(k, rotary), v
 
-    def turned_queries(
+    def rotated_queries(
         self, q: Float[Tensor, "b q h e"], rotary: Angles | None
     ) -> Float[Tensor, "b q h e"]:
         """Queries as they meet the keys."""
         q = self.q_norm(q) if self.has_qk_norm else q
         return self.hook_rot_q(rotate(q, rotary)) if self.turns else q
 
-    def turned_keys(
+    def rotated_keys(
         self, k: Float[Tensor, "b k kv e"], rotary: Angles | None
     ) -> Float[Tensor, "b k kv e"]:
         """Keys as they meet the queries."""

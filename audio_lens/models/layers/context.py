@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @runtime_checkable
-class Reader(Protocol):
+class MemoryReader(Protocol):
     """What reads a memory: cross-attention."""
 
     def memory_keys_values(self, context: Context) -> tuple[Tensor, Tensor]: ...
@@ -70,7 +70,7 @@ class Context:
     past: KVCache | None = None
     position_bias: Float[Tensor, "h q k"] | None = None
 
-    def read(self, attn: Reader, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
+    def read(self, attn: MemoryReader, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
         """What cross-attention finds in the memory."""
         return attn.mix(q, *attn.memory_keys_values(self), self.memory_allowed)
 

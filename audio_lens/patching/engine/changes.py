@@ -263,7 +263,7 @@ def _head_delta(of: Changes, layer: int) -> Float[Tensor, "b t h _"]:
         return attn.weigh(new, v) - z
     if of.site.last == "attn_scores":
         return attn.weigh(attn.pattern_of(new), v) - z
-    q = new if of.site.last == "rot_q" else attn.turned_queries(new, base.context.rotary)
+    q = new if of.site.last == "rot_q" else attn.rotated_queries(new, base.context.rotary)
     allowed = base.context.memory_allowed if attn.is_cross else base.context.allowed
     return attn.mix(q, k, v, allowed, base.bias(attn, layer)) - z
 
@@ -309,7 +309,7 @@ class KeyChanges(Changes):
         k, v = self.base.keys_values(attn)
         new = self.source.at(layer, self.site.local_hook)
         if self.site.last == "k":
-            new = attn.turned_keys(new, self.base.context.rotary)
+            new = attn.rotated_keys(new, self.base.context.rotary)
         new = (k, new) if self.site.last == "v" else (new, v)
         return _Attended(q, z, stream, (k, v), new, self.base.bias(attn, layer))
 

@@ -13,7 +13,7 @@ from transformers import Qwen2AudioProcessor
 from audio_lens.models.embedded import DIGITS
 from audio_lens.models.embedded.training import acoustics, questions, scenes
 from audio_lens.models.embedded.training.material import RATE, Utterance, Wave
-from audio_lens.models.embedded.training.network import Prompts
+from audio_lens.models.embedded.training.network import PromptBatch
 
 SILENCE = len(DIGITS)
 CONDITIONS = {
@@ -57,7 +57,7 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Clip:
+class SampledClip:
     """A clip before room and noise, and the numbers of its words in the bank."""
 
     scene: scenes.Scene
@@ -76,16 +76,16 @@ class Heard:
     tokens: Int[Tensor, " batch"]
 
 
-def draw_clip(bank: Bank, draw: np.random.Generator) -> Clip:
+def draw_clip(bank: Bank, draw: np.random.Generator) -> SampledClip:
     """One to three words of one speaker, somewhere in one to four seconds."""
     numbers = bank.draw(int(draw.choice([1, 2, 3], p=[0.15, 0.35, 0.5])), draw)
     utterances = [bank.words[number] for number in numbers]
     slots = [scenes.seconds(utterance) for utterance in utterances]
     starts, length = scenes.lay_out(slots, scenes.draw_gaps(slots, draw))
-    return Clip(scenes.compose(utterances, starts, length), numbers)
+    return SampledClip(scenes.compose(utterances, starts, length), numbers)
 
 
-def draw_clips(bank: Bank, size: int, seed: Sequence[int], pool: int = 4) -> list[Clip]:
+def draw_clips(bank: Bank, size: int, seed: Sequence[int], pool: int = 4) -> list[SampledClip]:
     """The batch of step ``seed[-1]``; ``pool`` neighbouring steps share out clips by length."""
     *stage, step = seed
     draw = np.random.default_rng([*stage, step // pool])
@@ -111,7 +111,7 @@ class Surroundings:
             wave = acoustics.with_noise(wave, noise, draw.uniform(5, 40), draw)
         return wave * np.float32(10 ** draw.uniform(-0.7, 0.5))
 
-    def hear(self, clips: Sequence[Clip], draw: np.random.Generator) -> Heard:
+    def hear(self, clips: Sequence[SampledClip], draw: np.random.Generator) -> Heard:
         """Features of spoiled clips, each through a channel and from a warped vocal tract."""
         waves = [self.spoil(clip.scene.wave, draw) for clip in clips]
         channel = np.stack([acoustics.draw_channel(draw) for _ in clips])
@@ -134,7 +134,7 @@ def features(
     return Heard(mel[..., :frames], tokens)
 
 
-def frame_labels(clips: Sequence[Clip], length: int) -> Int[Tensor, "batch tokens"]:
+def frame_labels(clips: Sequence[SampledClip], length: int) -> Int[Tensor, "batch tokens"]:
     """Which digit sounds in the middle of each 40 ms (:data:`SILENCE` for none)."""
     middle = (np.arange(length) + 0.5) * scenes.TOKEN / RATE
     labels = np.full((len(clips), length), SILENCE)
@@ -211,7 +211,7 @@ class Prompter:
         tasks: Sequence[Task],
         clip: Sequence[int] = (),
         tokens: Int[Tensor, " batch"] | None = None,
-    ) -> Prompts:
+    ) -> PromptBatch:
         """Rows for ``tasks[i]`` about clip ``clip[i]``, whose length is ``tokens[clip[i]]``.
 
         Tasks without audio need no clips.
@@ -223,4 +223,4 @@ class Prompter:
             out[: len(row)] = torch.tensor(row)
         asked = torch.tensor([len(row) - 2 for row in rows])
         answer = ids[torch.arange(len(ids)), asked + 1]
-        return Prompts(ids, torch.tensor(clip, dtype=torch.long), asked, answer)
+        return PromptBatch(ids, torch.tensor(clip, dtype=torch.long), asked, answer)

@@ -28,7 +28,7 @@ NOISE_DB = 30.0
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairToMake:
     """A minimal pair to make: digits, the swapped one's index, what replaces it, what is asked."""
 
     digits: tuple[str, ...]
@@ -43,14 +43,14 @@ class Pair:
 
 
 PAIRS = (
-    Pair(("seven", "two", "five"), 1, "nine", "second"),
-    Pair(("four", "one", "eight"), 0, "six", "first"),
-    Pair(("three", "nine", "zero"), 2, "two", "last"),
-    Pair(("six", "three"), 1, "eight", "larger", noisy=True),
+    PairToMake(("seven", "two", "five"), 1, "nine", "second"),
+    PairToMake(("four", "one", "eight"), 0, "six", "first"),
+    PairToMake(("three", "nine", "zero"), 2, "two", "last"),
+    PairToMake(("six", "three"), 1, "eight", "larger", noisy=True),
 )
 
 
-def make(pair: Pair, voice: material.Voice, cache: Path) -> tuple[scenes.Scene, scenes.Scene]:
+def make(pair: PairToMake, voice: material.Voice, cache: Path) -> tuple[scenes.Scene, scenes.Scene]:
     """Clean and corrupted clip of a pair in a voice; noise, if any, is the same on both."""
     utterances = [material.espeak_word(voice, word, cache) for word in pair.digits]
     other = material.espeak_word(voice, pair.other, cache)
@@ -65,14 +65,14 @@ def noise_for(scene: scenes.Scene) -> Wave:
     return acoustics.with_noise(scene.wave, hiss, NOISE_DB, draw) - scene.wave
 
 
-def tasks(pair: Pair, digits: Sequence[str]) -> list[Task]:
+def tasks(pair: PairToMake, digits: Sequence[str]) -> list[Task]:
     """The pair's own question and every which-digit question, before and after the audio."""
     kinds = dict.fromkeys([pair.kind, *questions.WHICH])
     asked = [question for kind in kinds if (question := questions.ask(kind, digits))]
     return [Task(q.text, first, q.answer) for q in asked for first in (False, True)]
 
 
-def understood(subject: Subject, pair: Pair, waves: Sequence[Wave]) -> bool:
+def understood(subject: Subject, pair: PairToMake, waves: Sequence[Wave]) -> bool:
     """Whether the model answers all :func:`tasks` on both sides of a pair."""
     sides = [tasks(pair, pair.digits), tasks(pair, pair.swapped)]
     clip = [side for side, asked in enumerate(sides) for _ in asked]
@@ -115,7 +115,7 @@ def ship(subject: Subject, folder: Path, cache: Path) -> None:
 
 
 def _first_understood(
-    subject: Subject, pair: Pair, voices: Sequence[material.Voice], cache: Path
+    subject: Subject, pair: PairToMake, voices: Sequence[material.Voice], cache: Path
 ) -> tuple[material.Voice, tuple[scenes.Scene, scenes.Scene], list[Wave]]:
     for voice in voices:
         sides = make(pair, voice, cache)

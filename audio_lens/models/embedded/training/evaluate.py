@@ -23,8 +23,8 @@ from audio_lens.models.embedded import CHECKPOINT
 from audio_lens.models.embedded.training import acoustics, material, questions
 from audio_lens.models.embedded.training.batches import (
     Bank,
-    Clip,
     Prompter,
+    SampledClip,
     Task,
     draw_clip,
     features,
@@ -104,7 +104,7 @@ def spoil(
     return acoustics.with_noise(wave, noises[draw.integers(len(noises))], NOISE_DB, draw)
 
 
-def plain_tasks(clip: Clip, draw: np.random.Generator) -> Iterator[Told]:
+def plain_tasks(clip: SampledClip, draw: np.random.Generator) -> Iterator[Told]:
     """Every question that the clip allows, without a transcript."""
     for kind, form in questions.KINDS.items():
         question = questions.ask(kind, clip.scene.digits, int(draw.integers(len(form.phrasings))))
@@ -113,7 +113,7 @@ def plain_tasks(clip: Clip, draw: np.random.Generator) -> Iterator[Told]:
             yield Told(kind, "no transcript", question.answer, task)
 
 
-def trust_tasks(clip: Clip, draw: np.random.Generator) -> Iterator[Told]:
+def trust_tasks(clip: SampledClip, draw: np.random.Generator) -> Iterator[Told]:
     """One which-digit question under every trust condition, in both orders."""
     digits = clip.scene.digits
     question = questions.ask_any(digits, draw, questions.WHICH)
@@ -134,8 +134,8 @@ def trust_tasks(clip: Clip, draw: np.random.Generator) -> Iterator[Told]:
 
 def interview(
     subject: Subject,
-    clips: Sequence[Clip],
-    tasks_of: Callable[[Clip, np.random.Generator], Iterator[Told]],
+    clips: Sequence[SampledClip],
+    tasks_of: Callable[[SampledClip, np.random.Generator], Iterator[Told]],
     heard_as: Callable[[Wave, np.random.Generator], Wave],
     draw: np.random.Generator,
 ) -> pd.DataFrame:

@@ -42,7 +42,7 @@ def hear(
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptBatch:
     """Questions about clips, ready for the language model.
 
     Attributes:
@@ -62,7 +62,7 @@ def think(
     model: Qwen2AudioForConditionalGeneration,
     audio: Float[Tensor, "batch tokens d"],
     tokens: Int[Tensor, " batch"],
-    prompts: Prompts,
+    prompts: PromptBatch,
 ) -> Float[Tensor, "rows 2 vocabulary"]:
     """Logits of the answer, and of what follows it.
 
@@ -80,14 +80,14 @@ def think(
 
 
 def read(
-    model: Qwen2AudioForConditionalGeneration, prompts: Prompts
+    model: Qwen2AudioForConditionalGeneration, prompts: PromptBatch
 ) -> Float[Tensor, "rows 2 vocabulary"]:
     """:func:`think` for prompts without audio."""
     return _answer(model, model.get_input_embeddings()(prompts.ids), prompts)
 
 
 def _answer(
-    model: Qwen2AudioForConditionalGeneration, embeddings: Tensor, prompts: Prompts
+    model: Qwen2AudioForConditionalGeneration, embeddings: Tensor, prompts: PromptBatch
 ) -> Tensor:
     states = model.model.language_model(inputs_embeds=embeddings, use_cache=False)
     rows = torch.arange(len(embeddings))[:, None]

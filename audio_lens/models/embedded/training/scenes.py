@@ -18,7 +18,7 @@ SHORTEST_S, LONGEST_S = 1.0, 4.0
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedWord:
     """A word in a clip: its text, first and one-past-last sample in seconds."""
 
     start_s: float
@@ -36,7 +36,7 @@ class Scene:
     """
 
     wave: Wave
-    words: tuple[Placed, ...]
+    words: tuple[PlacedWord, ...]
 
     @property
     def digits(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def compose(utterances: Sequence[Utterance], starts_s: Sequence[float], length_s
         if start < free or stop > len(wave):
             raise ValueError(f"'{utterance.word}' at {start_s:.2f} s overlaps or leaves the clip")
         wave[start:stop] = utterance.wave
-        words.append(Placed(start / RATE, stop / RATE, utterance.word))
+        words.append(PlacedWord(start / RATE, stop / RATE, utterance.word))
         free = stop
     return Scene(wave, tuple(words))
 

@@ -36,16 +36,16 @@ from audio_lens.models.embedded.training import checkpoint, material
 from audio_lens.models.embedded.training.batches import (
     SILENCE,
     Bank,
-    Clip,
     Heard,
     Prompter,
+    SampledClip,
     Surroundings,
     draw_clips,
     draw_reading,
     draw_task,
     frame_labels,
 )
-from audio_lens.models.embedded.training.network import Prompts, hear, read, think
+from audio_lens.models.embedded.training.network import PromptBatch, hear, read, think
 from audio_lens.models.embedded.training.teacher import Targets, teach
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def targets(bank: Bank, workdir: Path) -> Targets:
     return Targets(stored["states"], stored["offsets"])
 
 
-def place(taught: Targets, clips: Sequence[Clip], positions: int) -> tuple[Tensor, Tensor]:
+def place(taught: Targets, clips: Sequence[SampledClip], positions: int) -> tuple[Tensor, Tensor]:
     """Teacher states where the words are, and a mask of where that is."""
     states = torch.zeros(len(clips), positions, taught.states.shape[1])
     there = torch.zeros(len(clips), positions, dtype=torch.bool)
@@ -207,7 +207,9 @@ class Ears(nn.Module):
         self.to_teacher = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 384))
         self.to_digit = nn.Linear(width, CLASSES)
 
-    def listen(self, heard: Heard, clips: Sequence[Clip], taught: Targets) -> tuple[Tensor, Tensor]:
+    def listen(
+        self, heard: Heard, clips: Sequence[SampledClip], taught: Targets
+    ) -> tuple[Tensor, Tensor]:
         """What the encoder makes of clips, and how far that is from teacher and labels.
 
         Returns:
@@ -248,7 +250,7 @@ class Reasoner(nn.Module):
         self.stand_in = nn.Embedding(CLASSES, model.config.text_config.hidden_size)
 
 
-def answer_loss(logits: Tensor, prompts: Prompts, end: int) -> Tensor:
+def answer_loss(logits: Tensor, prompts: PromptBatch, end: int) -> Tensor:
     """Cross entropy of the answer, and a little of the turn's end after it."""
     ends = torch.full_like(prompts.answer, end)
     return functional.cross_entropy(logits[:, 0].float(), prompts.answer) + 0.1 * (
@@ -257,8 +259,8 @@ def answer_loss(logits: Tensor, prompts: Prompts, end: int) -> Tensor:
 
 
 def ask_about(
-    clips: Sequence[Clip], tokens: Tensor, prompter: Prompter, draw: np.random.Generator
-) -> Prompts:
+    clips: Sequence[SampledClip], tokens: Tensor, prompter: Prompter, draw: np.random.Generator
+) -> PromptBatch:
     """Some questions about every clip."""
     about = [number for number in range(len(clips)) for _ in range(QUESTIONS_PER_CLIP)]
     tasks = [draw_task(clips[number].scene.digits, draw) for number in about]
@@ -382,7 +384,7 @@ class Echoes:
             self.clips += clips
             self.audio += [row[:length] for row, length in zip(audio, heard.tokens, strict=True)]
 
-    def draw(self, size: int, draw: np.random.Generator) -> tuple[list[Clip], Tensor]:
+    def draw(self, size: int, draw: np.random.Generator) -> tuple[list[SampledClip], Tensor]:
         """Some clips of similar length, and their padded connector outputs."""
         order = sorted(draw.permutation(len(self.clips))[: 4 * size], key=self._length)
         first = size * int(draw.integers(4))
