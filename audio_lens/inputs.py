@@ -40,7 +40,7 @@ class AudioInputs:
         feature_mask: True at feature steps (mel frames or samples) that hold audio; None counts
             all as audio.
         position_ids: positions of the tokens; None counts them (left padding shifts nothing).
-        streams: further tokens that enter the decoder at the same positions (codes of audio), and
+        further_tokens: those that enter the decoder at the same positions (codes of audio), and
             those that are known to enter behind the last.
         audio_mask: True where audio stands in the prompts; None: at the model's placeholders.
         clips_per_row: how many clips each prompt holds.
@@ -60,7 +60,7 @@ class AudioInputs:
     attention_mask: Bool[Tensor, "b seen"] | None = None
     feature_mask: Bool[Tensor, "segments frames"] | None = None
     position_ids: Int[Tensor, "b t"] | None = None
-    streams: Int[Tensor, "b k ahead"] | None = None
+    further_tokens: Int[Tensor, "b k ahead"] | None = None
     audio_mask: Bool[Tensor, "b t"] | None = None
     extra: Mapping[str, Shaped[Tensor, "segments *_"]] = field(default_factory=dict)
     segments_per_clip: tuple[int, ...] | None = None
@@ -94,6 +94,11 @@ class AudioInputs:
     @property
     def device(self) -> torch.device:
         return self.tokens.device
+
+    @property
+    def streams(self) -> Int[Tensor, "b k ahead"] | None:
+        """Former name of `further_tokens`."""
+        return self.further_tokens
 
     @property
     def attended(self) -> Bool[Tensor, "b t"]:
@@ -174,7 +179,7 @@ class AudioInputs:
             tokens=take(self.tokens, rows),
             attention_mask=take(self.attention_mask, rows),
             position_ids=take(self.position_ids, rows),
-            streams=take(self.streams, rows),
+            further_tokens=take(self.further_tokens, rows),
             audio_mask=take(self.audio_mask, rows),
             extra={name: take(x, segments) for name, x in self.extra.items()},
             text=take(self.text, rows),
@@ -263,7 +268,7 @@ class AudioInputs:
 
     def _further_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what stands beside tokens and features."""
-        given = {"streams": self.streams, **self.extra}
+        given = {"further_tokens": self.further_tokens, **self.extra}
         return {name: tuple(x.shape) for name, x in given.items() if x is not None}
 
     def same_audio(self, other: AudioInputs) -> bool:
@@ -281,7 +286,7 @@ class AudioInputs:
         """A hash of features, tokens and masks: a result can name what it was computed on."""
         digest = hashlib.sha256()
         masks = (self.attention_mask, self.feature_mask, self.position_ids)
-        further = (self.streams, self.audio_mask, *self.extra.values())
+        further = (self.further_tokens, self.audio_mask, *self.extra.values())
         for tensor in (self.features.float(), self.tokens, *masks, *further):
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -23,7 +23,7 @@ def inputs() -> AudioInputs:
 class Vocabulary:
     """A model as far as metrics of token ids need one."""
 
-    cfg = SimpleNamespace(head="tokens", family="toy")
+    cfg = SimpleNamespace(output_kind="tokens", family="toy")
 
     @staticmethod
     def output_attended(inputs: AudioInputs) -> torch.Tensor:

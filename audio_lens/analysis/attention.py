@@ -171,7 +171,7 @@ def _lies_in_time(prompt: Prompt, site: str) -> bool:
         return len(prompt.text_places("encoder")) > 0 and len(prompt.places("decoder")) > 0
     if site == CROSS:
         return len(prompt.places("encoder")) > 0
-    is_own = part not in prompt.model.cfg.speakers or prompt.lies_as_decoder(part)
+    is_own = part not in prompt.model.cfg.further_decoders or prompt.lies_as_decoder(part)
     return is_own and len(prompt.places(part)) > 0
 
 

@@ -57,14 +57,14 @@ class Streams:
 def has_vocabulary(prompt: Prompt, part: str) -> bool:
     """Whether what the part holds at a position can be read as tokens or labels."""
     cfg = prompt.model.cfg
-    is_read = cfg.head in ("tokens", "ctc") or TEXT in dict(cfg.streams)
+    is_read = cfg.output_kind in ("tokens", "ctc") or TEXT in dict(cfg.streams)
     return part == prompt.model.output_part and is_read
 
 
 def _logits(prompt: Prompt, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n v"]:
     """What is read of final hidden states: of several streams, the text."""
     model = prompt.model
-    if model.cfg.head == "streams":
+    if model.cfg.output_kind == "streams":
         return model.decoder.unembed(hidden)
     return model.read_out(hidden, prompt.inputs)
 
@@ -72,7 +72,7 @@ def _logits(prompt: Prompt, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 
 def _vocabulary(prompt: Prompt) -> int:
     """How many tokens there are to read."""
     cfg = prompt.model.cfg
-    return dict(cfg.streams)[TEXT] if cfg.head == "streams" else cfg.output.d_vocab
+    return dict(cfg.streams)[TEXT] if cfg.output_kind == "streams" else cfg.output.d_vocab
 
 
 def check_vocabulary(prompt: Prompt, parts: Sequence[str]) -> None:
@@ -190,7 +190,7 @@ def _written(
 def texts_of(prompt: Prompt, streams: Streams) -> list[str]:
     """What every stream would write: a transcript, or the next token of the prompt."""
     best = torch.as_tensor(streams.lens.tokens[..., 0])
-    if prompt.model.cfg.head == "ctc":
+    if prompt.model.cfg.output_kind == "ctc":
         return [_transcript(prompt, path) for path in best]
     order = torch.cat([streams.audio.index, streams.text.index]).argsort()
     if prompt.is_codec_lm:

@@ -226,7 +226,7 @@ class Prompt:
             return 0
         lags = {name: lag for name, lag in self.model.lags_s.items() if name != TEXT}
         is_first = torch.tensor([lag == lags[FIRST] for lag in lags.values()])
-        ahead = self.inputs.streams[self.row, :, self.inputs.shape[1] :].cpu()
+        ahead = self.inputs.further_tokens[self.row, :, self.inputs.shape[1] :].cpu()
         return int((ahead[is_first] != UNKNOWN).any(0).sum())
 
     # ---------------------------------------------------------------- positions
@@ -351,7 +351,7 @@ def token_label(model: HookedAudioTransformer, token: int) -> str:
     """A token as one can see it: spaces and line breaks as signs, ids without a tokenizer."""
     if model.tokenizer is None:
         return f"#{token}"
-    if model.cfg.head == "ctc" and token == model.cfg.ctc.blank:
+    if model.cfg.output_kind == "ctc" and token == model.cfg.ctc.blank:
         return "(blank)"
     written = model.tokenizer.decode([token])
     if not written or "\N{REPLACEMENT CHARACTER}" in written:  # a piece of a letter

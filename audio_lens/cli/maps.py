@@ -160,7 +160,7 @@ def map_command(
             case = replace(case, clips=replace(case.clips, question=None))
         _tell_lengths(case.clips, listener.cfg.sampling_rate)
         pair = case.clips.inputs(listener)
-        is_ctc = listener.cfg.head == "ctc"
+        is_ctc = listener.cfg.output_kind == "ctc"
         difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
         metric = difference(case.answer, case.against)
         before = _listen(listener, pair, metric)

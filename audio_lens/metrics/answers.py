@@ -88,7 +88,7 @@ class _AtPosition(Metric):
         attended = model.output_attended(inputs)
         batch, width = attended.shape
         if self.position is None:
-            if model.cfg.head == "ctc":
+            if model.cfg.output_kind == "ctc":
                 raise InputError(
                     "a CTC model writes at every frame, and the last one says little: pass "
                     "position=, or use metrics.forced_choice or metrics.ctc_log_prob"
@@ -195,7 +195,7 @@ class _ForcedChoice(_AtPosition):
 
     def _bind(self, model, inputs, reference) -> Reading:
         chosen = self._chosen(inputs)
-        if model.cfg.head == "ctc":
+        if model.cfg.output_kind == "ctc":
             if self.position is not None:
                 raise InputError("transcripts are read at all frames: leave out position=")
             options = [ctc_scores(option, model, inputs) for option in self.among]

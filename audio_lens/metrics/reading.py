@@ -84,7 +84,7 @@ class Metric(ABC):
             InputError: answers that do not fit the batch, positions outside it, or a model that
                 writes several streams, where `of_stream` says which is meant.
         """
-        if model.cfg.head == "streams" and not self.names_stream:
+        if model.cfg.output_kind == "streams" and not self.names_stream:
             streams = ", ".join(name for name, _ in model.cfg.streams)
             raise InputError(
                 f"{model.cfg.family} writes several streams ({streams}): say which is meant, as in "
@@ -134,7 +134,7 @@ def named(metric: Any) -> dict[str, Any]:
 
 
 def check_head(model: HookedAudioTransformer) -> None:
-    if model.cfg.head is None:
+    if model.cfg.output_kind is None:
         raise InputError(
             f"{model.cfg.family} without a head gives hidden states (b t d), not logits: pass your "
             "own function of them as metric"

@@ -98,12 +98,12 @@ class _SequenceLogProb(Metric):
         return f"log-probability of {self.tokens!r}"
 
     def _bind(self, model, inputs, reference) -> Reading:
-        if model.cfg.head == "streams":
+        if model.cfg.output_kind == "streams":
             raise InputError(
                 "sequence_log_prob scores the tokens of models that write a single stream: score "
                 "one token at a time, as in metrics.log_prob(token, position=-2)"
             )
-        if model.cfg.head != "tokens":
+        if model.cfg.output_kind != "tokens":
             raise InputError("sequence_log_prob scores what a decoder writes; use ctc_log_prob")
         ids = self.tokens
         if isinstance(ids, str):
@@ -139,7 +139,7 @@ def ctc_scores(
     Raises:
         InputError: a model without a CTC head, or a clip with too few frames to say it.
     """
-    if model.cfg.head != "ctc":
+    if model.cfg.output_kind != "ctc":
         raise InputError(f"transcripts are scored by CTC models; {model.cfg.family} is none here")
     labels = model.labels_of([[text] if isinstance(text, int) else text])[0]
     attended = model.output_attended(inputs)

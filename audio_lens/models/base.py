@@ -58,7 +58,7 @@ class HookedAudioTransformer(
 
     def __init__(self, cfg: AudioConfig):
         super().__init__(cfg)
-        if cfg.head is not None:
+        if cfg.output_kind is not None:
             self.hook_logits = HookPoint()
 
     # ---------------------------------------------------------------- loading
@@ -197,7 +197,7 @@ class HookedAudioTransformer(
             place: ``part.activation``.
             streams: those that are read; None for all.
         """
-        if beside := self.spoken_beside(streams):
+        if beside := self.written_beside(streams):
             return f"its output is also that of the {' and '.join(beside)}"
         part = place.partition(".")[0]
         return f"the {part} is a part of its own" if part in self.cfg.ears else ""

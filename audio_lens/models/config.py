@@ -14,7 +14,7 @@ from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
 from audio_lens.models.layers import PartConfig
 
-Head = Literal["tokens", "streams", "ctc", "classes", None]
+OutputKind = Literal["tokens", "streams", "ctc", "classes", None]
 TEXT = "text"  # the stream that a tokenizer writes; of several writing stacks, the decoder's
 
 
@@ -30,13 +30,14 @@ class AudioConfig:
             segments may have any length.
         hop: samples per feature step; 1 for waveforms.
         max_segments: into how many segments a clip may be cut.
-        head: what the output means: logits of the next token, of the next tokens of several
+        output_kind: what the output means: logits of the next token, of the next tokens of several
             streams side by side, of CTC labels at every position, of classes of the whole clip;
             None for bare hidden states.
         labels: names of the classes.
         ears: encoders beside the encoder, by the name of their part.
-        speakers: stacks that make output beside or behind the decoder, by the name of their part.
-        streams: names and widths of the columns of the logits, with head "streams".
+        further_decoders: stacks that make output beside or behind the decoder, by the name of their
+            part.
+        streams: names and widths of the columns of the logits, with output kind "streams".
     """
 
     family: str
@@ -48,16 +49,21 @@ class AudioConfig:
     sampling_rate: int = 16_000
     hop: int = 160
     max_segments: int = 1
-    head: Head = "tokens"
+    output_kind: OutputKind = "tokens"
     labels: tuple[str, ...] = ()
     ears: dict[str, PartConfig] = field(default_factory=dict)
-    speakers: dict[str, PartConfig] = field(default_factory=dict)
+    further_decoders: dict[str, PartConfig] = field(default_factory=dict)
     streams: tuple[tuple[str, int], ...] = ()
 
     @property
     def parts(self) -> dict[str, PartConfig]:
         """The parts there are, in the order in which they run."""
-        parts = {"encoder": self.encoder, **self.ears, "decoder": self.decoder, **self.speakers}
+        parts = {
+            "encoder": self.encoder,
+            **self.ears,
+            "decoder": self.decoder,
+            **self.further_decoders,
+        }
         return {name: cfg for name, cfg in parts.items() if cfg is not None}
 
     @property
@@ -87,9 +93,9 @@ class AudioConfig:
     @property
     def n_unembedded(self) -> int:
         """How many columns of the output, the first ones, are an unembedding of hidden states."""
-        if self.head in (None, "classes"):
+        if self.output_kind in (None, "classes"):
             return 0
-        return self.columns(TEXT).stop if self.speakers else self.output.d_vocab
+        return self.columns(TEXT).stop if self.further_decoders else self.output.d_vocab
 
     @property
     def step_s(self) -> float:

@@ -42,7 +42,7 @@ def check_reaches(model: HookedAudioTransformer, sites: Sequence[Site], metric: 
     Raises:
         ValueError: naming the site and what is read.
     """
-    deaf = [str(site) for site in sites if site.part in model.cfg.speakers]
+    deaf = [str(site) for site in sites if site.part in model.cfg.further_decoders]
     if deaf and metrics.streams_read(metric) == {TEXT}:
         raise ValueError(
             f"{', '.join(deaf)} can change nothing that is read: of {model.cfg.family} the metric "

@@ -134,7 +134,7 @@ class HookedKimiAudio(StackedAudioLLM):
         super().__init__(cfg)
         self.audio_token_id = -1  # where discrete tokens are to come; no token of the vocabulary
         self.speech_tokenizer: SpeechTokenizer | None = None
-        self.speaker = Speaker(cfg.speakers["speaker"])
+        self.speaker = Speaker(cfg.further_decoders["speaker"])
         self.setup()
 
     def make_encoder(self, cfg: KimiAudioConfig) -> WhisperEncoder:
@@ -161,10 +161,10 @@ class HookedKimiAudio(StackedAudioLLM):
         Raises:
             InputError: without a text stream.
         """
-        if inputs.streams is None:
-            raise InputError("the inputs hold no text stream: pass streams (b 1 t)")
+        if inputs.further_tokens is None:
+            raise InputError("the inputs hold no text stream: pass further_tokens (b 1 t)")
         spoken = super().enter_decoder(inputs, encoded, past)
-        return self.decoder.with_text(spoken, inputs.streams[:, 0])
+        return self.decoder.with_text(spoken, inputs.further_tokens[:, 0])
 
     def enter_audio(
         self,
@@ -175,7 +175,7 @@ class HookedKimiAudio(StackedAudioLLM):
     ) -> Float[Tensor, "m d"]:
         """The residual stream that audio becomes at positions of prompts, entering block 0."""
         embed = self.decoder.token_embed(inputs.tokens[prompt, position])
-        written = self.decoder.written(inputs.streams[:, 0])[prompt, position]
+        written = self.decoder.written(inputs.further_tokens[:, 0])[prompt, position]
         return self.decoder.heard(embed, audio) + written
 
     def decode(
@@ -258,7 +258,7 @@ class HookedKimiAudio(StackedAudioLLM):
                 f"the audio stream has room for {int(is_heard.sum())} tokens, the clips are "
                 f"{sum(self._token_counts(inputs))}: one per {self._token_ms}"
             )
-        return replace(inputs, tokens=spoken, streams=written[:, None], audio_mask=is_heard)
+        return replace(inputs, tokens=spoken, further_tokens=written[:, None], audio_mask=is_heard)
 
     def _between_marks(self, tokens: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
         """True between the tokens that open and close a clip."""
@@ -356,7 +356,7 @@ class HookedKimiAudio(StackedAudioLLM):
         return replace(
             line,
             tokens=tokens.masked_fill(is_text, blank),
-            streams=tokens.masked_fill(~is_text, blank)[:, None],
+            further_tokens=tokens.masked_fill(~is_text, blank)[:, None],
             audio_mask=is_heard,
         )
 
@@ -402,7 +402,7 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """What stands at every position: the text, and the audio stream where that is blank."""
-        text = inputs.streams[:, 0]
+        text = inputs.further_tokens[:, 0]
         return torch.where(text == self.cfg.special(BLANK), inputs.tokens, text)
 
     # ---------------------------------------------------------------- decoding
@@ -445,7 +445,7 @@ class HookedKimiAudio(StackedAudioLLM):
         longer = replace(
             inputs,
             tokens=tokens,
-            streams=torch.cat([inputs.streams, new[:, 1:]], dim=2),
+            further_tokens=torch.cat([inputs.further_tokens, new[:, 1:]], dim=2),
             audio_mask=torch.cat([heard, ~added], dim=1),
             attention_mask=None if seen is None else torch.cat([seen.bool(), added], dim=1),
             position_ids=None,
@@ -456,7 +456,7 @@ class HookedKimiAudio(StackedAudioLLM):
     def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
         """The text stream with its continuation, while the audio stream stays blank."""
         text = self._written(inputs, max_new_tokens, speaks=False)[:, 1]
-        return torch.cat([inputs.streams[:, 0], text], dim=1)
+        return torch.cat([inputs.further_tokens[:, 0], text], dim=1)
 
     def _written(
         self, inputs: AudioInputs, max_new_tokens: int, speaks: bool
@@ -478,8 +478,8 @@ class HookedKimiAudio(StackedAudioLLM):
             written.append(torch.stack([audio, text], dim=1))
             if (has_spoken if speaks else has_said).all():
                 break
-            step = self._next_step(replace(step, streams=None), audio)
-            step = replace(step, streams=text[:, None, None])
+            step = self._next_step(replace(step, further_tokens=None), audio)
+            step = replace(step, further_tokens=text[:, None, None])
         return torch.stack(written, dim=-1)
 
     def _pad_token(self) -> int:

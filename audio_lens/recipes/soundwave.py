@@ -234,7 +234,7 @@ def soundwave_of(
     cfg = language_model_config(text, text.name_or_path)
     with torch.device("meta"):
         parts = (
-            HookedWhisper(replace(heard, decoder=None, head=None)),
+            HookedWhisper(replace(heard, decoder=None, output_kind=None)),
             SoundwaveConnector(_connector_config(cfg), heard.encoder.d_model),
             LanguageModel(cfg),
         )

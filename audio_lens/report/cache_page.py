@@ -379,7 +379,7 @@ def _norms(norms: Float[np.ndarray, "streams columns"]) -> dict[str, Any]:
 
 def _blank(prompt: Prompt, tokens: Int[np.ndarray, " n"]) -> int:
     """Which of the tokens is CTC's blank, which is not written on cells; -1 for none."""
-    if prompt.model.cfg.head != "ctc":
+    if prompt.model.cfg.output_kind != "ctc":
         return -1
     found = np.flatnonzero(tokens == prompt.model.cfg.ctc.blank)
     return int(found[0]) if len(found) else -1

@@ -122,9 +122,9 @@ def test_the_codes_of_a_step_depend_on_earlier_ones_only() -> None:
     model = HookedAudioTransformer.from_hf(moshi.build(dtype=torch.float64))
     inputs = conversation(model)
     before = model(inputs)
-    streams = inputs.streams.clone()
+    streams = inputs.further_tokens.clone()
     streams[:, 2, 4] = (streams[:, 2, 4] + 1) % N_CODES  # of the third codebook, at position 4
-    after = model(replace(inputs, streams=streams))
+    after = model(replace(inputs, further_tokens=streams))
     changed = (before - after).abs().amax(0)
     of_stream = {
         name: model.stream(changed, name).gt(1e-9).any(-1).tolist() for name, _ in model.cfg.streams
@@ -152,7 +152,7 @@ def test_hugging_face_agrees_where_its_labels_are_those_of_the_next_position() -
         "text_labels": torch.cat([text, text[:, :1]], dim=1),
         "audio_labels": said,
     }
-    codes = inputs.streams[..., : 1 + N_STEPS]
+    codes = inputs.further_tokens[..., : 1 + N_STEPS]
     given = {
         "input_ids": inputs.tokens,
         "moshi_audio_codes": codes[:, :N_VOICE],
@@ -283,7 +283,7 @@ def test_cached_equals_full(name: str, window: int) -> None:
         step = type(inputs)(
             features=inputs.features,
             tokens=inputs.tokens[:, start:stop],
-            streams=inputs.streams[..., start:stop],
+            further_tokens=inputs.further_tokens[..., start:stop],
             clips_per_row=inputs.clips_per_row,
         )
         parts.append(model(step, past=past)[..., :N_TEXTS])
@@ -336,7 +336,7 @@ def test_moshi_says_what_it_says_in_hugging_face(speaking: tuple) -> None:
     )
     made = model.continued(model.conversation(user, own, text), n_new)
     assert torch.equal(made.tokens, theirs.sequences)
-    codes = undelayed(made.streams[:, :N_VOICE], model.delays[:N_VOICE])
+    codes = undelayed(made.further_tokens[:, :N_VOICE], model.delays[:N_VOICE])
     assert torch.equal(codes, theirs.audio_codes)
     assert len(made.tokens.unique()) > 8
     assert len(codes.unique()) > 8
@@ -355,7 +355,7 @@ def test_the_continuation_is_what_its_own_logits_say(speaking: tuple) -> None:
             assert torch.equal(chosen, made.tokens[:, n_given:])
         else:  # late codes of the prompt enter first
             late = int(stream != "audio.0")
-            entered = made.streams[:, int(stream[-1]), n_given:]
+            entered = made.further_tokens[:, int(stream[-1]), n_given:]
             assert torch.equal(chosen[:, late:], entered[:, late:])
 
 
@@ -364,9 +364,9 @@ def test_moshi_answers_while_the_user_speaks(speaking: tuple) -> None:
     _, model = speaking
     prompt = model.prepare(waves(0.9, 0.7), sampling_rate=RATE)
     assert prompt.tokens.tolist() == [[N_TEXTS]] * 2
-    assert (prompt.streams[:, :N_VOICE, 1:] == UNKNOWN)[..., 1:].all()
+    assert (prompt.further_tokens[:, :N_VOICE, 1:] == UNKNOWN)[..., 1:].all()
     made = model.continued(prompt, 10)
-    heard = undelayed(made.streams[:, N_VOICE:], model.delays[N_VOICE:])
+    heard = undelayed(made.further_tokens[:, N_VOICE:], model.delays[N_VOICE:])
     assert torch.equal(heard, model.encoded(prompt.audio)[..., : heard.shape[-1]])
     assert torch.equal(model.as_inputs(made).tokens, made.tokens)
 
@@ -381,8 +381,8 @@ def test_hooks_steer_what_is_said(speaking: tuple) -> None:
 
     with model.hooks([("hook_logits", only_seven)]):
         made = model.continued(conversation(model), 6)
-    assert (made.streams[:, 1, -5:] == 7).all()
-    assert (made.streams[:, 0, -5:] != 7).any()
+    assert (made.further_tokens[:, 1, -5:] == 7).all()
+    assert (made.further_tokens[:, 0, -5:] != 7).any()
 
 
 @pytest.mark.parametrize("window", [9, 375])
@@ -397,7 +397,7 @@ def test_kyutai_writes_what_it_writes_in_hugging_face(window: int) -> None:
     assert len(theirs.unique()) > 8
     assert torch.equal(model.generate(heard, return_type="tokens"), theirs)
     again = model.prepare(clips, text=made.tokens[:, 1:].tolist(), sampling_rate=RATE)
-    assert torch.equal(again.streams, made.streams)
+    assert torch.equal(again.further_tokens, made.further_tokens)
     assert torch.equal(model(again)[:, :-1].argmax(-1), made.tokens[:, 1:])
 
 
@@ -426,7 +426,7 @@ def test_text_of_kyutai_is_continued_as_far_as_there_is_audio() -> None:
     made = model.continued(inputs, 5)
     assert made.tokens.shape == (1, 9)
     assert made.tokens[0, :4].tolist() == inputs.tokens[0].tolist()
-    n_ahead = inputs.streams.shape[2] - 4
+    n_ahead = inputs.further_tokens.shape[2] - 4
     with pytest.raises(InputError, match=f"{n_ahead} steps of audio lie ahead"):
         model.continued(inputs, n_ahead + 1)
     with pytest.raises(InputError, match="0 steps of audio lie ahead"):
@@ -448,7 +448,7 @@ def test_audio_is_heard_through_the_codec(name: str) -> None:
         own = torch.from_numpy(extractor()(clip, sampling_rate=RATE)["input_values"][0])[None]
         own = own[..., : own.shape[-1] // 16 * 16]
     codes = codec.encode(own, num_quantizers=N_VOICE).audio_codes
-    user = inputs.streams[:, -N_VOICE:]
+    user = inputs.further_tokens[:, -N_VOICE:]
     delays = model.delays[N_VOICE:] if name == "moshi" else (0,) * N_VOICE
     assert torch.equal(undelayed(user, delays), codes)
 
@@ -457,7 +457,9 @@ def test_audio_is_heard_through_the_codec(name: str) -> None:
 
     with model.codec.hooks([("hook_codes", shifted)]):
         changed = model.prepare(clip, sampling_rate=RATE)
-    assert torch.equal(undelayed(changed.streams[:, -N_VOICE:], delays), (codes + 1) % N_CODES)
+    assert torch.equal(
+        undelayed(changed.further_tokens[:, -N_VOICE:], delays), (codes + 1) % N_CODES
+    )
     assert not any("codec" in key for key in model.state_dict())
 
 
@@ -563,7 +565,7 @@ def test_streams_are_cut_out_of_the_logits(speaking: tuple) -> None:
         metric=metrics.of_stream("audio.3", metrics.logit_diff(3, 5, position=2)),
         progress=False,
     ).values
-    assert values.shape[-1] == model.cfg.speakers["depth"].n_layers
+    assert values.shape[-1] == model.cfg.further_decoders["depth"].n_layers
 
 
 def test_loss_is_of_the_text_and_of_moshis_codes(speaking: tuple) -> None:
@@ -577,7 +579,7 @@ def test_loss_is_of_the_text_and_of_moshis_codes(speaking: tuple) -> None:
     for k in range(N_VOICE):
         first = int(k > 0)  # where the codebook begins
         of_code = model.stream(logits, f"audio.{k}")[:, first:-1]
-        target = inputs.streams[:, k, 1 + first : 1 + N_STEPS]
+        target = inputs.further_tokens[:, k, 1 + first : 1 + N_STEPS]
         losses += torch.nn.functional.cross_entropy(
             of_code.flatten(0, 1), target.flatten(), reduction="none"
         ).tolist()
@@ -592,8 +594,8 @@ def test_pairs_are_remade_from_other_audio(speaking: tuple) -> None:
     inputs = model.prepare(waves(0.8, seed=1), random_text(10)[:1], RATE, own=said)
     other = inputs.with_audio(waves(0.8, seed=2), RATE)
     assert torch.equal(other.tokens, inputs.tokens)
-    assert torch.equal(other.streams[:, :N_VOICE], inputs.streams[:, :N_VOICE])
-    assert not torch.equal(other.streams, inputs.streams)
+    assert torch.equal(other.further_tokens[:, :N_VOICE], inputs.further_tokens[:, :N_VOICE])
+    assert not torch.equal(other.further_tokens, inputs.further_tokens)
     with pytest.raises(InputError, match="equal shapes"):
         inputs.with_audio(waves(0.9), RATE)
 
@@ -635,7 +637,7 @@ def test_kyutai_reads_ids_together_or_apart() -> None:
     model = HookedAudioTransformer.from_hf(kyutai_stt.build())
     apart = kyutai_stt.batch()
     together = model.as_inputs(kyutai_stt.as_hf(apart))
-    assert torch.equal(together.streams, model.as_inputs(apart).streams)
+    assert torch.equal(together.further_tokens, model.as_inputs(apart).further_tokens)
     assert torch.equal(model(together), model(apart))
     with pytest.raises(InputError, match="no audio_codes"):
         model.as_inputs({"input_ids": apart["input_ids"]})
@@ -674,7 +676,7 @@ def test_the_released_shapes() -> None:
     """Of the configurations of transformers, whose defaults are those of the released models."""
     moshiko = HookedMoshi.config_from_hf(transformers.MoshiConfig(audio_vocab_size=2048))
     assert (moshiko.decoder.n_layers, moshiko.decoder.d_mlp, moshiko.window) == (32, 11264, 3000)
-    depth = moshiko.speakers["depth"]
+    depth = moshiko.further_decoders["depth"]
     assert (depth.n_layers, depth.n_codebooks, depth.d_mlp) == (6, 8, 2816)
     assert moshiko.decoder.d_vocab == 32_000 + 8 * 2048
     assert moshiko.step_s == 0.08

@@ -386,7 +386,7 @@ def test_dtypes_that_are_no_floats_are_refused(saved: Path) -> None:
 def test_the_checkpoint_names_its_class(tmp_path: Path) -> None:
     """Of several classes of a family, the one in the config; another than those is refused."""
     ALL_FAMILIES["wav2vec2_ctc"].build().save_pretrained(tmp_path)
-    assert load(tmp_path).cfg.head == "ctc"
+    assert load(tmp_path).cfg.output_kind == "ctc"
     edit_config(tmp_path, lambda c: c.update(architectures=["Wav2Vec2ForXVector"]))
     with pytest.raises(LoadingError, match=r"is a Wav2Vec2ForXVector; implemented: Wav2Vec2For"):
         load(tmp_path)

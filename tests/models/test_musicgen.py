@@ -139,7 +139,7 @@ def test_step_by_step_equals_the_whole(model: HookedMusicgen) -> None:
         step = AudioInputs(
             features=whole.features,
             tokens=whole.tokens[:, start:stop],
-            streams=whole.streams[..., start:stop],
+            further_tokens=whole.further_tokens[..., start:stop],
             clips_per_row=whole.clips_per_row,
             feature_mask=whole.feature_mask,
         )
@@ -291,7 +291,7 @@ def test_prepares_pairs(model: HookedMusicgen) -> None:
     audio = noise(1, 5 * HOP)[0]
     inputs = model.prepare(audio, [4, 5, 1], sampling_rate=RATE)
     other_text = inputs.with_text([6, 5, 1])
-    assert torch.equal(other_text.streams, inputs.streams)
+    assert torch.equal(other_text.further_tokens, inputs.further_tokens)
     assert other_text.features.tolist() == [[6, 5, 1]]
     other_audio = inputs.with_audio(noise(1, 5 * HOP, seed=1)[0], sampling_rate=RATE)
     assert not torch.equal(other_audio.tokens, inputs.tokens)
@@ -321,12 +321,12 @@ def test_delays_what_a_processor_gives_of_audio(model: HookedMusicgen) -> None:
     }
     mapped = model.as_inputs(given)
     assert torch.equal(mapped.tokens, prepared.tokens)
-    assert torch.equal(mapped.streams, prepared.streams)
+    assert torch.equal(mapped.further_tokens, prepared.further_tokens)
     codes = model.codec.encode(torch.tensor(audio))
     assert torch.equal(mapped.tokens[:, 1:], codes[:, 0])
-    assert torch.equal(mapped.streams[:, 0, 2:8], codes[:, 1])  # the last of them lies ahead
-    assert (mapped.streams[:, 1, :3] == N_CODES).all()
-    assert mapped.shape == (2, 7) and mapped.streams.shape == (2, 2, 9)
+    assert torch.equal(mapped.further_tokens[:, 0, 2:8], codes[:, 1])  # the last of them lies ahead
+    assert (mapped.further_tokens[:, 1, :3] == N_CODES).all()
+    assert mapped.shape == (2, 7) and mapped.further_tokens.shape == (2, 2, 9)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_clips_and_texts_that_do_not_fit_raise(model: HookedMusicgen) -> None:
     with pytest.raises(TokenError, match="writes codes, and 'jazz' is none"):
         model.to_single_token("jazz")
     lone = model.prepare(text=[4])
-    lone.streams = None
+    lone.further_tokens = None
     with pytest.raises(InputError, match="codes of 1 codebooks were given, the model has 3"):
         model(lone)
 

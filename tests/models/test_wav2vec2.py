@@ -297,7 +297,7 @@ def test_pretraining_checkpoints_are_bare_encoders(family: str, tmp_path: Path) 
     hf, _ = taken(family, head="ForPreTraining")
     hf.save_pretrained(tmp_path)
     model = HookedAudioTransformer.from_pretrained(tmp_path)
-    assert model.cfg.head is None
+    assert model.cfg.output_kind is None
     assert "hook_logits" not in model.hook_dict
     with torch.no_grad():
         theirs = body_of(hf)(**batch()).last_hidden_state
@@ -332,7 +332,7 @@ def test_switches_of_later_versions_are_named() -> None:
             self.rotary = rotary
 
     family = type(taken()[1])
-    assert family.config_from_hf(Later(**TINY)).head is None
+    assert family.config_from_hf(Later(**TINY)).output_kind is None
     with pytest.raises(LoadingError, match="rotary=True is not implemented"):
         family.config_from_hf(Later(rotary=True, **TINY))
 

@@ -14,7 +14,7 @@ from audio_lens.patching import Site, attribute
 from families import FAMILIES
 
 LAYER = 1
-BESIDE = [name for name in FAMILIES if tiny_model(name).spoken_beside(None)]
+BESIDE = [name for name in FAMILIES if tiny_model(name).written_beside(None)]
 OF_PLAIN_ATTENTION = [
     name for name in FAMILIES if name not in ("granite_speech", "beats", "kimi_audio")
 ]

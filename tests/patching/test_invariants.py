@@ -125,8 +125,8 @@ def metric_of(family: str, name: str, layout: str) -> Any:
     Of several streams it is of the first if it is of the text, else of the last.
     """
     cfg = tiny_model(family).cfg
-    metric = METRICS[cfg.head][name](early_position(family, layout))
-    if cfg.head == "streams" and isinstance(metric, metrics.Metric):
+    metric = METRICS[cfg.output_kind][name](early_position(family, layout))
+    if cfg.output_kind == "streams" and isinstance(metric, metrics.Metric):
         stream, _ = cfg.streams[0 if name.startswith("text_") else -1]
         return metrics.of_stream(stream, metric)
     return metric
@@ -136,9 +136,9 @@ def metrics_of(family: str, layout: str, site: Site) -> list[str]:
     """Names of the metrics for a layout that a site can change."""
     cfg = tiny_model(family).cfg
     left_out = set() if ends_in_words(batch(family, 0, layout)) else {"sequence_log_prob"}
-    if site.part in cfg.speakers:
+    if site.part in cfg.further_decoders:
         left_out |= {"text_logit_diff", "text_kl"}
-    return [name for name in METRICS[cfg.head] if name not in left_out]
+    return [name for name in METRICS[cfg.output_kind] if name not in left_out]
 
 
 # -------------------------------------------------------------------------------- exact
@@ -488,7 +488,7 @@ def is_total(name: str, part: str) -> bool:
     """Whether the output depends on nothing but the stream of this part."""
     model = tiny_model(name)
     if part == "decoder":
-        return not (model.decoder_needs_encoder or model.spoken_beside(None))
+        return not (model.decoder_needs_encoder or model.written_beside(None))
     taps = getattr(model.connector, "taps", ()) if hasattr(model, "connector") else ()
     return part == "encoder" and not (model.cfg.ears or taps)
 

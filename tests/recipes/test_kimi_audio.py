@@ -87,7 +87,7 @@ def answers(published: KimiAudio, inputs: AudioInputs) -> dict[str, Tensor]:
     with torch.no_grad():
         audio, text = published(
             input_ids=inputs.tokens,
-            text_input_ids=inputs.streams[:, 0],
+            text_input_ids=inputs.further_tokens[:, 0],
             is_continuous_mask=inputs.audio_mask,
             input_features=inputs.features,
             input_features_mask=inputs.feature_mask,
@@ -223,7 +223,7 @@ def test_a_question_comes_before_its_clip(model: HookedKimiAudio) -> None:
     codes = [FIRST_CODE + code for code in CODES]
     ending = [CLOSE, IN_TEXT, MESSAGE_END, ASSISTANT]
     assert inputs.tokens.tolist() == [[USER, BLANK, BLANK, BEGIN, *codes, *ending]]
-    assert inputs.streams.tolist() == [[[BLANK, *words("hi"), *[BLANK] * (len(codes) + 5)]]]
+    assert inputs.further_tokens.tolist() == [[[BLANK, *words("hi"), *[BLANK] * (len(codes) + 5)]]]
     assert inputs.audio_mask[0].nonzero().flatten().tolist() == list(range(4, 10))
 
 
@@ -232,7 +232,7 @@ def test_clips_may_say_all_and_ask_for_speech(model: HookedKimiAudio) -> None:
     codes = [FIRST_CODE + code for code in CODES]
     said = [BEGIN, *codes, CLOSE, BEGIN, FIRST_CODE, CLOSE]
     assert inputs.tokens.tolist() == [[USER, *said, IN_BOTH, MESSAGE_END, ASSISTANT]]
-    assert (inputs.streams == BLANK).all()
+    assert (inputs.further_tokens == BLANK).all()
 
 
 def test_conversations_hold_both_streams(model: HookedKimiAudio) -> None:
@@ -250,14 +250,14 @@ def test_conversations_hold_both_streams(model: HookedKimiAudio) -> None:
         ]
     ]
     said = [*words("a"), BLANK, BLANK, *words("b"), TEXT_END, BLANK, BLANK, *words("c")]
-    assert inputs.streams.tolist() == [[[BLANK] * 4 + said + [BLANK] * 2]]
+    assert inputs.further_tokens.tolist() == [[[BLANK] * 4 + said + [BLANK] * 2]]
 
 
 def test_prompts_are_padded_on_the_left(model: HookedKimiAudio) -> None:
     both = prepared(model, [CLIP, CLIP[:1]], ["hi", "what"], audio_tokens=[CODES, [2]])
     alone = prepared(model, CLIP[:1], "what", audio_tokens=[2])
     assert torch.equal(both.tokens[1, -alone.shape[1] :], alone.tokens[0])
-    assert torch.equal(both.streams[1, :, -alone.shape[1] :], alone.streams[0])
+    assert torch.equal(both.further_tokens[1, :, -alone.shape[1] :], alone.further_tokens[0])
     assert not both.attended[1, : -alone.shape[1]].any()
 
 
@@ -305,7 +305,7 @@ def test_counterfactuals_keep_the_tokens_of_known_clips(model: HookedKimiAudio) 
     inputs = prepared(model, [CLIP, CLIP[:1]], ["hi", "ho"], audio_tokens=[CODES, [2]])
     other = inputs[0].with_text("no")
     assert torch.equal(other.tokens, inputs[0].tokens)
-    assert other.streams[0, 0, 1:3].tolist() == words("no")
+    assert other.further_tokens[0, 0, 1:3].tolist() == words("no")
     with pytest.raises(InputError, match="audio_tokens"):
         inputs.with_audio([CLIP[::-1].copy(), CLIP[:1]], RATE)
 
@@ -375,7 +375,7 @@ def test_sweeps_read_one_of_the_streams(model: HookedKimiAudio) -> None:
 
 def test_inputs_need_a_text_stream(model: HookedKimiAudio) -> None:
     inputs = prepared(model, CLIP, "hi", audio_tokens=CODES)
-    inputs.streams = None
+    inputs.further_tokens = None
     with pytest.raises(InputError, match="text stream"):
         model(inputs)
 
@@ -394,7 +394,9 @@ def continued(
         is_silent = not speaks or step < LANGUAGE["kimia_mimo_audiodelaytokens"]
         audio.append(BLANK if is_silent else int(logits["audio"][0, -1].argmax()))
         inputs.tokens = torch.cat([inputs.tokens, torch.tensor([audio[-1:]])], dim=1)
-        inputs.streams = torch.cat([inputs.streams, torch.tensor([[text[-1:]]])], dim=2)
+        inputs.further_tokens = torch.cat(
+            [inputs.further_tokens, torch.tensor([[text[-1:]]])], dim=2
+        )
         inputs.audio_mask = torch.nn.functional.pad(inputs.audio_mask, (0, 1))
     return text, audio
 
@@ -416,7 +418,7 @@ def test_it_writes_what_the_published_loop_writes(
     else:
         tokens = model.generate(inputs, max_new_tokens=10, return_type="tokens")
         assert tokens[0, inputs.shape[1] :].tolist() == text
-        assert torch.equal(tokens[:, : inputs.shape[1]], inputs.streams[:, 0])
+        assert torch.equal(tokens[:, : inputs.shape[1]], inputs.further_tokens[:, 0])
 
 
 def saying(model: HookedKimiAudio, when: dict[int, tuple[str, int]]) -> Any:
@@ -449,7 +451,7 @@ def test_writing_ends_with_the_text_or_the_speech(model: HookedKimiAudio) -> Non
 def test_a_step_of_token_0_alone_adds_no_text(model: HookedKimiAudio) -> None:
     """As the published code has it: a sum of ids that is 0 counts as no text."""
     inputs = prepared(model, CLIP, "hi", audio_tokens=CODES)
-    inputs.streams = torch.zeros_like(inputs.streams)
+    inputs.further_tokens = torch.zeros_like(inputs.further_tokens)
     _, cache = model.run_with_cache(inputs, names_filter="decoder.hook_text_embed")
     assert not cache["decoder.hook_text_embed"].any()
 

@@ -372,7 +372,7 @@ def test_answers_in_two_streams_stand_behind_the_prompt(kimi, tmp_path):
     answered = Prompt.of(model, inputs, audio=wave).shown(4)
     n = inputs.shape[1]
     written = model.generate(inputs, max_new_tokens=4, return_type="tokens")[0, n:]
-    assert torch.equal(answered.inputs.streams[0, 0, n:], written)
+    assert torch.equal(answered.inputs.further_tokens[0, 0, n:], written)
     with torch.no_grad():
         again = model.stream(model(answered.inputs), "text")[0, n - 1 : -1].argmax(-1)
     assert torch.equal(again, written)

@@ -125,7 +125,7 @@ def compose(
         "family": name,
         "model_name": name,
         "decoder": language_model.cfg,
-        "head": "tokens",
+        "output_kind": "tokens",
         "labels": (),
         "max_segments": max_segments,
         "ears": {other: ears[other].cfg.encoder for other in others},
@@ -183,7 +183,7 @@ def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
     ear = copy.copy(source)
     ear.__dict__.pop("_parts", None)
     ear._modules = children_of_ear(source)
-    ear.cfg = replace(source.cfg, decoder=None, head=None)
+    ear.cfg = replace(source.cfg, decoder=None, output_kind=None)
     ear.feature_extractor = source.feature_extractor or source.make_feature_extractor()
     return ear
 

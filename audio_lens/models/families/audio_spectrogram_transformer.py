@@ -172,7 +172,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
         super().__init__(cfg)
         self.frontend = PatchStem(cfg.grid, cfg.encoder.d_model)
         self.encoder = ASTEncoder(cfg.encoder)
-        if cfg.head is not None:
+        if cfg.output_kind is not None:
             self.classifier = ASTClassifier(cfg.encoder)
         self.setup()
 
@@ -222,7 +222,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
             decoder=None,
             n_mels=grid.n_mels,
             n_frames=grid.n_frames,
-            head=None if is_bare else "classes",
+            output_kind=None if is_bare else "classes",
             labels=() if is_bare else tuple(labels),
             grid=grid,
             is_exclusive=len(labels) > 1 and hf_config.problem_type in (None, _ONE_CLASS),
@@ -236,7 +236,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
 
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """Logits of the classes, ``b labels``, or the hidden states of a bare encoder."""
-        return hidden if self.cfg.head is None else self.classifier(hidden)
+        return hidden if self.cfg.output_kind is None else self.classifier(hidden)
 
     def loss(self, logits: Float[Tensor, "b labels"], inputs: AudioInputs) -> Float[Tensor, ""]:
         """Cross-entropy of the class.

@@ -156,7 +156,7 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
     def __init__(self, cfg: BeatsConfig):
         super().__init__(cfg)
         self.encoder = BeatsEncoder(cfg.encoder)
-        if cfg.head is not None:
+        if cfg.output_kind is not None:
             self.classifier = BeatsClassifier(cfg.encoder)
         self.setup()
 
@@ -249,7 +249,9 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
 
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """Logits of the classes, ``b labels``, or the hidden states of a bare encoder."""
-        return hidden if self.cfg.head is None else self.classifier(hidden, self._valid(inputs))
+        return (
+            hidden if self.cfg.output_kind is None else self.classifier(hidden, self._valid(inputs))
+        )
 
     def _valid(self, inputs: AudioInputs) -> Bool[Tensor, "b t"] | None:
         """Which patches count; None where all do.

@@ -165,7 +165,7 @@ def beats_config(
         n_mels=N_MELS,
         n_frames=None,
         hop=HOP,
-        head=None if n_classes is None else "classes",
+        output_kind=None if n_classes is None else "classes",
         labels=tuple(names[label] for label in range(n_classes or 0)),
     )
 

@@ -271,7 +271,7 @@ class HookedKyutaiSTT(HookedCodecLM):
         return super().continued(inputs, self._n_ahead(inputs, max_new_tokens))
 
     def _n_ahead(self, inputs: AudioInputs, wanted: int | None) -> int:
-        n_ahead = inputs.streams.shape[2] - inputs.tokens.shape[1]
+        n_ahead = inputs.further_tokens.shape[2] - inputs.tokens.shape[1]
         if n_ahead == 0 or (wanted or 0) > n_ahead:
             raise InputError(f"{n_ahead} steps of audio lie ahead, so there is no more to write")
         return n_ahead if wanted is None else wanted

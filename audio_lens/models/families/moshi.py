@@ -75,7 +75,7 @@ class HookedMoshi(HookedCodecLM):
     ("user.0" ...).
     """
 
-    speaks_behind = True
+    writes_behind = True
     features_key = "user_audio_codes"
     model_types = ("moshi",)
     hf_class = "MoshiForConditionalGeneration"
@@ -96,7 +96,7 @@ class HookedMoshi(HookedCodecLM):
     def __init__(self, cfg: CodecLMConfig):
         super().__init__(cfg)
         self.decoder = MoshiDecoder(cfg)
-        self.depth = DepthDecoder(cfg.speakers["depth"])
+        self.depth = DepthDecoder(cfg.further_decoders["depth"])
         self.setup()
 
     @classmethod
@@ -124,7 +124,7 @@ class HookedMoshi(HookedCodecLM):
             n_frames=None,
             sampling_rate=codec.sampling_rate,
             hop=round(codec.sampling_rate / codec.frame_rate),
-            speakers={
+            further_decoders={
                 "depth": DepthConfig(
                     **shape_of_stack(depth),
                     n_ctx=None,
@@ -135,7 +135,7 @@ class HookedMoshi(HookedCodecLM):
                     d_hidden=hf_config.hidden_size,
                 )
             },
-            head="streams",
+            output_kind="streams",
             streams=(("text", n_texts), *((f"audio.{k}", n_codes) for k in range(n_codebooks))),
             n_codebooks=2 * n_codebooks,
             n_codes=n_codes + 1,
@@ -162,7 +162,7 @@ class HookedMoshi(HookedCodecLM):
 
     def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b ahead"]:
         """The codes of Moshi's first codebook; of the user's, where Moshi's are not known yet."""
-        own, user = inputs.streams[:, [0, self.n_spoken]].unbind(1)
+        own, user = inputs.further_tokens[:, [0, self.n_spoken]].unbind(1)
         return torch.where(own == UNKNOWN, user, own)
 
     @property
@@ -218,7 +218,7 @@ class HookedMoshi(HookedCodecLM):
         Initial tokens where there is no next position.
         """
         n_given = inputs.tokens.shape[1]
-        own = inputs.streams[:, : self.n_spoken, :n_given]
+        own = inputs.further_tokens[:, : self.n_spoken, :n_given]
         known = F.pad(inputs.attended[:, 1:], (0, 1), value=False)
         text = F.pad(inputs.tokens[:, 1:], (0, 1))
         codes = F.pad(own[..., 1:], (0, 1))

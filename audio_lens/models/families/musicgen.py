@@ -106,10 +106,11 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
     """MusicGen with every activation hooked, mono or stereo.
 
     `AudioInputs.features` are the ids of the text, `tokens` the codes of the first codebook as they
-    enter, `streams` (``b k t``) those of the others, of which some may lie ahead: since they lag,
-    they enter while the first is already played on. A forward is one pass with the text; guidance
-    (see `generate`) adds a second pass without it. Words have no time; a position of the decoder
-    lies where the code of the first codebook does that *enters* there, see `stream_seconds`.
+    enter, `further_tokens` (``b k t``) those of the others, of which some may lie ahead: since they
+    lag, they enter while the first is already played on. A forward is one pass with the text;
+    guidance (see `generate`) adds a second pass without it. Words have no time; a position of the
+    decoder lies where the code of the first codebook does that *enters* there, see
+    `stream_seconds`.
     """
 
     model_types = ("musicgen",)
@@ -158,7 +159,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
             n_frames=None,
             sampling_rate=codec.sampling_rate,
             hop=codec.hop,
-            head="streams",
+            output_kind="streams",
             streams=tuple((f"audio.{k}", n_codes) for k in range(n_codebooks)),
             codec=codec,
             n_channels=decoder.audio_channels,
@@ -251,7 +252,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
             InputError: if there are not as many codebooks as the model has.
         """
         first = inputs.tokens[:, None]
-        others = first[:, :0] if inputs.streams is None else inputs.streams
+        others = first[:, :0] if inputs.further_tokens is None else inputs.further_tokens
         codes = torch.cat([first, others[..., : first.shape[-1]]], dim=1)
         if codes.shape[1] != len(self.cfg.streams):
             raise InputError(
@@ -355,7 +356,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
         return AudioInputs(
             features=words,
             tokens=codes[:, 0, :n_positions],
-            streams=codes[:, 1:],
+            further_tokens=codes[:, 1:],
             clips_per_row=(1,) * len(words),
             feature_mask=mask,
             sampling_rate=self.cfg.sampling_rate,

@@ -96,7 +96,9 @@ class MusicDecoding:
         encoded: Float[Tensor, "b s d"],
         past: KVCache,
     ) -> Float[Tensor, "b v"]:
-        step = replace(inputs, tokens=entering[:, 0], streams=entering[:, 1:], attention_mask=None)
+        step = replace(
+            inputs, tokens=entering[:, 0], further_tokens=entering[:, 1:], attention_mask=None
+        )
         hidden = self.decode(step, encoded, past=past)
         return self.hook_logits(self.read_out(hidden, step))[:, -1]
 
@@ -118,7 +120,8 @@ class MusicDecoding:
         is_music = (step >= 0) & (step < n_steps)
         held = torch.where(is_music, UNKNOWN, self.initial_code).repeat(len(prompt), 1, 1)
         held[..., : prompt.shape[-1]] = prompt
-        known = prompt[:, 1:] if inputs.streams is None else inputs.streams[..., :n_positions]
+        ahead = inputs.further_tokens
+        known = prompt[:, 1:] if ahead is None else ahead[..., :n_positions]
         others = held[:, 1:, : known.shape[-1]]
         others.copy_(known.where((others == UNKNOWN) & (known != UNKNOWN), others))
         return held

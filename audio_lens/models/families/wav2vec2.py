@@ -248,9 +248,9 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
         super().__init__(cfg)
         self.frontend = WaveStem(cfg.stem, cfg.encoder.d_model)
         self.encoder = self.encoder_type(cfg.encoder)
-        if cfg.head == "ctc":
+        if cfg.output_kind == "ctc":
             self.encoder.unembed = nn.Linear(cfg.encoder.d_model, cfg.encoder.d_vocab)
-        elif cfg.head == "classes":
+        elif cfg.output_kind == "classes":
             self.head = PooledClassifier(cfg.encoder.d_model, cfg.d_classifier, cfg.encoder.d_vocab)
         self.setup()
 
@@ -295,7 +295,7 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
 
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """Logits of labels (``b t v``) or of classes (``b v``), or the hidden states."""
-        if self.cfg.head == "classes":
+        if self.cfg.output_kind == "classes":
             return self.head(hidden, self._valid(inputs))
         return super().read_out(hidden, inputs)
 

@@ -139,7 +139,7 @@ def speech_config(hf_config: Any) -> SpeechConfig:
         n_mels=None,
         n_frames=None,
         hop=1,
-        head=head,
+        output_kind=head,
         labels=tuple(names[i] for i in sorted(names)),
         stem=stem_config(hf_config),
         ctc=ctc_config(hf_config) if head == "ctc" else None,

@@ -137,10 +137,10 @@ class MoshiStack(CodecStack):
 class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
     """Language models of Moshi's kind: text and codes enter together, no encoder.
 
-    `AudioInputs.tokens` (``b t``) is the text and `AudioInputs.streams` (``b k t``) the codes that
-    enter at each position, behind an initial token of each. Streams may reach further than the
-    text: these codes lie ahead, and enter while text is written. Clips of unequal length are filled
-    up with silence.
+    `AudioInputs.tokens` (``b t``) is the text and `AudioInputs.further_tokens` (``b k t``) are the
+    codes that enter at each position, behind an initial token of each. They may reach further than
+    the text: these codes lie ahead, and enter while text is written. Clips of unequal length are
+    filled up with silence.
     """
 
     @classmethod
@@ -173,7 +173,9 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
         """The sum of the embeddings of text and codes."""
-        return self.decoder.embed(inputs.tokens, inputs.streams[..., : inputs.tokens.shape[1]])
+        return self.decoder.embed(
+            inputs.tokens, inputs.further_tokens[..., : inputs.tokens.shape[1]]
+        )
 
     def decoder_mask(
         self, inputs: AudioInputs, past: KVCache | None
@@ -203,24 +205,24 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         if len(unknown):
             raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n_known}")
 
-    def check_codes(self, streams: Tensor, n_positions: int) -> None:
+    def check_codes(self, codes: Tensor, n_positions: int) -> None:
         """Raise unless these are the codes of so many positions, and perhaps of some ahead.
 
         Raises:
             InputError: for another number of codebooks, too few steps, or no such codes.
         """
-        if streams.ndim != 3 or streams.shape[1] != self.cfg.n_codebooks:
+        if codes.ndim != 3 or codes.shape[1] != self.cfg.n_codebooks:
             raise InputError(
                 f"codes are (b, {self.cfg.n_codebooks} codebooks, positions), "
-                f"got {tuple(streams.shape)}"
+                f"got {tuple(codes.shape)}"
             )
-        if streams.shape[2] < n_positions:
-            raise InputError(f"{streams.shape[2]} steps of codes for {n_positions} text tokens")
-        known = self.is_code(streams)
-        known[..., n_positions:] |= streams[..., n_positions:] == UNKNOWN
+        if codes.shape[2] < n_positions:
+            raise InputError(f"{codes.shape[2]} steps of codes for {n_positions} text tokens")
+        known = self.is_code(codes)
+        known[..., n_positions:] |= codes[..., n_positions:] == UNKNOWN
         if not known.all():
             raise InputError(
-                f"no code {streams[~known][0].item()}: a codebook has {self.cfg.n_codes}"
+                f"no code {codes[~known][0].item()}: a codebook has {self.cfg.n_codes}"
             )
 
     def is_code(self, codes: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
@@ -234,7 +236,7 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
     def assembled(
         self,
         tokens: Int[Tensor, "b t"],
-        streams: Int[Tensor, "prompts k ahead"],
+        codes: Int[Tensor, "prompts k ahead"],
         mask: Tensor | None = None,
         **made: Any,
     ) -> AudioInputs:
@@ -244,14 +246,14 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
             InputError: for tokens or codes that the model cannot read.
         """
         self.check_tokens(tokens)
-        self.check_codes(streams, tokens.shape[1])
-        if len(streams) != len(tokens):
-            raise InputError(f"codes of {len(streams)} prompts, and text of {len(tokens)}")
+        self.check_codes(codes, tokens.shape[1])
+        if len(codes) != len(tokens):
+            raise InputError(f"codes of {len(codes)} prompts, and text of {len(tokens)}")
         mask = None if mask is None or mask.all() else mask.bool()
         return AudioInputs(
             features=torch.empty(len(tokens), 0, device=tokens.device),
             tokens=tokens,
-            streams=streams.to(tokens.device),
+            further_tokens=codes.to(tokens.device),
             clips_per_row=(1,) * len(tokens),
             attention_mask=mask,
             **made,
@@ -307,8 +309,8 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         """
         inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
         n_given = inputs.tokens.shape[1]
-        ahead = F.pad(inputs.streams[..., n_given:], (0, max_new_tokens), value=UNKNOWN)
-        step = replace(inputs, streams=inputs.streams[..., :n_given])
+        ahead = F.pad(inputs.further_tokens[..., n_given:], (0, max_new_tokens), value=UNKNOWN)
+        step = replace(inputs, further_tokens=inputs.further_tokens[..., :n_given])
         ends = torch.tensor(self._end_tokens(), dtype=torch.long, device=inputs.device)
         done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         past, made = KVCache(), [step]
@@ -316,7 +318,7 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
             hidden = self.decode(step, None, past=past)[:, -1:]
             text, codes = self.choose(hidden, ahead[..., index : index + 1])
             text = torch.where(done, self._pad_token(), text)
-            step = replace(self._next_step(step, text), streams=codes)
+            step = replace(self._next_step(step, text), further_tokens=codes)
             made.append(step)
             done = done | torch.isin(text, ends)
             if done.all():
@@ -324,7 +326,7 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         return replace(
             inputs,
             tokens=torch.cat([one.tokens for one in made], dim=1),
-            streams=torch.cat([one.streams for one in made], dim=2),
+            further_tokens=torch.cat([one.further_tokens for one in made], dim=2),
             attention_mask=step.attention_mask,
             position_ids=None,
         )

@@ -90,8 +90,8 @@ class PooledClassifier(nn.Module):
 class EncoderOutput:
     """Loss, labels and transcription of a model whose encoder makes the output; mixed into it.
 
-    The model has the head that ``cfg.head`` names; where that is "ctc", ``cfg.ctc`` says how it is
-    trained.
+    The model has the head that ``cfg.output_kind`` names; where that is "ctc", ``cfg.ctc`` says how
+    it is trained.
     """
 
     def loss(self, logits: Float[Tensor, "b *t v"], inputs: AudioInputs) -> Float[Tensor, ""]:
@@ -102,7 +102,7 @@ class EncoderOutput:
         """
         if inputs.labels is None:
             raise InputError("the loss compares with labels: prepare(audio, text=...) gives them")
-        if self.cfg.head == "ctc":
+        if self.cfg.output_kind == "ctc":
             lengths = self.output_attended(inputs).sum(-1)
             return self.cfg.ctc.loss(logits, inputs.labels, lengths)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -129,14 +129,14 @@ class EncoderOutput:
         """
         if return_type not in ("text", "tokens"):
             raise InputError(f"return_type must be text or tokens, got {return_type!r}")
-        if self.cfg.head is None:
+        if self.cfg.output_kind is None:
             raise InputError("a bare encoder writes nothing: load a checkpoint with a head")
         is_text = return_type == "text"
-        if is_text and self.cfg.head == "ctc":
+        if is_text and self.cfg.output_kind == "ctc":
             self.need_tokenizer("text")
         batch = self.as_inputs(inputs, mapping)
         logits = self(batch)
-        if self.cfg.head == "classes":
+        if self.cfg.output_kind == "classes":
             best = logits.argmax(-1)
             return [self.cfg.labels[i] for i in best.tolist()] if is_text else best[:, None]
         paths = self.cfg.ctc.best_path(logits, self.output_attended(batch))
@@ -151,7 +151,7 @@ class EncoderOutput:
             InputError: text for a bare encoder.
             TokenError: a transcript that the tokenizer cannot write, or no such class.
         """
-        if self.cfg.head is None:
+        if self.cfg.output_kind is None:
             raise InputError("a bare encoder takes no text: load a checkpoint with a head")
         rows = [self._label_row(text) for text in texts]
         for label in itertools.chain(*rows):
@@ -161,7 +161,7 @@ class EncoderOutput:
     def _label_row(self, text: str | Sequence[int]) -> list[int]:
         if not isinstance(text, str):
             return [int(label) for label in text]
-        if self.cfg.head == "classes":
+        if self.cfg.output_kind == "classes":
             return [self.to_single_token(text)]
         tokenizer = self.need_tokenizer("a transcript")
         labels = tokenizer.encode(text, add_special_tokens=False)

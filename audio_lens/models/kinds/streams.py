@@ -124,7 +124,7 @@ class CodecTime(ABC):
 
     def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b ahead"]:
         """The codes of the first codebook that enter, those that lie ahead included."""
-        return inputs.streams[:, 0]
+        return inputs.further_tokens[:, 0]
 
     def entering_steps(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """The step of the codec whose first code enters each position; negative before the first.

@@ -20,7 +20,9 @@ ReturnType = Literal["logits", "loss", "both", None]
 class Writing:
     """The output of a `HookedAudioTransformer`; mixed into it."""
 
-    speaks_behind: ClassVar[bool] = False  # whether its speakers read final hidden states only
+    writes_behind: ClassVar[bool] = (
+        False  # whether its further decoders read final hidden states only
+    )
 
     @property
     def output_part(self) -> str:
@@ -35,11 +37,11 @@ class Writing:
     @property
     def pools(self) -> bool:
         """Whether the output is one row of logits per clip, not one per position."""
-        return self.cfg.head == "classes"
+        return self.cfg.output_kind == "classes"
 
     def read_out(self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs) -> Tensor:
         """The output of final hidden states: logits, or the states themselves without a head."""
-        if self.cfg.head is None:
+        if self.cfg.output_kind is None:
             return hidden
         logits, divisor = self.output_stack.unembed(hidden), self.cfg.output.logits_divisor
         return logits if divisor == 1 else logits / divisor
@@ -58,7 +60,7 @@ class Writing:
         self, hidden: Float[Tensor, "b t d"], inputs: AudioInputs, return_type: ReturnType
     ) -> Any:
         logits = self.read_out(hidden, inputs)
-        if self.cfg.head is not None:
+        if self.cfg.output_kind is not None:
             logits = self.hook_logits(logits)
         elif return_type in ("loss", "both"):
             raise InputError("a bare encoder has no loss: load a checkpoint with a head")
@@ -89,7 +91,7 @@ class Writing:
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"] | None:
         """What stands at every position of the decoder, as ids of the tokenizer; None for codes."""
-        is_text = self.cfg.head != "streams" or TEXT in dict(self.cfg.streams)
+        is_text = self.cfg.output_kind != "streams" or TEXT in dict(self.cfg.streams)
         return inputs.tokens if is_text else None
 
     def stream(self, logits: Float[Tensor, "*b v"], name: str) -> Float[Tensor, "*b n"]:
@@ -100,13 +102,13 @@ class Writing:
         """
         return logits[..., self.cfg.columns(name)]
 
-    def spoken_beside(self, streams: Set[str] | None) -> tuple[str, ...]:
+    def written_beside(self, streams: Set[str] | None) -> tuple[str, ...]:
         """The parts beside the decoder that write some of these streams (None for all).
 
         None where these are written from the decoder's final hidden states.
         """
-        is_plain = self.speaks_behind or streams == {TEXT}
-        return () if is_plain else tuple(self.cfg.speakers)
+        is_plain = self.writes_behind or streams == {TEXT}
+        return () if is_plain else tuple(self.cfg.further_decoders)
 
     def output_attended(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
         """True at positions of the output that hold something, False at padding."""

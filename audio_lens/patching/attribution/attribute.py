@@ -241,19 +241,19 @@ def _check_method(
 
 
 def _check_speakers(model: HookedAudioTransformer, sites: list[Site], metric: Any) -> None:
-    family, speakers = model.cfg.family, model.cfg.speakers
-    inside = [str(site) for site in sites if site.part in speakers]
+    family, further = model.cfg.family, model.cfg.further_decoders
+    inside = [str(site) for site in sites if site.part in further]
     if inside:
         raise ValueError(f"attribution does not reach into {', '.join(inside)}: use sweep")
-    if beside := model.spoken_beside(metrics.streams_read(metric)):
+    if beside := model.written_beside(metrics.streams_read(metric)):
         raise ValueError(
             f"attribution does not reach through the {' and '.join(beside)} of {family}, which "
             "writes beside the decoder: read the text alone (metrics.of_stream('text', ...)), or "
             "use sweep"
         )
-    if model.speaks_behind or not speakers:
+    if model.writes_behind or not further:
         return
-    points = ("hook_logits", *(f"{part}." for part in speakers))
+    points = ("hook_logits", *(f"{part}." for part in further))
     dead = [name for name in model.list_hooks(dir="fwd") if name.startswith(points)]
     if dead:
         raise ValueError(

@@ -342,7 +342,7 @@ class _Reader:
         if not self._compares:
             self._set({name: self._bound(one, None) for name, one in self._wanted.items()})
             busy = tapped | set(model.list_hooks(dir="fwd"))
-            is_opaque = self._readout.reads_all or model.cfg.decoder is None or model.speaks_behind
+            is_opaque = self._readout.reads_all or model.cfg.decoder is None or model.writes_behind
             self._is_narrow = not (is_opaque or any(map(self._is_late, busy)))
 
     def _bound(self, metric: Any, reference: Float[Tensor, "b *t v"] | None) -> Callable:
@@ -379,7 +379,7 @@ class _Reader:
 
     def _logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b *t v"]:
         logits = self.model.read_out(hidden, self.base)
-        return logits if self.model.cfg.head is None else self.model.hook_logits(logits)
+        return logits if self.model.cfg.output_kind is None else self.model.hook_logits(logits)
 
     def measure(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "metrics *batch"]:
         """Every metric of a run: a scalar or one value per row each."""
@@ -423,7 +423,7 @@ class _BaseRun:
         is_behind = all(name.startswith("decoder.") or name == self.end for name in names)
         with torch.no_grad():
             self.encoded = model.encode(base) if is_behind else None
-        dropped = [part for part in model.cfg.parts if part not in model.cfg.speakers]
+        dropped = [part for part in model.cfg.parts if part not in model.cfg.further_decoders]
         drops = self._drops(["decoder"] if is_behind else dropped)
         tapped = [hook for tap in taps for hook in tap.hooks]
         self.hooks = [*tapped, *(drops if can_drop else []), *hooks]

@@ -170,7 +170,7 @@ class SuffixRoute(FromBase):
 
 def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
     """The inputs of the positions from ``start`` on, as one gives them beside a filled cache."""
-    by_position = ("position_ids", "streams", "audio_mask")
+    by_position = ("position_ids", "further_tokens", "audio_mask")
     given = {name: getattr(inputs, name) for name in by_position}
     later = {name: x[..., start:] for name, x in given.items() if x is not None}
     return replace(inputs, tokens=inputs.tokens[:, start:], **later)

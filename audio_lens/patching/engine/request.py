@@ -70,7 +70,7 @@ class Request:
         """The way in which all cells are computed."""
         if self.hooked or self.model.is_split or self.whole_because:
             return HookedRoute
-        if self.table.part in self.model.cfg.speakers:
+        if self.table.part in self.model.cfg.further_decoders:
             return BehindRoute
         is_single = len(self.table.sites) == 1 and all(len(c.layers) == 1 for c in self.table.cells)
         if is_single and not self.unknown:

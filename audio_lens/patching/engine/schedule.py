@@ -161,7 +161,9 @@ def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) 
         logits=n_outputs * width if reads_all else 8 * len(inputs),
         beside=beside,
         behind={
-            part: beside[part] * n_read // n_outputs for part in cfg.speakers if model.speaks_behind
+            part: beside[part] * n_read // n_outputs
+            for part in cfg.further_decoders
+            if model.writes_behind
         },
     )
 
@@ -171,5 +173,5 @@ def _beside(model: HookedAudioTransformer, inputs: AudioInputs) -> dict[str, int
     rows = model.timeline(inputs).rows
     return {
         part: sum(len(track.seconds) for row in rows for track in row.segments(part))
-        for part in (*model.cfg.ears, *model.cfg.speakers)
+        for part in (*model.cfg.ears, *model.cfg.further_decoders)
     }

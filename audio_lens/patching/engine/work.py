@@ -117,7 +117,7 @@ class Costs:
     @property
     def _is_behind(self) -> bool:
         """Whether cells are of a part behind the decoder, which does not run then."""
-        return self.part in self.cfg.speakers and not self.whole
+        return self.part in self.cfg.further_decoders and not self.whole
 
     def _decoder_from(self, layer: int, start: int) -> float | int:
         cfg, shape = self.cfg.decoder, self.shape
