@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -128,6 +129,21 @@ _OF_TRAINING = """
 """Switches of Hugging Face configs that matter to training, decoding and bookkeeping only."""
 
 
+@cache
+def _declared_by(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The switches that a class of configs declares, and their defaults."""
+    return vars(kind())
+
+
+def declared(hf_config: PreTrainedConfig, name: str, otherwise: Any) -> Any:
+    """A switch of a Hugging Face config where its class declares it, else ``otherwise``.
+
+    A config file may hold more than its class declares. Models do not read that, with few
+    exceptions, so that `getattr` would follow a switch that Hugging Face ignores.
+    """
+    return getattr(hf_config, name) if name in _declared_by(type(hf_config)) else otherwise
+
+
 def check_switches(hf_config: Any, known: Iterable[str]) -> None:
     """Raise if a Hugging Face config switches on what is not implemented.
 
@@ -137,7 +153,7 @@ def check_switches(hf_config: Any, known: Iterable[str]) -> None:
     Raises:
         LoadingError: naming the switches and their values.
     """
-    usual = vars(type(hf_config)())
+    usual = _declared_by(type(hf_config))
     switches = usual.keys() - {*known, *_OF_TRAINING.split(), *vars(PreTrainedConfig())}
     unknown = [
         f"{name}={getattr(hf_config, name)!r}"

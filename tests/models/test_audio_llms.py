@@ -275,6 +275,33 @@ def test_the_positions_of_voxtral_stay_float32(tmp_path: Path) -> None:
     assert cache["encoder.blocks.0.hook_resid_pre"].dtype == torch.bfloat16
 
 
+FOREIGN = {  # of other language models, each with a value that would matter there
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 4.0,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "voxtral", "qwen3_asr", "qwen2_5_omni"])
+def test_switches_of_other_language_models_are_ignored(name: str) -> None:
+    made = FAMILIES[name].build()
+    text = made.config.get_text_config()
+    foreign = {switch: x for switch, x in FOREIGN.items() if switch not in vars(type(text)())}
+    assert foreign
+    for switch, value in foreign.items():
+        setattr(text, switch, value)
+    hf = type(made)(made.config).eval()
+    hf.load_state_dict(made.state_dict())
+    batch = FAMILIES[name].batch()
+    is_there = batch["attention_mask"].bool()
+    with torch.no_grad():
+        ours, theirs = HookedAudioTransformer.from_hf(hf)(batch), hf(**batch).logits
+    assert torch.allclose(ours[is_there], theirs[is_there], atol=1e-4)
+
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
 REFUSED = {
     "another encoder": ("audioflamingo3", "audio_config.model_type", "whisper", "whisper"),

@@ -325,6 +325,33 @@ def test_what_is_not_implemented_is_named(
         HookedAudioTransformer.from_pretrained(tmp_path)
 
 
+FOREIGN = {  # of other classes of the kind, each with a value that would matter there
+    "do_stable_layer_norm": True,
+    "feat_extract_norm": "layer",
+    "feat_proj_layer_norm": False,
+    "conv_pos_kernel_size": 5,
+    "conv_pos_batch_norm": True,
+    "num_buckets": 8,
+    "max_bucket_distance": 4,
+    "adapter_attn_dim": 6,
+}
+KINDS = ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "UniSpeechSat", "Data2VecAudio")
+
+
+@pytest.mark.parametrize("norms", [{}, PRE_NORM], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("family", KINDS)
+def test_switches_of_other_classes_are_read_as_hugging_face_reads_them(
+    family: str, norms: dict
+) -> None:
+    """Most are ignored; adapters are built by all but WavLM and data2vec if blocks are pre-norm."""
+    own = vars(getattr(transformers, f"{family}Config")())
+    foreign = {name: value for name, value in FOREIGN.items() if name not in own}
+    hf, model = taken(family, **{**norms, **foreign})
+    assert all(getattr(hf.config, name) == value for name, value in foreign.items())
+    with torch.no_grad():
+        assert torch.allclose(model(batch()), hf(**batch()).last_hidden_state, atol=1e-4)
+
+
 def test_switches_of_later_versions_are_named() -> None:
     class Later(transformers.Wav2Vec2Config):
         def __init__(self, rotary: bool = False, **options: Any):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.models.config import AudioConfig, LoadingError, check_switches
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches, declared
 from audio_lens.models.kinds.encoder_only import CTCConfig
 from audio_lens.models.layers import PartConfig
 
@@ -158,7 +158,7 @@ def _head(hf_config: Any) -> Literal["ctc", "classes"] | None:
 
 def stem_config(hf_config: Any) -> StemConfig:
     """The shape of the convolutions on samples."""
-    norm = getattr(hf_config, "feat_extract_norm", "layer")  # data2vec has no switch
+    norm = declared(hf_config, "feat_extract_norm", "layer")  # data2vec has no switch
     if norm not in ("group", "layer"):
         raise LoadingError(f"feat_extract_norm={norm!r} is not implemented")
     return StemConfig(
@@ -168,15 +168,15 @@ def stem_config(hf_config: Any) -> StemConfig:
         norm=norm,
         bias=hf_config.conv_bias,
         act_fn=hf_config.feat_extract_activation,
-        normed=getattr(hf_config, "feat_proj_layer_norm", True),
+        normed=declared(hf_config, "feat_proj_layer_norm", True),
         eps=hf_config.layer_norm_eps,
     )
 
 
 def encoder_config(hf_config: Any) -> SpeechEncoderConfig:
     """The shape of the blocks and of the convolution over positions."""
-    is_pre_norm = getattr(hf_config, "do_stable_layer_norm", False)
-    stacked_kernel = getattr(hf_config, "conv_pos_kernel_size", None)  # data2vec
+    is_pre_norm = declared(hf_config, "do_stable_layer_norm", False)
+    stacked_kernel = declared(hf_config, "conv_pos_kernel_size", None)  # data2vec
     n_convs = hf_config.num_conv_pos_embeddings if stacked_kernel else None
     return SpeechEncoderConfig(
         n_layers=hf_config.num_hidden_layers,
@@ -195,12 +195,20 @@ def encoder_config(hf_config: Any) -> SpeechEncoderConfig:
         position_kernel=stacked_kernel or hf_config.num_conv_pos_embeddings,
         position_groups=hf_config.num_conv_pos_embedding_groups,
         n_position_convs=n_convs,
-        position_batch_norm=getattr(hf_config, "conv_pos_batch_norm", False),
+        position_batch_norm=declared(hf_config, "conv_pos_batch_norm", False),
         position_act_fn=hf_config.feat_extract_activation,
-        d_adapter=getattr(hf_config, "adapter_attn_dim", None) if is_pre_norm else None,
-        n_buckets=getattr(hf_config, "num_buckets", None),
-        max_distance=getattr(hf_config, "max_bucket_distance", None),
+        d_adapter=_adapter_width(hf_config) if is_pre_norm else None,
+        n_buckets=declared(hf_config, "num_buckets", None),
+        max_distance=declared(hf_config, "max_bucket_distance", None),
     )
+
+
+def _adapter_width(hf_config: Any) -> int | None:
+    """Width of the bottlenecks behind blocks, which all models but WavLM build if a config has it.
+
+    Only the class of wav2vec 2.0's own configs declares it.
+    """
+    return None if hf_config.model_type == "wavlm" else getattr(hf_config, "adapter_attn_dim", None)
 
 
 def ctc_config(hf_config: Any) -> CTCConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.config import LoadingError, check_switches
+from audio_lens.models.config import LoadingError, check_switches, declared
 from audio_lens.models.layers import Block, PartConfig, PreNormBlock, Rotary, Stack, multiplied
 
 _QKV = ("q", "k", "v")
@@ -85,10 +85,10 @@ def language_model_config(text: Any, model_name: str) -> PartConfig:
         gated_mlp=True,
         mlp_bias=False,
         softmax_float32=True,
-        attn_scale=getattr(text, "attention_multiplier", None),
-        residual_multiplier=float(getattr(text, "residual_multiplier", 1.0)),
-        embed_multiplier=float(getattr(text, "embedding_multiplier", 1.0)),
-        logits_divisor=float(getattr(text, "logits_scaling", 1.0)),
+        attn_scale=declared(text, "attention_multiplier", None),
+        residual_multiplier=float(declared(text, "residual_multiplier", 1.0)),
+        embed_multiplier=float(declared(text, "embedding_multiplier", 1.0)),
+        logits_divisor=float(declared(text, "logits_scaling", 1.0)),
         **_KINDS[text.model_type],
         **_rotary(text),
     )
@@ -121,11 +121,11 @@ def _check_features(text: Any) -> None:
     """Raise on what this implementation does not know."""
     check_switches(text, _UNDERSTOOD.split())
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    is_sliding = text.model_type == "mistral" and getattr(text, "sliding_window", None)
+    is_sliding = text.model_type == "mistral" and text.sliding_window
     if kinds or is_sliding:
         named = ", ".join(sorted(kinds)) or "sliding_attention"
         raise LoadingError(f"attention of kind {named} is not implemented")
-    biased = [n for n in ("attention_bias", "mlp_bias") if getattr(text, n, False)]
+    biased = [n for n in ("attention_bias", "mlp_bias") if declared(text, n, False)]
     if biased:
         raise LoadingError(f"{', '.join(biased)} of a {text.model_type} is not implemented")
 
