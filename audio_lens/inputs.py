@@ -54,7 +54,7 @@ class AudioInputs:
         remake: ``model.prepare`` with its options, for `with_audio` and `with_text`.
     """
 
-    features: Shaped[Tensor, "segments *shape"]
+    features: Shaped[Tensor, " segments *shape"]
     tokens: Int[Tensor, "b t"]
     clips_per_row: tuple[int, ...]
     attention_mask: Bool[Tensor, "b seen"] | None = None
@@ -62,7 +62,7 @@ class AudioInputs:
     position_ids: Int[Tensor, "b t"] | None = None
     further_tokens: Int[Tensor, "b k ahead"] | None = None
     audio_mask: Bool[Tensor, "b t"] | None = None
-    extra: Mapping[str, Shaped[Tensor, "segments *_"]] = field(default_factory=dict)
+    extra: Mapping[str, Shaped[Tensor, " segments *_"]] = field(default_factory=dict)
     segments_per_clip: tuple[int, ...] | None = None
     labels: Int[Tensor, "b n"] | None = None
     audio: list[np.ndarray] | None = None

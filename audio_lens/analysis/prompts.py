@@ -68,7 +68,7 @@ class Places:
         edges = [[max(0.0, moments[0] - half)], between[size - 1 :: size], [last]]
         return np.concatenate(edges), moment // size
 
-    def of(self, activation: Float[Tensor, "rows t *d"]) -> Float[Tensor, "n *d"]:
+    def of(self, activation: Float[Tensor, "rows t *d"]) -> Float[Tensor, " n *d"]:
         """An activation of the prompt's rows at these positions."""
         device = activation.device
         return activation[self.row.to(device), self.index.to(device)]
@@ -235,7 +235,7 @@ class Prompt:
         """Where positions of the prompt lie, row by row of the part's batch."""
         return self.timeline[self.row].segments(part)
 
-    def own(self, part: str, activation: Float[Tensor, "rows *d"]) -> Float[Tensor, "own *d"]:
+    def own(self, part: str, activation: Float[Tensor, " rows *d"]) -> Float[Tensor, " own *d"]:
         """The rows of an activation that belong to the prompt.
 
         Raises:

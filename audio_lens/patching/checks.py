@@ -65,7 +65,7 @@ def check_finite(values: Mapping[str, Tensor], names: Sequence[str]) -> None:
 
 
 def batch_dims(
-    metric: Any, names: Sequence[str], batch: int, baseline: Float[Tensor, "metrics *batch"]
+    metric: Any, names: Sequence[str], batch: int, baseline: Float[Tensor, " metrics *batch"]
 ) -> tuple[tuple[str, ...], dict[str, list]]:
     """The dims in front of the axes and their coordinates: several metrics, several stimuli."""
     dims: dict[str, list] = {}

@@ -244,7 +244,7 @@ class SweepResult(Result):
             for *numbers, at in zip(*columns, one._places(), strict=True)
         ]
 
-    def _means(self) -> Float[Tensor, "values_clean_corrupted *axes"]:
+    def _means(self) -> Float[Tensor, " values_clean_corrupted *axes"]:
         """Values and baselines of every cell, each the mean over the stimuli that have all."""
         baselines = (
             self._over_axes(x).expand_as(self.values) for x in (self.clean, self.corrupted)

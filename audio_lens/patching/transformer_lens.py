@@ -174,7 +174,7 @@ class _Call:
         return values.to(self.part.model.device, copy=True)  # no tensor of inference mode
 
     @torch.no_grad()
-    def _unpatched(self) -> Float[Tensor, "metrics *batch"]:
+    def _unpatched(self) -> Float[Tensor, " metrics *batch"]:
         model, inputs = self.part.model, self.inputs.inputs
         readout = Readout(model, self.measures, inputs)
         return readout.measure(readout.of_logits(model(inputs)))
@@ -254,7 +254,7 @@ def _sweep(what: str, activation: str, *places: str) -> Callable[..., Any]:
         return_index_df: bool = False,
         reduce: str = "scalar",
         baseline: bool = False,
-    ) -> Values | tuple[Float[Tensor, "layer *places"], pd.DataFrame]:
+    ) -> Values | tuple[Float[Tensor, " layer *places"], pd.DataFrame]:
         call = _Call.of(model, corrupted_tokens, clean_cache, patching_metric, reduce, baseline)
         if return_index_df and not call.gives_tensor:
             raise ValueError("return_index_df goes with a tensor: a PatchingResult has index_df")

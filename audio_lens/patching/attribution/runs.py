@@ -256,7 +256,7 @@ class Estimate:
 
     # ---------------------------------------------------------------- results
 
-    def shaped(self, baseline: Float[Tensor, "metrics *batch"]) -> Float[Tensor, "..."]:
+    def shaped(self, baseline: Float[Tensor, " metrics *batch"]) -> Float[Tensor, "..."]:
         """A baseline without the dims that a single metric or stimulus does not have."""
         return baseline.reshape([len(names) for names in self.dims.values()])
 
@@ -381,7 +381,7 @@ class _Reader:
         logits = self.model.read_out(hidden, self.base)
         return logits if self.model.cfg.output_kind is None else self.model.hook_logits(logits)
 
-    def measure(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "metrics *batch"]:
+    def measure(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, " metrics *batch"]:
         """Every metric of a run: a scalar or one value per row each."""
         read = self._readout
         if not self._is_narrow:

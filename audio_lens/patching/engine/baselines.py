@@ -33,8 +33,8 @@ class State:
 
     route: Route
     readout: Readout
-    clean: Float[Tensor, "metrics *batch"]
-    corrupted: Float[Tensor, "metrics *batch"]
+    clean: Float[Tensor, " metrics *batch"]
+    corrupted: Float[Tensor, " metrics *batch"]
     values: Float[Tensor, "metrics *batch cells"]
     done: Bool[Tensor, " cells"]
     free_bytes: float | int
@@ -143,7 +143,7 @@ def _with_hooks(request: Request, schedule: Schedule) -> State:
     return state
 
 
-def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, "metrics *batch"]:
+def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, " metrics *batch"]:
     """One cell as a whole forward with hooks, and nothing of what the engine saves."""
     given = request.source
     if not isinstance(given, Mapping):

@@ -136,7 +136,7 @@ class Readout:
         rows = logits[:, None] if self.model.pools else at_positions(logits, self.positions)
         return self._columns(rows, torch.arange(self.batch, device=logits.device))
 
-    def measure(self, rows: Float[Tensor, "b r c"]) -> Float[Tensor, "metrics *batch"]:
+    def measure(self, rows: Float[Tensor, "b r c"]) -> Float[Tensor, " metrics *batch"]:
         """Every metric of one run: a scalar or one value per row each, alike for all metrics.
 
         Raises:
