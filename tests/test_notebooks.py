@@ -1,4 +1,4 @@
-"""Every notebook runs, as it is and on a recording of one's own."""
+"""Every notebook runs, as it is and, among the long tests, on a recording of one's own."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def test_runs_as_it_is(path: Path, kernel: KernelManager) -> None:
     assert "text/markdown" in shown  # its findings, written with the numbers just computed
 
 
+@pytest.mark.slow
 @each_notebook
 def test_runs_on_an_own_recording(path: Path, kernel: KernelManager, tmp_path: Path) -> None:
     own = str(shutil.copy(CLIPS / "four-one-eight.wav", tmp_path / "mine.wav"))

@@ -16,6 +16,7 @@ from families.base import Family
 
 BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 PER_PAIR = ("hook_attn_scores", "hook_pattern")
+TURNS = 3  # in which the points are changed, one of them in every run
 STEP = 3e-3  # suits norms computed in float32 in a model of float64 too
 
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
@@ -89,12 +90,15 @@ def test_every_hook_point_is_live(family: Family, mode: str) -> None:
     assert not leaking
 
 
+@pytest.mark.parametrize(
+    "turn", [pytest.param(turn, marks=[pytest.mark.slow] * (turn > 0)) for turn in range(TURNS)]
+)
 @each_family
-def test_changes_move_the_output_as_gradients_say(family: Family) -> None:
+def test_changes_move_the_output_as_gradients_say(family: Family, turn: int) -> None:
     """At every point of the first blocks and outside of blocks, by small random changes."""
     model, inputs = model_and_inputs(family)
     weights = weights_of(model, inputs)
-    names = [name for name in model.hook_dict if block_of(name) in (None, 0)]
+    names = [name for name in model.hook_dict if block_of(name) in (None, 0)][turn::TURNS]
     wrong = {}
     for name, gradient in gradients(model, inputs, names, weights).items():
         noise = noise_like(gradient)

@@ -26,6 +26,22 @@ def cases(table: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family, name", named, ids=ids)
 
 
+def shapes() -> list[Any]:
+    """Every shape in float64 and the first of each family in float32; the rest is long."""
+    return [
+        pytest.param(
+            family,
+            name,
+            dtype,
+            id=f"{family.name}: {name}-{dtype}",
+            marks=[pytest.mark.slow] * (dtype == torch.float32 and number > 0),
+        )
+        for family in FAMILIES.values()
+        for number, name in enumerate(family.models)
+        for dtype in TOLERANCE
+    ]
+
+
 def those(have: Any) -> pytest.MarkDecorator:
     """The test once per family for which ``have`` holds."""
     chosen = [family for family in FAMILIES.values() if have(family)]
@@ -95,8 +111,7 @@ def check(differences: dict[str, float], tolerance: float) -> None:
 # -------------------------------------------------------------------------------- the tests
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@cases("models")
+@pytest.mark.parametrize("family, name, dtype", shapes())
 def test_shapes_of_model(family: Family, name: str, dtype: torch.dtype) -> None:
     options = family.model_batches.get(name, {})
     check(compare(family, dtype, family.models[name], options), TOLERANCE[dtype])

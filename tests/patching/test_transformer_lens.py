@@ -18,6 +18,7 @@ PARTS = ("encoder", "decoder")
 BY_PATH = ("get_act_patch_direct_path", "get_act_patch_direct_path_all_sources")  # need a bridge
 PER_PAIR = "get_act_patch_attn_head_pattern_dest_src_pos"  # a cell for every query and key
 EVERY = [name for name in vars(theirs) if name.endswith("_every")]
+LONG = "get_act_patch_attn_head_by_pos_every"  # five of the others in one
 NAMES = [
     name
     for name in vars(theirs)
@@ -121,7 +122,14 @@ def test_arguments_come_in_their_order(name):
     assert given == (in_every if name in EVERY else in_one)
 
 
-@pytest.mark.parametrize("name", [*(name for name in NAMES if name != PER_PAIR), *EVERY])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == LONG))
+        for name in (*NAMES, *EVERY)
+        if name != PER_PAIR
+    ],
+)
 @torch.no_grad()
 def test_every_function_gives_what_theirs_gives(part, family, name):
     """Also at padding, which TransformerLens patches as any other position."""
@@ -134,6 +142,9 @@ def test_every_function_gives_what_theirs_gives(part, family, name):
     assert (found - unpatched).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "part", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"], indirect=True
+)
 @torch.no_grad()
 def test_every_pair_of_positions_gives_what_theirs_gives(part, family):
     """`pattern_dest_src_pos`, whose cells are many: on a short prompt."""
