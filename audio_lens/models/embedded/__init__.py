@@ -39,6 +39,9 @@ class ShippedPair:
         return next(word for word, other in pairs if word.label != other.label)
 
 
+ClipPair = ShippedPair  # its former name
+
+
 def clip_pairs() -> list[ShippedPair]:
     """Every minimal pair that is shipped."""
     index = json.loads((CLIPS / "clips.json").read_text())
