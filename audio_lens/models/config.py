@@ -87,6 +87,28 @@ class AudioConfig:
         return slice(start, start + self.streams[index][1])
 
     @property
+    def need_encoder(self) -> PartConfig:
+        """Shape of the encoder.
+
+        Raises:
+            InputError: where the decoder itself reads the audio.
+        """
+        if self.encoder is None:
+            raise InputError(f"{self.family} has no encoder")
+        return self.encoder
+
+    @property
+    def need_decoder(self) -> PartConfig:
+        """Shape of the decoder.
+
+        Raises:
+            InputError: where the encoder itself makes the output.
+        """
+        if self.decoder is None:
+            raise InputError(f"{self.family} has no decoder")
+        return self.decoder
+
+    @property
     def output(self) -> PartConfig:
         """The part that makes the output."""
         return self.decoder or self.encoder
