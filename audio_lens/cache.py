@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice, get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
+from transformer_lens.utilities.slice import Slice
 
-from audio_lens.hooks import HookNameError, PosSlice, is_flat, is_large, suggest
+from audio_lens.hooks import (
+    HookNameError,
+    PosSlice,
+    as_slice,
+    is_flat,
+    is_large,
+    slice_input,
+    suggest,
+)
 
 Stack = Float[Tensor, "components *batch_pos d_model"]
 
@@ -54,11 +63,16 @@ class AudioCache(ActivationCache):
     ):
         super().__init__(cache_dict, parts[main_part], has_batch_dim)
         self.parts, self.main_part, self.prefixed = parts, main_part, prefixed
-        self.has_embed = hasattr(self.model.module, "hook_embed")
-        self.has_pos_embed = hasattr(self.model.module, "hook_pos_embed")
+        self.has_embed = hasattr(self._module, "hook_embed")
+        self.has_pos_embed = hasattr(self._module, "hook_pos_embed")
 
     def __repr__(self) -> str:
         return f"AudioCache of {len(self)} activations of {', '.join(self.parts)}"
+
+    @property
+    def _module(self) -> nn.Module:
+        """The main part as it stands in the model."""
+        return self.parts[self.main_part].module
 
     def part(self, name: str) -> AudioCache:
         """The activations of one part under its local names.
@@ -91,7 +105,7 @@ class AudioCache(ActivationCache):
         Raises:
             ValueError: if there is no batch axis, or it counts prompts here and clips there.
         """
-        rows = _as_slice(batch_slice)
+        rows = as_slice(batch_slice)
         if not self.has_batch_dim:
             raise ValueError("this cache has no batch axis")
         self._batch_size()
@@ -128,7 +142,7 @@ class AudioCache(ActivationCache):
     def _spelled_out(self, key: str | tuple) -> str:
         if isinstance(key, str):
             return key if self._find(key) else get_act_name(key)
-        name, layer, sublayer = (*key, None, None)[:3]
+        name, layer, sublayer = key[0], *(*key[1:], None, None)[:2]
         if layer is not None and layer < 0:
             layer += self.model.cfg.n_layers
         found = get_act_name(name, layer, sublayer)
@@ -186,7 +200,7 @@ class AudioCache(ActivationCache):
             ValueError: where the stream is no such sum (post-norm blocks).
         """
         self._check_adds_up()
-        layer, positions = self._layer(layer), _as_slice(pos_slice)
+        layer, positions = self._layer(layer), as_slice(pos_slice)
         found = []
         if incl_embeds:
             found += [("embed", self["hook_embed"])] if self.has_embed else []
@@ -215,7 +229,7 @@ class AudioCache(ActivationCache):
         ``incl_mid`` adds the streams between sublayers (after cross-attention too), and
         ``mlp_input`` those of ``layer`` itself.
         """
-        layer, positions = self._layer(layer), _as_slice(pos_slice)
+        layer, positions = self._layer(layer), as_slice(pos_slice)
         n_layers = self.model.cfg.n_layers
         found = []
         for l in range(min(layer, n_layers - 1) + 1):
@@ -266,7 +280,7 @@ class AudioCache(ActivationCache):
         Self-attention heads are labelled ``L0H3``, cross-attention heads ``L0H3_cross``, in the
         order in which they write.
         """
-        layer, positions = self._layer(layer), _as_slice(pos_slice)
+        layer, positions = self._layer(layer), as_slice(pos_slice)
         results, labels = [], []
         for l in range(layer):
             for sublayer in self._attentions(l):
@@ -301,11 +315,13 @@ class AudioCache(ActivationCache):
 
         The remainder is of what ``layer`` (or its MLP, with ``mlp_input``) reads.
         """
-        layer, positions = self._layer(layer), _as_slice(pos_slice)
+        layer, positions = self._layer(layer), as_slice(pos_slice)
         options = {"apply_ln": apply_ln, "mlp_input": mlp_input, "return_labels": True}
-        stack, labels = super().stack_neuron_results(
-            layer, positions, neuron_slice, project_output_onto=project_output_onto, **options
+        neurons = slice_input(neuron_slice)
+        found = super().stack_neuron_results(
+            layer, positions, neurons, project_output_onto=project_output_onto, **options
         )
+        stack, labels = cast("tuple[Tensor, list[str]]", found)  # by return_labels
         if incl_remainder:
             whole = positions.apply(self._stream_into(layer, mlp_input), dim=-2)[None]
             if apply_ln:
@@ -348,13 +364,14 @@ class AudioCache(ActivationCache):
         """
         self._check_adds_up()
         is_final = self._layer(layer) == self.model.cfg.n_layers
-        if is_final and hasattr(self.model.module, "pool"):
+        if is_final and hasattr(self._module, "pool"):
             raise ValueError(
                 f"the {self.main_part} pools pairs of frames before its final norm, so frames "
                 "cannot be normed by it: use apply_ln=False, or a layer before the last"
             )
+        rows, positions = slice_input(batch_slice), slice_input(pos_slice)
         normed = super().apply_ln_to_stack(
-            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+            residual_stack, layer, mlp_input, positions, rows, has_batch_dim, recompute_ln
         )
         is_whole_norm = recompute_ln and is_final
         return normed if is_whole_norm else normed * self._gain(layer, mlp_input)
@@ -371,8 +388,3 @@ class AudioCache(ActivationCache):
         return super()._stack_neuron_results_apply_ln_projected(
             layer, pos_slice, neuron_slice, gain[:, None] * project_2d, mlp_input
         )
-
-
-def _as_slice(wanted: PosSlice) -> Slice:
-    """As TransformerLens reads slices here: an int drops the axis."""
-    return wanted if isinstance(wanted, Slice) else Slice(wanted)

@@ -13,13 +13,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint as _HookPoint
-from transformer_lens.utilities import Slice, SliceInput
+from transformer_lens.utilities.slice import Slice, SliceInput
 
 from audio_lens.errors import AudioLensError
 
@@ -28,6 +28,7 @@ HookFn = Callable[..., Any]
 Hooks = Sequence[tuple["str | Callable[[str], bool]", HookFn]]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 PosSlice = Slice | SliceInput | slice
+_Listed = list[tuple["str | Callable[..., Any]", HookFn]]  # hooks as transformer_lens takes them
 
 _PER_PAIR = ("hook_attn_scores", "hook_pattern")
 _LARGE = (*_PER_PAIR, "hook_result")
@@ -108,6 +109,16 @@ def is_large(name: str) -> bool:
     return local_name(name) in _LARGE
 
 
+def slice_input(wanted: PosSlice) -> Slice | SliceInput:
+    """What TransformerLens's functions take: by their types no slices of Python's own."""
+    return as_slice(wanted) if isinstance(wanted, slice) else wanted
+
+
+def as_slice(wanted: PosSlice) -> Slice:
+    """As TransformerLens reads slices: an int drops the axis."""
+    return wanted if isinstance(wanted, Slice) else Slice(cast("SliceInput", wanted))
+
+
 def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
     """The known names nearest to a mistaken one, as the end of an error message."""
     known = list(known)
@@ -115,6 +126,13 @@ def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
     holding = sorted((k for k in known if name in k), key=lambda k: not k.endswith(name))
     nearest = list(dict.fromkeys([*close[:1], *holding, *close])) or known
     return "nearest names: " + ", ".join(nearest[:count])
+
+
+@runtime_checkable
+class _Attends(Protocol):
+    """What knows how attention is computed: attention layers."""
+
+    attn_mode: AttnMode
 
 
 class _Watched:
@@ -207,7 +225,7 @@ class HookedRoot(HookedRootModule):
             raise DeadHookError(f"hooks are attached to {', '.join(hooked[:5])}, but {_FUSED}")
         self._attn_mode = mode
         for module in self.modules():
-            if hasattr(module, "attn_mode") and module is not self:
+            if isinstance(module, _Attends) and module is not self:
                 module.attn_mode = mode
 
     @contextmanager
@@ -256,8 +274,8 @@ class HookedRoot(HookedRootModule):
             DeadHookError: on leaving, if a forward hook never ran (and does not stay attached).
         """
         watched = [(name, _Watched(_label(name), fn)) for name, fn in fwd_hooks]
-        forward = [(full, fn) for name, fn in watched for full in self.matching(name)]
-        backward = [(full, fn) for name, fn in bwd_hooks for full in self.matching(name)]
+        forward: _Listed = [(full, fn) for name, fn in watched for full in self.matching(name)]
+        backward: _Listed = [(full, fn) for name, fn in bwd_hooks for full in self.matching(name)]
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
         dead = [fn.label for _, fn in watched if not fn.ran]
@@ -303,8 +321,8 @@ class HookedRoot(HookedRootModule):
             )
         return super().run_with_hooks(
             *model_args,
-            fwd_hooks=fwd_hooks,
-            bwd_hooks=bwd_hooks,
+            fwd_hooks=list(fwd_hooks),
+            bwd_hooks=list(bwd_hooks),
             reset_hooks_end=reset_hooks_end,
             **options,
         )
@@ -388,14 +406,16 @@ class HookedRoot(HookedRootModule):
         names = self.matching(names_filter, attention, part)
         if pos_slice is not None:
             names = self._sliceable(names, part or self.output_part, _is_named(names_filter))
-        positions = Slice.unwrap(pos_slice)
+        positions = Slice.unwrap(slice_input(pos_slice))
+        sliced = {} if pos_slice is None else {name: position_dim(name) for name in names}
         cache = {} if cache is None else cache
 
         def keeper(name: str, suffix: str = "") -> HookFn:
             def keep(tensor: Tensor, hook: HookPoint) -> None:
                 kept = tensor.detach()
-                if pos_slice is not None:  # as a copy: a view would hold on to all positions
-                    kept = positions.apply(kept, dim=position_dim(name)).clone()
+                dim = sliced.get(name)
+                if dim is not None:  # as a copy: a view would hold on to all positions
+                    kept = positions.apply(kept, dim=dim).clone()
                 if remove_batch_dim and not is_flat(name):
                     kept = _without_batch(kept, name)
                 cache[name + suffix] = kept.to(device)

@@ -107,6 +107,20 @@ class AudioInputs:
             return torch.ones_like(self.tokens, dtype=torch.bool)
         return self.attention_mask[:, -self.tokens.shape[1] :].bool()
 
+    @property
+    def need_audio(self) -> list[np.ndarray]:
+        """The waveforms, one per clip.
+
+        Raises:
+            InputError: inputs that hold none.
+        """
+        if self.audio is None:
+            raise InputError(
+                "these inputs hold no waveform to show and play: pass audio= (what was heard, or "
+                "made of the codes)"
+            )
+        return self.audio
+
     def counted_positions(self) -> Int[Tensor, "b t"]:
         """Positions that count attended tokens only, so that left padding shifts nothing."""
         return (self.attended.cumsum(1) - 1).clamp(min=0)
@@ -273,10 +287,8 @@ class AudioInputs:
 
     def same_audio(self, other: AudioInputs) -> bool:
         """Whether the encoders hear the same."""
-        masks = (self.feature_mask, other.feature_mask)
-        same_mask = masks[0] is masks[1] is None or (None not in masks and torch.equal(*masks))
         return (
-            same_mask
+            _same_or_none(self.feature_mask, other.feature_mask)
             and torch.equal(self.features, other.features)
             and self.extra.keys() == other.extra.keys()
             and all(torch.equal(x, other.extra[name]) for name, x in self.extra.items())
@@ -291,6 +303,12 @@ class AudioInputs:
             if tensor is not None:
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _same_or_none(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def padded(

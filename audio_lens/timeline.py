@@ -58,7 +58,7 @@ class Span:
         if isinstance(window, Span):
             return window
         try:
-            start_s, end_s, label = (*window, None)[:3]
+            start_s, end_s, label = window if len(window) == 3 else (*window, None)
             return Span(float(start_s), float(end_s), label)
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -110,7 +110,7 @@ class Band:
         if isinstance(band, Band):
             return band
         try:
-            low_hz, high_hz, label = (*band, None)[:3]
+            low_hz, high_hz, label = band if len(band) == 3 else (*band, None)
             return Band(float(low_hz), float(high_hz), label)
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -337,9 +337,12 @@ class Timeline:
         Raises:
             ValueError: if the part has no time, or no position lies in the window.
         """
-        if end_s is None and not isinstance(start_s, Span):
+        if isinstance(start_s, Span):
+            span = start_s
+        elif end_s is None:
             raise ValueError("positions needs start_s and end_s, or a Span")
-        span = start_s if isinstance(start_s, Span) else Span(start_s, end_s, clip=clip)
+        else:
+            span = Span(start_s, end_s, clip=clip)
         index = self.inside(part, span).nonzero().flatten()
         if len(index) == 0:
             raise ValueError(
@@ -400,10 +403,17 @@ class Timeline:
         return self.clip_span(0)
 
     def clip_span(self, clip: int) -> slice:
-        """The decoder positions that hold the given clip (audio LLMs)."""
+        """The decoder positions that hold the given clip (audio LLMs).
+
+        Raises:
+            ValueError: if there are none, or they do not follow each other.
+        """
         own = (self._track("decoder", clip).clip == clip).nonzero().flatten()
         if self.has_time("decoder") or not len(own):
-            return self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
+            found = self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
+            if isinstance(found, slice):
+                return found
+            raise ValueError(f"clip {clip} lies in several pieces; timeline.positions finds them")
         return slice(int(own[0]), int(own[-1]) + 1)
 
     @property
