@@ -59,7 +59,7 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
     """
     try:
         from praatio import textgrid
-        from praatio.data_classes.interval_tier import IntervalTier
+        from praatio.data_classes.interval_tier import Interval, IntervalTier
         from praatio.utilities.errors import PraatioException
     except ImportError as error:
         raise ImportError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
@@ -70,7 +70,11 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
     except (PraatioException, ValueError, IndexError, UnicodeError) as error:
         raise AlignmentError(f"{path} cannot be read as a TextGrid: {error}") from error
     found = {
-        tier.name: [Span(start, end, label) for start, end, label in tier.entries]
+        tier.name: [
+            Span(entry.start, entry.end, entry.label)
+            for entry in tier.entries
+            if isinstance(entry, Interval)
+        ]
         for tier in grid.tiers
         if isinstance(tier, IntervalTier)
     }
@@ -107,14 +111,17 @@ def align(
         TokenError: text that the tokenizer cannot write.
         AudioError: unusable audio.
     """
+    from audio_lens.models.kinds.ctc import ctc_of  # whoever has a model has loaded it
+
     if getattr(model.cfg, "head", None) != "ctc":
         raise InputError(
             f"{model.cfg.model_name} has no CTC head: align with a model that has one, such as "
             "facebook/wav2vec2-base-960h"
         )
     inputs = model.prepare(audio, [text], sampling_rate)
-    labels, blank = inputs.labels[0].cpu(), model.cfg.ctc.blank
-    if not len(labels):
+    labels, blank = inputs.labels, ctc_of(model.cfg).blank
+    labels = None if labels is None else labels[0].cpu()
+    if labels is None or not len(labels):
         raise AlignmentError("an empty text lies nowhere")
     timeline = model.timeline(inputs)
     log_probs = model(inputs)[0].double().cpu()[timeline.valid("encoder")].log_softmax(-1)

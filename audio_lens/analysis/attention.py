@@ -242,7 +242,7 @@ class Reader:
                 f"no token of this prompt attends to the clip at {site}: answer= lets the model "
                 "write some"
             )
-        self._found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._found: dict[int, tuple[Tensor, ...]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -260,9 +260,10 @@ class Reader:
     def attention(self) -> ClipAttention:
         """What was taken in."""
         found = [self._found[layer] for layer in self.layers]
-        arrays = (torch.stack(of_layers).numpy() for of_layers in zip(*found, strict=True))
+        share, on_audio, entropy = (torch.stack(x).numpy() for x in zip(*found, strict=True))
+        queries = self._queries()
         return ClipAttention(
-            self.site, self.layers, self.heads, *arrays, self.edges, self._queries()
+            self.site, self.layers, self.heads, share, on_audio, entropy, self.edges, queries
         )
 
     def _timed(self) -> Places:

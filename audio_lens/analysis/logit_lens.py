@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from audio_lens.analysis.prompts import Places, Prompt, chosen_numbers, token_la
 from audio_lens.cache import AudioCache
 from audio_lens.inputs import InputError
 from audio_lens.models.config import TEXT
+from audio_lens.models.kinds.ctc import ctc_of
 
 TOP_TOKENS = 3
 AT_ONCE = 2**23  # logits that are computed at a time
@@ -53,6 +54,17 @@ class Streams:
     labels: list[str]
     lens: Lens | None
 
+    @property
+    def need_lens(self) -> Lens:
+        """What the streams would write.
+
+        Raises:
+            InputError: where there is no vocabulary, or nobody asked.
+        """
+        if self.lens is None:
+            raise InputError(f"the streams of the {self.part} were read without a logit lens")
+        return self.lens
+
 
 def has_vocabulary(prompt: Prompt, part: str) -> bool:
     """Whether what the part holds at a position can be read as tokens or labels."""
@@ -65,14 +77,17 @@ def _logits(prompt: Prompt, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 
     """What is read of final hidden states: of several streams, the text."""
     model = prompt.model
     if model.cfg.output_kind == "streams":
-        return model.decoder.unembed(hidden)
+        return model.part("decoder").unembed(hidden)
     return model.read_out(hidden, prompt.inputs)
 
 
 def _vocabulary(prompt: Prompt) -> int:
     """How many tokens there are to read."""
     cfg = prompt.model.cfg
-    return dict(cfg.streams)[TEXT] if cfg.output_kind == "streams" else cfg.output.d_vocab
+    count = dict(cfg.streams)[TEXT] if cfg.output_kind == "streams" else cfg.output.d_vocab
+    if count is None:
+        raise InputError(f"the {prompt.model.output_part} of {cfg.model_name} has no vocabulary")
+    return count
 
 
 def check_vocabulary(prompt: Prompt, parts: Sequence[str]) -> None:
@@ -122,13 +137,17 @@ def read_streams(
         TokenError: a word that is not one token.
     """
     names = {part: stream_names(prompt, part, layers) for part in parts}
-    if cache is None:
-        wanted = [name for of_part in names.values() for name in of_part.values()]
-        _, cache = prompt.model.run_with_cache(prompt.inputs, names_filter=wanted, return_type=None)
+    held = _run(prompt, names) if cache is None else cache
     return [
-        _read_part(prompt, part, of_part, cache, lens and has_vocabulary(prompt, part), tokens)
+        _read_part(prompt, part, of_part, held, lens and has_vocabulary(prompt, part), tokens)
         for part, of_part in names.items()
     ]
+
+
+def _run(prompt: Prompt, names: Mapping[str, Mapping[str, str]]) -> AudioCache:
+    """The streams of all parts, of a run on the prompt."""
+    wanted = [name for of_part in names.values() for name in of_part.values()]
+    return prompt.model.run_with_cache(prompt.inputs, names_filter=wanted, return_type=None)[1]
 
 
 def _read_part(
@@ -184,12 +203,13 @@ def _written(
             probs = _logits(prompt, hidden)[0].float().softmax(-1).cpu()
             best = probs.topk(min(TOP_TOKENS, probs.shape[-1]))
             found.append((best.indices, best.values, probs[:, list(watched)]))
-    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+    tokens, chances, of_watched = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return tokens, chances, of_watched
 
 
 def texts_of(prompt: Prompt, streams: Streams) -> list[str]:
     """What every stream would write: a transcript, or the next token of the prompt."""
-    best = torch.as_tensor(streams.lens.tokens[..., 0])
+    best = torch.as_tensor(streams.need_lens.tokens[..., 0])
     if prompt.model.cfg.output_kind == "ctc":
         return [_transcript(prompt, path) for path in best]
     order = torch.cat([streams.audio.index, streams.text.index]).argsort()
@@ -200,8 +220,8 @@ def texts_of(prompt: Prompt, streams: Streams) -> list[str]:
 
 def _transcript(prompt: Prompt, path: Int[Tensor, " frames"]) -> str:
     """The text of a path of CTC labels."""
-    model = prompt.model
-    labels = [i for i in path.unique_consecutive().tolist() if i != model.cfg.ctc.blank]
+    model, blank = prompt.model, ctc_of(prompt.model.cfg).blank
+    labels = [i for i in path.unique_consecutive().tolist() if i != blank]
     if model.tokenizer is None:
         return " ".join(token_label(model, label) for label in labels)
     return model.tokenizer.decode(labels, group_tokens=False)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from audio_lens.audio import AudioSource
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.models.config import TEXT
+from audio_lens.models.kinds.ctc import ctc_of
 from audio_lens.models.kinds.streams import FIRST, UNKNOWN, CodecTime
 from audio_lens.timeline import NO_CLIP, Row, Track
 
@@ -74,6 +75,13 @@ class Places:
         return activation[self.row.to(device), self.index.to(device)]
 
 
+@runtime_checkable
+class _GoesOn(Protocol):
+    """A model that continues what enters beside its text, too."""
+
+    def continued(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs: ...
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt of a batch, and one clip of it.
@@ -113,12 +121,7 @@ class Prompt:
         if not 0 <= clip < inputs.clips_per_row[row]:
             raise InputError(f"there is no clip {clip}: prompt {row} holds {inputs.clips_per_row}")
         if audio is None:
-            if inputs.audio is None:
-                raise InputError(
-                    "these inputs hold no waveform to show and play: pass audio= (what was heard, "
-                    "or made of the codes)"
-                )
-            audio = inputs.audio[sum(inputs.clips_per_row[:row]) + clip]
+            audio = inputs.need_audio[sum(inputs.clips_per_row[:row]) + clip]
         rate = model.cfg.sampling_rate
         samples = sound.load(audio, rate, rate)
         seconds = len(samples) / rate
@@ -176,12 +179,12 @@ class Prompt:
     def answered(self, max_new_tokens: int = ANSWER_TOKENS) -> Prompt:
         """The prompt alone, with what the model writes to it (greedily) behind its tokens."""
         alone = self.alone()
-        cfg, inputs = self.model.cfg.decoder, alone.inputs
-        if cfg.rotary_base is None:
+        cfg, inputs = self.model.cfg.need_decoder, alone.inputs
+        if cfg.rotary_base is None and cfg.n_ctx is not None:
             max_new_tokens = min(max_new_tokens, cfg.n_ctx - inputs.tokens.shape[1])
         if max_new_tokens < 1:
             return alone
-        if hasattr(self.model, "continued"):  # what enters beside the text goes on too
+        if isinstance(self.model, _GoesOn):  # what enters beside the text goes on too
             longer = self.model.continued(inputs, max_new_tokens)
         else:
             longer = self._continued(inputs, max_new_tokens)
@@ -211,6 +214,11 @@ class Prompt:
         return isinstance(self.model, CodecTime)
 
     @property
+    def lags_s(self) -> Mapping[str, float]:
+        """By stream of a codec language model, how late it tells of the clip, in seconds."""
+        return self.model.lags_s if isinstance(self.model, CodecTime) else {}
+
+    @property
     def reads_text(self) -> bool:
         """Whether the encoder reads text."""
         return len(self.inputs.features) > 0 and not self.inputs.features.is_floating_point()
@@ -222,11 +230,12 @@ class Prompt:
     @property
     def n_ahead(self) -> int:
         """Steps of the clip that are known and have yet to enter, with what is written along."""
-        if not self.is_codec_lm or self.model.text_of(self.inputs) is None:
+        streams = self.inputs.further_tokens
+        if streams is None or not self.is_codec_lm or self.model.text_of(self.inputs) is None:
             return 0
-        lags = {name: lag for name, lag in self.model.lags_s.items() if name != TEXT}
+        lags = {name: lag for name, lag in self.lags_s.items() if name != TEXT}
         is_first = torch.tensor([lag == lags[FIRST] for lag in lags.values()])
-        ahead = self.inputs.further_tokens[self.row, :, self.inputs.shape[1] :].cpu()
+        ahead = streams[self.row, :, self.inputs.shape[1] :].cpu()
         return int((ahead[is_first] != UNKNOWN).any(0).sum())
 
     # ---------------------------------------------------------------- positions
@@ -351,7 +360,7 @@ def token_label(model: HookedAudioTransformer, token: int) -> str:
     """A token as one can see it: spaces and line breaks as signs, ids without a tokenizer."""
     if model.tokenizer is None:
         return f"#{token}"
-    if model.cfg.output_kind == "ctc" and token == model.cfg.ctc.blank:
+    if model.cfg.output_kind == "ctc" and token == ctc_of(model.cfg).blank:
         return "(blank)"
     written = model.tokenizer.decode([token])
     if not written or "\N{REPLACEMENT CHARACTER}" in written:  # a piece of a letter

@@ -19,6 +19,7 @@ from torch import Tensor
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.models.parts.connectors import Connector
 
 _READING = re.compile(r"connector\.(?:.+\.)?blocks\.(\d+)\.cross_attn\.hook_pattern")
 
@@ -59,9 +60,12 @@ def time_profile(
             f"{model.cfg.segment_s:g} s at a time"
         )
     n_frames, found = model.encoder_length(inputs), []
+    connector = model.connector
+    if not isinstance(connector, Connector):
+        raise InputError(f"{model.cfg.family} carries its audio by no connector of tokens")
 
     def keep(pattern: Tensor, hook: HookPoint) -> None:
-        rows = model.connector.token_pattern(_of_head(pattern, head))
+        rows = connector.token_pattern(_of_head(pattern, head))
         found.append(F.pad(rows, (0, n_frames - rows.shape[-1])))  # fills up, or cuts what filled
 
     with model.hooks([(name, keep) for name in names]):

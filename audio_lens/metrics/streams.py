@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -62,7 +62,8 @@ class _OfStream(Metric):
         columns = model.cfg.columns(self.stream)
         width = columns.stop - columns.start
         own = None if reference is None else reference[..., columns]
-        reading = self.metric._bind(_WritingStream(model, self.stream, width), inputs, own)
+        writing = cast("HookedAudioTransformer", _WritingStream(model, self.stream, width))
+        reading = self.metric._bind(writing, inputs, own)
         tokens = reading.tokens
         if tokens is None:
             tokens = torch.arange(width, device=inputs.device).expand(len(inputs), -1)

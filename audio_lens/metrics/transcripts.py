@@ -13,6 +13,8 @@ from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.metrics.reading import Metric, Reading
+from audio_lens.models.kinds.ctc import ctc_of
+from audio_lens.models.kinds.encoder_only import EncoderOutput
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -139,10 +141,10 @@ def ctc_scores(
     Raises:
         InputError: a model without a CTC head, or a clip with too few frames to say it.
     """
-    if model.cfg.output_kind != "ctc":
+    if model.cfg.output_kind != "ctc" or not isinstance(model, EncoderOutput):
         raise InputError(f"transcripts are scored by CTC models; {model.cfg.family} is none here")
     labels = model.labels_of([[text] if isinstance(text, int) else text])[0]
-    attended = model.output_attended(inputs)
+    attended, blank = model.output_attended(inputs), ctc_of(model.cfg).blank
     lengths = attended.sum(-1)
     needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
     if len(labels) == 0 or int(lengths.min()) < needed:
@@ -155,9 +157,7 @@ def ctc_scores(
         targets = labels.expand(len(rows), -1)
         counts = torch.full_like(lengths, len(labels))
         log_probs = rows.log_softmax(-1).transpose(0, 1)
-        return -F.ctc_loss(
-            log_probs, targets, lengths, counts, blank=model.cfg.ctc.blank, reduction="none"
-        )
+        return -F.ctc_loss(log_probs, targets, lengths, counts, blank=blank, reduction="none")
 
     return score
 
