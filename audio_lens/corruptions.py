@@ -187,11 +187,7 @@ class Splice(Corruption):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_clip(self.clip, self.sampling_rate)
-        if self.span is None:
-            raise ValueError(
-                "Splice needs span=: the stretch to replace (OtherUtterance needs none)"
-            )
-        span, source = Span.of(self.span), self._source
+        span, source = self._replaced, self._source
         if _duration(source) > _duration(span) + 1e-3:
             raise ValueError(
                 f"the source lasts {_duration(source):.3f} s and the span {_duration(span):.3f} s: "
@@ -199,8 +195,16 @@ class Splice(Corruption):
             )
 
     @property
+    def _replaced(self) -> Span:
+        if self.span is None:
+            raise ValueError(
+                "Splice needs span=: the stretch to replace (OtherUtterance needs none)"
+            )
+        return Span.of(self.span)
+
+    @property
     def _source(self) -> Span:
-        return Span.of(self.span if self.source is None else self.source)
+        return self._replaced if self.source is None else Span.of(self.source)
 
     def change(self, stretch: Stretch, start: int, sampling_rate: int) -> Stretch:
         other = load(self.clip, sampling_rate, self.sampling_rate)

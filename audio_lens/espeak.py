@@ -125,14 +125,13 @@ def synthesise(
     def receive(chunk, count, events) -> int:
         if chunk and count:
             samples.extend(ctypes.string_at(chunk, 2 * count))
-        for index in itertools.count():
-            event = events[index]
-            if event.type == END_OF_LIST:
-                return 0
+        listed = (events[index] for index in itertools.count())
+        for event in itertools.takewhile(lambda event: event.type != END_OF_LIST, listed):
             if event.type == WORD and event.length:
                 words.append([event.text_position - 1, event.sample])
             elif event.type == PHONEME:
                 phones.append([event.id.string.decode(errors="ignore"), event.sample])
+        return 0
 
     speech.espeak_SetSynthCallback(receive)
     said = text.encode()

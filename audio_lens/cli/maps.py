@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -40,7 +40,7 @@ class Direction(StrEnum):
     both = "both"
 
 
-_DIRECTIONS = {
+_DIRECTIONS: dict[Direction, list[Literal["denoise", "noise"]]] = {
     Direction.denoise: ["denoise"],
     Direction.noise: ["noise"],
     Direction.both: ["denoise", "noise"],
@@ -196,11 +196,11 @@ def map_command(
             written["netcdf"] = str(results[0].save(save))
         report.map_page(
             results,
-            pair[0].audio[0],
+            pair[0].need_audio[0],
             html,
             words=case.words,
             corrupted_words=case.corrupted_words,
-            corrupted_audio=pair[1].audio[0],
+            corrupted_audio=pair[1].need_audio[0],
             title=f"What decides {case.answer.strip()!r} against {case.against.strip()!r}",
             sampling_rate=listener.cfg.sampling_rate,
         )
@@ -252,9 +252,9 @@ def _case(
     shared.check_not_empty({"--question": question, "--answer": answer, "--against": against})
     if clean is None and corrupted is None:
         return _shipped_case(question, answer, against, language)
-    needed = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--against": against}
-    missing = [option for option, value in needed.items() if value is None]
-    if missing:
+    given = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--against": against}
+    if clean is None or corrupted is None or answer is None or against is None:
+        missing = [option for option, value in given.items() if value is None]
         raise ValueError(f"your own clips also need {', '.join(missing)}")
     from audio_lens.patching.clip_pair import ClipPair
 

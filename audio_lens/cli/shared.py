@@ -143,7 +143,7 @@ def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
     from audio_lens import HookedAudioTransformer
     from audio_lens.models.loading.checkpoints import EMBEDDED
 
-    dtype = getattr(torch, dtype.value) if isinstance(dtype, Precision) else dtype
+    precision = getattr(torch, dtype.value) if isinstance(dtype, Precision) else dtype
     started, is_quiet = time.monotonic(), name == EMBEDDED or not err.is_terminal
     if is_quiet:
         transformers.utils.logging.disable_progress_bar()
@@ -152,7 +152,7 @@ def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
     waiting = err.status(f"loading {escape(name)}") if is_quiet else nullcontext()
     try:
         with waiting:
-            model = HookedAudioTransformer.from_pretrained(name, dtype=dtype, device=device)
+            model = HookedAudioTransformer.from_pretrained(name, precision, device)
     except OSError as error:
         raise OSError(
             f"{name} is no folder here, and the hub does not give it: check the name, or the way "

@@ -184,7 +184,7 @@ def _mel_db(clip: Clip, hop: int) -> Float[np.ndarray, "mels frames"]:
 
 def mel_of(hertz: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Where frequencies lie on the axis of the spectrogram."""
-    return hertz_to_mel(hertz, mel_scale="slaney")
+    return np.asarray(hertz_to_mel(hertz, mel_scale="slaney"))
 
 
 def mel_centres(sampling_rate: int) -> Float[np.ndarray, " mels"]:

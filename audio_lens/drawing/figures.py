@@ -50,14 +50,14 @@ class Axis:
             ValueError: if its windows lie in several clips, which have no common seconds.
         """
         coords = result.coords[name]
+        edges: list[float] | None = None
+        order: list[int | None] = list(range(len(coords)))
         if name == "time":
             _check_one_clip(result)
             edges, order = columns([(float(span.start_s), float(span.end_s)) for span in coords])
         elif name == "frequency":
             bounds = np.array([[band.low_hz, band.high_hz] for band in coords], dtype=float)
             edges, order = columns([tuple(pair) for pair in mel_of(bounds).tolist()])
-        else:
-            edges, order = None, list(range(len(coords)))
         return Axis(name, order, edges, coords)
 
     @property
@@ -129,11 +129,10 @@ def map_figure(
         layout = STYLE | {"margin": None, "xaxis": panel.xaxis, "yaxis": panel.yaxis}
         return go.Figure(drawn.trace, go.Layout(layout | title))
     rows = Rows([clip])
-    layout = rows.layout([panel]).update(title, margin_t=TITLE_PX)
-    layout.height += TITLE_PX
+    layout = rows.layout([panel], TITLE_PX).update(title, margin_t=TITLE_PX)
     trace = drawn.trace.update(rows.axes())
-    if drawn.y is not None:
-        trace.colorbar.update(rows.beside(layout))
+    if isinstance(trace, go.Heatmap):
+        trace.update(colorbar=rows.beside(layout))
     return go.Figure([*rows.traces(0), trace], layout)
 
 
@@ -162,10 +161,10 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
             f"select one first, for instance {_example_selection(result)}"
         )
     cells = np.empty([len(result.coords[axis]) for axis in result.axes], dtype=object)
-    cells.flat = result.cells()
+    cells.flat[:] = result.cells()
     across = next((axis for axis in ACROSS if axis in result.axes), result.axes[0])
     up = next((axis for axis in result.axes if axis != across), None)
-    x, y = Axis.of(result, across), up and Axis.of(result, up)
+    x, y = Axis.of(result, across), None if up is None else Axis.of(result, up)
     if y is None:
         cells = cells[[index for index, _, _ in x.columns]]
     elif result.axes[0] == across:
@@ -207,7 +206,8 @@ def _meta(result: Labelled, x: Axis, y: Axis | None) -> dict[str, Any]:
 
 def _shades(table: np.ndarray, limit: float) -> list[str]:
     """The colour of every bar."""
-    return sample_colorscale(DIVERGING, np.clip(0.5 + np.nan_to_num(table) / limit / 2, 0, 1))
+    shares = np.clip(0.5 + np.nan_to_num(table) / limit / 2, 0, 1)
+    return [str(colour) for colour in sample_colorscale(DIVERGING, shares)]
 
 
 def _heat(

@@ -24,13 +24,17 @@ class Labelled(Protocol):
     @property
     def axes(self) -> tuple[str, ...]:
         """The named axes, without metric and stimulus."""
+        ...
 
     @property
     def title(self) -> str:
         """Headline of the figure."""
+        ...
 
     def baselines(self) -> Mapping[str, float]:
         """Numbers that values are read against, by name."""
+        ...
 
     def cells(self) -> Sequence[Any]:
         """Every cell in the order of the axes, with its ``place`` in words and the quantities."""
+        ...

@@ -62,13 +62,14 @@ def _matplotlib() -> Any:
 
 def _figure(drawn: Map, quantity: str, clip: Clip | None, width_in: float) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     above = [] if clip is None else [*[TIER_IN] * len(clip.tiers), WAVE_IN, MEL_IN]
     heights = [*above, _height_in(drawn)]
     is_timed = drawn.x.name == "time"
     n_axes = 1 if is_timed or clip is None else 2
-    figure = Figure((width_in, sum(heights) + AXIS_IN * n_axes), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.02, hspace=0)
+    engine = ConstrainedLayoutEngine(h_pad=0.02, hspace=0)
+    figure = Figure((width_in, sum(heights) + AXIS_IN * n_axes), layout=engine)
     *rows, ax = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     if clip is not None:
         _draw_clip(rows, clip)
@@ -76,7 +77,7 @@ def _figure(drawn: Map, quantity: str, clip: Clip | None, width_in: float) -> Fi
     if drawn.y is None:
         _draw_bars(ax, drawn, quantity)
     else:
-        colours = _draw_heat(ax, drawn, quantity)
+        colours = _draw_heat(ax, drawn, drawn.y, quantity)
         part = heights[-1] / sum(heights)
         bar = figure.colorbar(colours, ax=[*rows, ax], shrink=part, anchor=(0, 0), aspect=25 * part)
         bar.set_label(drawn.label)
@@ -98,17 +99,18 @@ def _colours(drawn: Map, quantity: str) -> Any:
     return ScalarMappable(Normalize(-limit, limit), DIVERGING)
 
 
-def _draw_heat(ax: Axes, drawn: Map, quantity: str) -> Any:
+def _draw_heat(ax: Axes, drawn: Map, up: Axis, quantity: str) -> Any:
     """The cells with the ranks of the strongest; returns what a colour bar shows."""
     colours = _colours(drawn, quantity)
-    z = np.array(drawn.trace.z, dtype=float)
-    x, y = _dress(ax.xaxis, drawn.x), _dress(ax.yaxis, drawn.y)
+    z = np.array(drawn.trace["z"], dtype=float)
+    x, y = _dress(ax.xaxis, drawn.x), _dress(ax.yaxis, up)
     ax.set_facecolor(BACKGROUND)
     ax.pcolormesh(x, y, z, cmap=colours.cmap, norm=colours.norm, edgecolor="face", linewidth=0.1)
-    for row, column in zip(*np.nonzero(np.array(drawn.trace.text)), strict=True):
+    text = np.array(drawn.trace["text"])
+    for row, column in zip(*np.nonzero(text), strict=True):
         is_dark = abs(colours.norm(z[row, column]) - 0.5) > DARK / 2
-        at = (x[column] + x[column + 1]) / 2, (y[row] + y[row + 1]) / 2
-        _write(ax, at, drawn.trace.text[row][column], color="white" if is_dark else "black")
+        at = float(x[column] + x[column + 1]) / 2, float(y[row] + y[row + 1]) / 2
+        _write(ax, at, str(text[row, column]), color="white" if is_dark else "black")
     return colours
 
 
@@ -129,12 +131,14 @@ def _draw_bars(ax: Axes, drawn: Map, quantity: str) -> None:
     ax.axhline(0, color="0.3", linewidth=0.5)
     ax.set_ylabel(drawn.label)
     ax.margins(y=0.2)
-    for at in np.flatnonzero(np.array(drawn.trace.text)):
-        _write(ax, (centres[at], max(z[at], 0.0)), drawn.trace.text[at], va="bottom")
+    text = np.array(drawn.trace["text"])
+    for at in np.flatnonzero(text):
+        _write(ax, (centres[at], max(z[at], 0.0)), text[at], va="bottom")
 
 
 def _write(ax: Axes, at: tuple[float, float], text: str, **look: Any) -> None:
-    ax.annotate(text, at, fontsize=6, **{"ha": "center", "va": "center"} | look)
+    look = {"ha": "center", "va": "center", **look}
+    ax.annotate(text, at, fontsize=6, **look)
 
 
 def _dress(axis: Any, drawn: Axis) -> np.ndarray:

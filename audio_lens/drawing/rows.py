@@ -77,8 +77,12 @@ class Rows:
         drawn = [*tiers, _waveform(shown), self._spectrogram(clip)]
         return [trace.update(_axes(row)) for row, trace in enumerate(drawn)]
 
-    def layout(self, panels: Sequence[Panel]) -> go.Layout:
-        """Axes and style of all rows; ``meta.bottom`` is where those in seconds end (paper)."""
+    def layout(self, panels: Sequence[Panel], title_px: int = 0) -> go.Layout:
+        """Axes and style of all rows; ``meta.bottom`` is where those in seconds end (paper).
+
+        Args:
+            title_px: how much higher the figure is, for a title.
+        """
         above = [
             *(Panel(TIER_PX, yaxis={"tickvals": [0], "ticktext": [tier]}) for tier in self.tiers),
             Panel(WAVE_PX, yaxis=NO_TICKS | {"title": {"text": "wave"}}),
@@ -99,12 +103,12 @@ class Rows:
             settings[_long(x)] = {"anchor": y, "showgrid": False} | seconds | row.xaxis
             settings[_long(y)] = {"anchor": x, "domain": domain} | FIXED | row.yaxis
             top -= row.height_px + gap
-        height = total + MARGIN_PX["t"] + MARGIN_PX["b"]
+        height = total + MARGIN_PX["t"] + MARGIN_PX["b"] + title_px
         return go.Layout(height=height, meta={"bottom": bottom}, **STYLE, **settings)
 
     def beside(self, layout: go.Layout, panel: int = 0) -> dict[str, Any]:
         """Where the colour bar of a panel stands: beside it, as high as it is."""
-        bottom, top = layout[_long(self.axes(panel)["yaxis"])].domain
+        bottom, top = layout.to_plotly_json()[_long(self.axes(panel)["yaxis"])]["domain"]
         return {"y": bottom, "yanchor": "bottom", "len": top - bottom}
 
     def _seconds_axis(self, number: int, n_timed: int) -> dict[str, Any]:

@@ -162,10 +162,9 @@ def attention_figure(
         **_heat_style(found),
         **rows.axes(),
     )
-    layout = rows.layout([_pattern_panel(found)])
+    layout = rows.layout([_pattern_panel(found)], title_px=40)
     title = f"{found.site}, layer {found.layers[0]}, head {found.heads[0]}"
     layout.update(title=title, margin={**STYLE["margin"], "t": 50})
-    layout.height += 40
     return go.Figure([*rows.traces(0), heat], layout)
 
 

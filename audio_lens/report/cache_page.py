@@ -20,6 +20,7 @@ from audio_lens.cache import AudioCache
 from audio_lens.drawing.rows import STYLE, Panel, Rows, escaped
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.models.kinds.ctc import ctc_of
 from audio_lens.report.html import traces_json, write_page
 from audio_lens.report.shown import Tiers, clip_of, notes_on
 from audio_lens.timeline import Span
@@ -146,9 +147,8 @@ def cache_figure(
     rows = Rows([clip_of(prompt, {"words": words, "phones": phones})])
     drawing = Drawing.of(prompt, streams, rows)
     view = next(view for view in drawing.views if view["key"] == show)
-    layout = rows.layout(drawing.panels)
+    layout = rows.layout(drawing.panels, title_px=40)
     layout.update(title=f"{part}: {view['label']}", margin=STYLE["margin"] | {"t": 50})
-    layout.height += 40
     return go.Figure([*rows.traces(0), *drawing.painted(view)], layout)
 
 
@@ -276,7 +276,7 @@ class Drawing:
         columns = Columns.of(streams, prompt.seconds)
         panels, traces = _panels(streams, columns)
         for panel, trace in enumerate(traces):
-            trace.update(y=streams.names, hoverongaps=False, **rows.axes(panel))
+            trace.update({"y": streams.names, "hoverongaps": False} | rows.axes(panel))
         views = _views(prompt, streams, columns)
         has_lens = streams.lens is not None
         return Drawing(streams.part, streams.names, columns, panels, traces, views, has_lens)
@@ -381,7 +381,7 @@ def _blank(prompt: Prompt, tokens: Int[np.ndarray, " n"]) -> int:
     """Which of the tokens is CTC's blank, which is not written on cells; -1 for none."""
     if prompt.model.cfg.output_kind != "ctc":
         return -1
-    found = np.flatnonzero(tokens == prompt.model.cfg.ctc.blank)
+    found = np.flatnonzero(tokens == ctc_of(prompt.model.cfg).blank)
     return int(found[0]) if len(found) else -1
 
 

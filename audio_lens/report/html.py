@@ -46,7 +46,7 @@ def write_page(
         .get_template(template)
         .render(
             clips=[clip.name for clip in rows.clips],
-            data_gz=_packed(to_json_plotly({"clips": clips, "rate": rate} | data)),
+            data_gz=_packed(str(to_json_plotly({"clips": clips, "rate": rate} | data))),
             plotly_gz=_plotly_gz(),
             **shown,
         )

@@ -142,12 +142,13 @@ class View:
         """The view for map.js, which colours it: the numbers stand in ``customdata`` alone."""
         (trace,) = traces_json([self.drawn.trace.update(rows.axes())])
         trace.pop("z" if self.drawn.y else "y")
-        layout = rows.layout([self.drawn.panel])
-        layout.meta["bar"] = rows.beside(layout)
+        drawn = rows.layout([self.drawn.panel])
+        layout = drawn.to_plotly_json()
+        layout["meta"]["bar"] = rows.beside(drawn)
         return {
             "facets": self.facets,
             "trace": trace,
-            "layout": layout.to_plotly_json(),
+            "layout": layout,
             "limits": self.drawn.limits,
             "shades": self.drawn.shades,
         }
@@ -165,8 +166,9 @@ def _views(results: Results, quantity: str) -> list[View]:
 
 def _named(results: Results) -> list[tuple[str | None, SweepResult]]:
     """Results with their names, None for those without."""
+    named: list[tuple[str | None, SweepResult]]
     if isinstance(results, Mapping):
-        named = list(results.items())
+        named = [*results.items()]
     else:
         several = [results] if isinstance(results, SweepResult) else results
         named = [(None, result) for result in several]

@@ -26,7 +26,7 @@ def notes_on(prompt: Prompt) -> list[str]:
         ]
     if not prompt.is_codec_lm:
         return []
-    lags = prompt.model.lags_s
+    lags = prompt.lags_s
     late = {name: lag - lags[FIRST] for name, lag in lags.items() if lag > lags[FIRST]}
     told = ", ".join(f"{name} by {lag:.2f} s" for name, lag in late.items())
     return [
