@@ -1,6 +1,7 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv on a fresh machine.
 # `make test` leaves out the long tests: `make test-share` runs a sixth of them, which SEED chooses
 # (else the clock), `make test-slow` all, `make test-all` every test; `make docs` builds the site.
+# `make types` counts what pyright finds wrong and writes the numbers that have fallen.
 # All of them install the known versions of constraints.txt, which `make versions` renews.
 # `make lower-bounds` tests with the oldest versions that setup.cfg allows.
 
@@ -14,7 +15,7 @@ KNOWN := --constraint constraints.txt --build-constraint constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST := $(BIN)/pytest -n 2 --durations=25
 
-.PHONY: demo test test-share test-slow test-all docs install versions lower-bounds
+.PHONY: demo test test-share test-slow test-all types docs install versions lower-bounds
 
 demo: $(VENV)/.runtime
 	$(BIN)/audio-lens map --out map.html
@@ -32,6 +33,9 @@ test-slow: $(VENV)/.dev
 
 test-all: $(VENV)/.docs
 	$(PYTEST)
+
+types: $(VENV)/.dev
+	$(BIN)/python tests/type_errors.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
