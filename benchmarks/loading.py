@@ -52,8 +52,9 @@ def write_checkpoint(
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 2),
         decoder_start_token_id=1,
     )
+    hf_class = transformers.WhisperForConditionalGeneration  # torch 2.6 cannot import it on meta
     with torch.device("meta"):
-        empty = transformers.WhisperForConditionalGeneration(config)
+        empty = hf_class(config)
     model = empty.to(dtype).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
