@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch
 KNOWN := --constraint constraints.txt --build-constraint constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
-PYTEST := $(BIN)/pytest -n 2 --durations=25
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --durations=25
 
 .PHONY: demo test test-share test-slow test-all types docs install versions lower-bounds
 

@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def chosen(cases: Sequence[tuple[str, str]], share: int, seed: int) -> set[str]:
-    """Ids of one in ``share`` of a test's cases, given as family and id; at least one.
+    """Names of one in ``share`` of a test's cases, given as family and name; at least one.
 
     The cases of each family are shuffled and every ``share``-th is taken, running on from family to
     family. ``share`` seeds in a row, from a multiple of ``share``, take each case at least once.
@@ -76,7 +76,7 @@ def family_of(item: pytest.Item) -> str:
 
 def test_of(item: pytest.Item) -> str:
     """The id of a case without its parameters."""
-    return item.nodeid.partition("[")[0]
+    return f"{item.parent.nodeid}::{getattr(item, 'originalname', item.name)}"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -85,15 +85,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not share:
         return
     long = sorted((item for item in items if item.get_closest_marker(MARK)), key=test_of)
-    kept: set[str] = set()
-    for _, group in groupby(long, test_of):
-        cases = [(family_of(item), item.nodeid) for item in group]
-        kept |= chosen(cases, share, config.option.share_seed)
-    left_out = [item for item in long if item.nodeid not in kept]
-    config.stash[COUNTS] = (len(kept), len(long))
-    config.hook.pytest_deselected(items=left_out)
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
+    left_out: set[pytest.Item] = set()
+    for _, cases in groupby(long, test_of):
+        named = {item.name: item for item in cases}  # which pytest-xdist does not change
+        families = [(family_of(item), name) for name, item in named.items()]
+        kept = chosen(families, share, config.option.share_seed)
+        left_out |= {item for name, item in named.items() if name not in kept}
+    config.stash[COUNTS] = (len(long) - len(left_out), len(long))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 # -------------------------------------------------------------------------------- what is told

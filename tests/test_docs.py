@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -167,6 +167,11 @@ def test_drawn_names_exist(tiny_models: list) -> None:
 # -------------------------------------------------------------------------------- the site
 
 
+def of_site(test: Callable) -> Callable:
+    """Marks a long test of the site; one worker runs them all, and builds it once."""
+    return pytest.mark.slow(pytest.mark.xdist_group("site")(test))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     """The pages of the site, built from scratch; warnings are errors."""
@@ -184,7 +189,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     return {path: Page(path) for path in folder.rglob("*.html")}
 
 
-@pytest.mark.slow
+@of_site
 def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
     for path, page in site.items():
         for address in page.loads:
@@ -199,7 +204,7 @@ def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
         assert not REMOTE.search(sheet.read_text(encoding="utf-8")), sheet.name
 
 
-@pytest.mark.slow
+@of_site
 def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     n_checked = 0
     for path, page in site.items():
@@ -215,32 +220,35 @@ def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     assert n_checked > 500
 
 
-@pytest.mark.slow
+@of_site
 def test_no_table_is_left_out(site: dict[Path, Page]) -> None:
     for path in site:
         assert "<!-- table" not in path.read_text(encoding="utf-8"), path.name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "module", [audio_lens, patching, metrics, report], ids=lambda module: module.__name__
-)
-def test_reference_holds_every_public_name(site: dict[Path, Page], module: ModuleType) -> None:
+def public_names(module: ModuleType) -> set[str]:
+    """Where the classes and functions that a module offers are defined."""
     names = getattr(module, "__all__", None) or [
         name
         for name, held in vars(module).items()
         if not name.startswith("_") and getattr(held, "__module__", "") == module.__name__
     ]
     public = [getattr(module, name) for name in names]
-    wanted = {
+    return {
         f"{inspect.unwrap(held).__module__}.{held.__qualname__}"
         for held in public
         if inspect.isclass(held) or inspect.isfunction(inspect.unwrap(held))
     }
+
+
+@of_site
+def test_reference_holds_every_public_name(site: dict[Path, Page]) -> None:
     reference = {
         anchor
         for path, page in site.items()
         if path.parent.name == "api"
         for anchor in page.anchors
     }
-    assert wanted <= reference, sorted(wanted - reference)
+    for module in (audio_lens, patching, metrics, report):
+        missing = public_names(module) - reference
+        assert not missing, (module.__name__, sorted(missing))

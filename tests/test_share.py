@@ -20,6 +20,7 @@ import pytest
 def test_long(family, way): pass
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("alone")
 def test_one(): pass
 
 @pytest.mark.parametrize("lot", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -76,7 +77,7 @@ def run(suite: pytest.Pytester, *options: str) -> tuple[set[str], tuple[str, str
     assert result.ret == 0
     text = result.stdout.str()
     (told,) = set(re.findall(r"^share: (\d+ of \d+) .* (--share .*)$", text, re.MULTILINE)) or [""]
-    return set(re.findall(r"^PASSED \S*::(\S+)", text, re.MULTILINE)), told
+    return set(re.findall(r"^PASSED \S*::([^@\s]+)", text, re.MULTILINE)), told
 
 
 def test_workers_run_the_share_that_one_process_does(suite: pytest.Pytester) -> None:
@@ -84,7 +85,8 @@ def test_workers_run_the_share_that_one_process_does(suite: pytest.Pytester) -> 
     assert re.fullmatch(r"--share 3 --share-seed \d+", options)
     assert counts == "6 of 14" and len(alone) == 6
     assert {name[10] for name in alone if "long" in name} == set("abcd")
-    assert run(suite, "-m", "slow", "-n", "2", *options.split()) == (alone, (counts, options))
+    workers = ("-n", "2", "--dist", "loadgroup")
+    assert run(suite, "-m", "slow", *workers, *options.split()) == (alone, (counts, options))
 
 
 def test_only_long_tests_are_left_out(suite: pytest.Pytester) -> None:
