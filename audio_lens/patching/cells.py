@@ -9,22 +9,20 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from audio_lens.inputs import AudioInputs
 from audio_lens.patching.sites import Site, SiteError
+from audio_lens.patching.spec import Bands, SweepSpec, Windows
 from audio_lens.timeline import Band, Span, Timeline, Track
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
-Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
-Bands = Sequence["Band | tuple"] | Literal["patch"]
 DEFAULT_WINDOW_S = 0.1
 PLACE_AXES = ("time", "position", "frequency")  # what splits the positions of a site
 _WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
@@ -57,43 +55,38 @@ class CellTable:
     cells: list[Intervention]
 
     @staticmethod
-    def lay_out(
-        model: HookedAudioTransformer,
-        inputs: AudioInputs,
-        site: Site | Sequence[Site],
-        axes: Sequence[str],
-        windows: Windows | None,
-        layers: int | Sequence[int] | None,
-        layer_window: int = 1,
-        bands: Bands | None = None,
+    def of(
+        model: HookedAudioTransformer, spec: SweepSpec, sites: tuple[Site, ...] | None = None
     ) -> CellTable:
         """The table of a sweep; everything that can be wrong with it raises here.
 
         Args:
-            layer_window: how many adjacent blocks a cell patches, from its layer on.
-            bands: for axis "frequency", where positions have frequencies.
+            sites: some of the spec's; None for all, patched together.
+
+        Raises:
+            SiteError: sites, axes, windows or bands that do not go together.
+            ValueError: windows or bands without positions, or layers out of range.
         """
-        sites = (site,) if isinstance(site, Site) else tuple(site)
-        site = _common(model, sites, axes)
-        axes = (axes,) if isinstance(axes, str) else tuple(axes)
-        timeline = model.timeline(inputs)
-        _check_axes(site, axes, windows, bands, timeline.has_frequency(site.positions_of))
+        sites = spec.sites if sites is None else sites
+        site, axes = _common(model, sites, spec.axes), spec.axes
+        _check_axes(site, spec)
         coords: dict[str, list] = {}
-        chosen = chosen_layers(site, layers, axes, layer_window)
+        chosen = chosen_layers(site, spec.layers, axes, spec.layer_window)
         if "layer" in axes:
             coords["layer"] = list(chosen)
         if site.unit in axes:
             coords[site.unit] = list(range(unit_count(model, site)))
-        where, sets = Positions(timeline, site), {}
+        where, sets = Positions(spec.timeline, site), {}
         if not where.valid.any():
             raise SiteError(f"no position of {site} holds anything: the clips are too short for it")
         if "time" in axes:
-            coords["time"] = where.spans(DEFAULT_WINDOW_S if windows is None else windows)
+            windows = DEFAULT_WINDOW_S if spec.windows is None else spec.windows
+            coords["time"] = where.spans(windows)
             sets["time"] = where.inside(coords["time"])
         elif "position" in axes:
             coords["position"], sets["position"] = where.one_by_one()
         if "frequency" in axes:
-            coords["frequency"] = where.bands("patch" if bands is None else bands)
+            coords["frequency"] = where.bands("patch" if spec.bands is None else spec.bands)
             sets["frequency"] = where.within(coords["frequency"])
         positions = where.everywhere()
         for axis in (axis for axis in axes if axis in sets):
@@ -105,7 +98,7 @@ class CellTable:
             coords={axis: coords[axis] for axis in axes},
             positions=positions,
             covered=where.covered(positions),
-            cells=list(cells_of(site, axes, coords, chosen, layer_window)),
+            cells=list(cells_of(site, axes, coords, chosen, spec.layer_window)),
         )
 
     @property
@@ -169,13 +162,9 @@ def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequen
     return first
 
 
-def _check_axes(
-    site: Site,
-    axes: tuple[str, ...],
-    windows: Windows | None,
-    bands: Bands | None,
-    has_frequency: bool,
-) -> None:
+def _check_axes(site: Site, spec: SweepSpec) -> None:
+    axes = spec.axes
+    has_frequency = spec.timeline.has_frequency(site.positions_of)
     known = (*site.axes, *(["frequency"] if has_frequency else []))
     unknown = [axis for axis in axes if axis not in known]
     if unknown or not axes or len(set(axes)) < len(axes):
@@ -185,9 +174,9 @@ def _check_axes(
     places = [axis for axis in axes if axis in ("time", "frequency")]
     if "position" in axes and places:
         raise SiteError(f"'position' and {places[0]!r} are two names of one axis: choose one")
-    if windows is not None and "time" not in axes:
+    if spec.windows is not None and "time" not in axes:
         raise SiteError("windows belong to axis 'time', which is not among the axes")
-    if bands is not None and "frequency" not in axes:
+    if spec.bands is not None and "frequency" not in axes:
         raise SiteError("bands belong to axis 'frequency', which is not among the axes")
 
 

@@ -12,6 +12,7 @@ from audio_lens import metrics
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import TEXT
 from audio_lens.patching.sites import Site
+from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -22,18 +23,25 @@ def check_pair(
     one: AudioInputs,
     other: AudioInputs,
     names: tuple[str, str] = ("clean", "corrupted"),
-) -> None:
-    """Raise unless every position of two batches corresponds.
+    timeline: Timeline | None = None,
+) -> Timeline:
+    """The timeline that two batches share: every position of one corresponds to one of the other.
+
+    Args:
+        timeline: of ``one``, where it is known.
 
     Raises:
-        InputError: naming the difference.
+        InputError: naming the difference, where there is one.
     """
     one.check_pairs_with(other, *names)
-    if not model.timeline(one).corresponds_to(model.timeline(other)):
+    timeline = model.timeline(one) if timeline is None else timeline
+    theirs = timeline if other is one else model.timeline(other)
+    if not timeline.corresponds_to(theirs):
         raise InputError(
             f"the audio of {' and '.join(names)} lies at different positions of the prompt, so "
             "these do not correspond: use texts that put it in the same place"
         )
+    return timeline
 
 
 def check_reaches(model: HookedAudioTransformer, sites: Sequence[Site], metric: Any) -> None:

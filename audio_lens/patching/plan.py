@@ -1,4 +1,4 @@
-"""The machine behind a sweep: a plan that explains itself, runs, goes on and checks itself."""
+"""A plan: a sweep laid out, that explains itself, runs, goes on and checks itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -26,8 +26,12 @@ from audio_lens.patching.engine.heap import freed_memory_kept
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.result import SweepResult
+from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track
 from audio_lens.provenance import SEED, provenance
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
 
 PLURALS = {"frequency": "frequencies"}
 _GIGA = 1e9
@@ -44,15 +48,37 @@ class Plan:
     """A sweep laid out and not yet run; made by `patching.plan`.
 
     An interrupted `run` keeps what it has: running again goes on.
-
-    Attributes:
-        arguments: what was asked, as results keep it.
     """
 
     request: Request
     schedule: Schedule
-    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
+    _known: Sequence[str] = ()
     _state: State | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(
+        model: HookedAudioTransformer,
+        spec: SweepSpec,
+        table: CellTable | None = None,
+        known: Sequence[str] = (),
+    ) -> Plan:
+        """The plan of a spec.
+
+        Args:
+            table: the cells; None lays out those that the spec asks for.
+            known: the report of an earlier run of the same inputs, which the result's goes on from.
+
+        Raises:
+            SiteError, ValueError: as `CellTable.of`, and activations that lack a patched site.
+        """
+        table = CellTable.of(model, spec) if table is None else table
+        request = Request.of(model, spec, table)
+        return Plan(request, Schedule(request), known)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What was asked, as results keep it."""
+        return dict(self.request.spec.record)
 
     @property
     def table(self) -> CellTable:
@@ -73,8 +99,8 @@ class Plan:
         )
         return "\n".join(
             [
-                f"{len(self)} cells: {table.site_name}, {sizes}; {request.direction}, "
-                f"{len(request.base)} stimuli",
+                f"{len(self)} cells: {table.site_name}, {sizes}; {request.spec.direction}, "
+                f"{len(request.spec.base)} stimuli",
                 f"each cell runs: {request.route.what}",
                 *(f"left out: {what}" for what in self._left_out()),
                 f"work: about {work / _GIGA:,.1f} GFLOP beside two whole forwards; a loop of whole "
@@ -89,7 +115,7 @@ class Plan:
         if request.hooked:
             return [f"nothing, since your hooks are in force: {', '.join(request.hooked)}"]
         left = [request.route.left_out]
-        if request.reads_all:
+        if request.spec.reads_all:
             return [*left, "no logits: a metric is a bare function of all of them"]
         return [*left, "last-block rows and logits that no metric reads", "what does not differ"]
 
@@ -117,7 +143,8 @@ class Plan:
         wanted = range(len(self)) if only is None else [int(cell) for cell in only]
         self._check(wanted, verify)
         file = None if checkpoint is None else Checkpoint(checkpoint, self.request.identity)
-        log.info("%s", self.explain())
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", self.explain())
         with self._in_force():
             state = self._started(file)
             todo = [cell for cell in wanted if not state.done[cell]]
@@ -145,8 +172,8 @@ class Plan:
                 f"verify compares up to rounding, and {model.dtype} rounds too much to tell: "
                 "verify a float32 copy of the model"
             )
-        if verify and self.request.precision != "exact":
-            raise ValueError(f"verify needs precision 'exact', not {self.request.precision!r}")
+        if verify and self.request.spec.precision != "exact":
+            raise ValueError(f"verify needs precision 'exact', not {self.request.spec.precision!r}")
         if list(model.list_hooks(dir="fwd")) != self.request.hooked:
             raise ValueError("hooks were attached or removed since this was planned: plan it anew")
 
@@ -165,7 +192,7 @@ class Plan:
     @contextlib.contextmanager
     def _in_force(self) -> Iterator[None]:
         """Modes of torch and of the model while the plan runs."""
-        model, precision = self.request.model, self.request.precision
+        model, precision = self.request.model, self.request.spec.precision
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(model.attention(self.request.attn_mode))
@@ -232,7 +259,7 @@ class Plan:
         """
         state = self._state
         cells = random.Random(SEED).sample(list(wanted), min(count, len(wanted)))
-        base = state.clean if self.request.direction == "noise" else state.corrupted
+        base = state.clean if self.request.spec.direction == "noise" else state.corrupted
         effects = (state.values - base[..., None])[..., state.done]
         largest = effects[effects.isfinite()].abs().amax() if effects.isfinite().any() else 0.0
         small = 1e-10 if self.request.is_double else 1e-5
@@ -257,13 +284,13 @@ class Plan:
         chosen[list(wanted)] = True
         per_cell = state.values.masked_fill(~chosen, torch.nan)
         names = state.readout.names
-        dims, coords = batch_dims(request.metric, names, len(request.base), state.clean)
+        dims, coords = batch_dims(request.spec.metric, names, len(request.spec.base), state.clean)
         if "stimulus" in dims:
             absent = ~table.covered[[cell.positions for cell in table.cells]].T
             per_cell = per_cell.masked_fill(absent, torch.nan)
         batch_shape = [len(coords[dim]) for dim in dims]
         shape = [*batch_shape, *(len(table.coords[axis]) for axis in table.axes)]
-        meta = provenance(request.model, request.clean, request.corrupted, names)
+        meta = provenance(request.model, request.spec.clean, request.spec.corrupted, names)
         return SweepResult(
             values=per_cell.reshape(shape),
             dims=(*dims, *table.axes),
@@ -271,10 +298,10 @@ class Plan:
             clean=state.clean.reshape(batch_shape),
             corrupted=state.corrupted.reshape(batch_shape),
             site=table.site_name,
-            direction=request.direction,
-            report=[*state.notes, *notes],
-            meta=meta | {"attn_mode": request.attn_mode, "precision": request.precision},
-            recipe={"arguments": dict(self.arguments), "hooks": list(request.hooked)},
+            direction=request.spec.direction,
+            report=list(dict.fromkeys([*self._known, *state.notes, *notes])),
+            meta=meta | {"attn_mode": request.attn_mode, "precision": request.spec.precision},
+            recipe={"arguments": self.arguments, "hooks": list(request.hooked)},
         )
 
 

@@ -3,46 +3,45 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.patching.cells import Windows
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
+from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import heading
 from audio_lens.results import BATCH_DIMS
 from audio_lens.timeline import Span, Timeline
 
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
 
 def refined(
-    plan: Callable[[Windows | None], Plan],
-    windows: Windows | None,
-    threshold: float | int,
-    options: Mapping[str, Any],
+    model: HookedAudioTransformer, spec: SweepSpec, options: Mapping[str, Any]
 ) -> SweepResult:
-    """A sweep whose windows are split in two wherever |effect| reaches the threshold.
+    """A sweep whose windows are split in two wherever |effect| reaches ``spec.refine``.
 
     Down to single positions. Every value is exact for the window it was measured with, whose width
     is in ``result.widths``; a place that was not split has the value of its wide window throughout.
 
     Args:
-        plan: lays out the sweep for given windows.
         options: of `Plan.run`; every round has a checkpoint of its own beside the one named.
 
     Raises:
         ValueError: for a threshold that is not positive, axes without "time", or windows that
             overlap.
     """
-    planned = plan(windows)
-    axes = planned.table.axes
-    if threshold <= 0:
+    threshold, axes = spec.refine, spec.axes
+    planned = Plan.of(model, spec)
+    if threshold is None or threshold <= 0:
         raise ValueError(f"refine is a share of the baseline gap above 0, got {threshold}")
     if "time" not in axes:
         raise ValueError("refine splits windows: it needs axis 'time'")
@@ -50,7 +49,7 @@ def refined(
     _check_apart(spans)
     with heading("round 1"):
         rounds = [planned.run(**_numbered(options, 0))]
-    split = _Splitter(planned.request.model.timeline(planned.request.clean), planned.table.site)
+    split = _Splitter(spec.timeline, planned.table.site)
     wanted = _strong(rounds[0], threshold)
     while True:
         halves = {i: split.halves(span) for i, span in enumerate(spans) if wanted[..., i].any()}
@@ -58,7 +57,7 @@ def refined(
         if not halves:
             break
         spans, cells = _next_cells(wanted, halves)
-        planned = plan(spans)
+        planned = Plan.of(model, replace(spec, windows=spans), known=rounds[-1].report)
         only = _along_axes(cells, axes).flatten().nonzero()[:, 0].tolist()
         with heading(f"round {len(rounds) + 1}"):
             rounds.append(planned.run(only=only, **_numbered(options, len(rounds))))

@@ -14,8 +14,10 @@ from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.attribute import attribute
 from audio_lens.patching.clip_pair import ClipPair
+from audio_lens.patching.plan import Plan
+from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
-from audio_lens.patching.sweep import plan, sweep
+from audio_lens.patching.spec import SweepSpec
 from audio_lens.provenance import is_own, recalled, revision_of, versions, weights_hash
 
 if TYPE_CHECKING:
@@ -178,10 +180,9 @@ def _again(
     if "method" in arguments:
         again = attribute(model, **arguments, progress=progress)
     elif arguments.get("refine") is not None:
-        again = sweep(model, **arguments, progress=progress)
+        again = refined(model, SweepSpec.of(model, **arguments), {"progress": progress})
     else:
-        arguments.pop("refine", None)
-        planned = plan(model, **arguments)
+        planned = Plan.of(model, SweepSpec.of(model, **arguments))
         _check_whole(saved, planned.table.axes, planned.table.coords)
         again = planned.run(only=_computed(saved), progress=progress)
     _check_whole(saved, again.dims, again.coords)

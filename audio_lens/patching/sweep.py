@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformer_lens import ActivationCache
 
-from audio_lens.inputs import AudioInputs
-from audio_lens.patching.cells import Bands, CellTable, Windows
-from audio_lens.patching.checks import check_pair, check_reaches
-from audio_lens.patching.engine.hooked import HookedRoute
-from audio_lens.patching.engine.request import Direction, Precision, Request
-from audio_lens.patching.engine.schedule import Schedule
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
-from audio_lens.patching.sites import Site
-from audio_lens.provenance import recorded
+from audio_lens.patching.spec import Bands, Direction, Inputs, Precision, SweepSpec, Windows
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-
-Inputs = AudioInputs | Mapping[str, Any]
 
 
 def sweep(
@@ -104,28 +93,9 @@ def sweep(
         VerificationError: a cell that a whole forward does not confirm.
         CheckpointError: a file that belongs to another sweep.
     """
-    arguments = {
-        "clean": clean,
-        "corrupted": corrupted,
-        "site": site,
-        "axes": axes,
-        "metric": metric,
-        "direction": direction,
-        "layers": layers,
-        "layer_window": layer_window,
-        "bands": bands,
-        "source": source,
-        "cells_per_forward": cells_per_forward,
-        "memory_gb": memory_gb,
-        "precision": precision,
-    }
-    if refine is None:
-        planned = plan(model, windows=windows, **arguments)
-        return planned.run(verify=verify, checkpoint=checkpoint, progress=progress)
+    spec = SweepSpec.of(**locals())
     options = {"verify": verify, "checkpoint": checkpoint, "progress": progress}
-    result = refined(lambda w: plan(model, windows=w, **arguments), windows, refine, options)
-    result.recipe["arguments"]["refine"] = refine
-    return result
+    return Plan.of(model, spec).run(**options) if refine is None else refined(model, spec, options)
 
 
 def plan(
@@ -153,106 +123,4 @@ def plan(
     Raises:
         SiteError, InputError, ValueError: as `sweep`.
     """
-    clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
-    check_pair(model, clean, corrupted)
-    _check_options(model, direction, cells_per_forward, memory_gb, precision)
-    named = [site] if isinstance(site, str) else list(site)
-    sites = [Site.parse(one, model) for one in named]
-    check_reaches(model, sites, metric)
-    table = CellTable.lay_out(model, clean, sites, axes, windows, layers, layer_window, bands)
-    request = Request(
-        model=model,
-        clean=clean,
-        corrupted=corrupted,
-        table=table.to(model.device),
-        metric=metric,
-        direction=direction,
-        source=_checked_source(model, source, table, clean),
-        precision=precision,
-        layer_window=layer_window,
-    )
-    asked = {
-        "site": site,
-        "axes": axes,
-        "metric": metric,
-        "windows": windows,
-        "bands": bands,
-        "direction": direction,
-        "layers": layers,
-        "layer_window": layer_window,
-        "source": source,
-        "precision": precision,
-    }
-    return laid_out(request, cells_per_forward, memory_gb, recorded(asked))
-
-
-def laid_out(
-    request: Request,
-    cells_per_forward: int | None = None,
-    memory_gb: float | int | None = None,
-    arguments: dict[str, Any] | None = None,
-) -> Plan:
-    """A plan for a request; where cells are whole forwards, one per forward by default.
-
-    Args:
-        arguments: what was asked, as results keep it.
-    """
-    is_whole = request.route is HookedRoute
-    schedule = Schedule(
-        request.model,
-        request.table,
-        request.base,
-        whole=is_whole,
-        reads_all=request.reads_all,
-        explicit=request.attn_mode == "explicit",
-        most=1 if is_whole and cells_per_forward is None else cells_per_forward,
-        memory_gb=memory_gb,
-    )
-    return Plan(request, schedule, arguments or {})
-
-
-def _check_options(
-    model: HookedAudioTransformer,
-    direction: str,
-    cells_per_forward: int | None,
-    memory_gb: float | int | None,
-    precision: str,
-) -> None:
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction is 'denoise' or 'noise', got {direction!r}")
-    if cells_per_forward is not None and cells_per_forward < 1:
-        raise ValueError(f"cells_per_forward must be at least 1, got {cells_per_forward}")
-    if memory_gb is not None and memory_gb <= 0:
-        raise ValueError(f"memory_gb must be positive, got {memory_gb}")
-    if precision not in ("exact", "tf32", "bf16"):
-        raise ValueError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
-    if precision == "tf32" and model.device.type != "cuda":
-        raise ValueError("precision 'tf32' exists on CUDA only; the model is elsewhere")
-    if precision != "exact" and model.dtype != torch.float32:
-        raise ValueError(f"precision {precision!r} is for float32 models; this is {model.dtype}")
-
-
-def _checked_source(
-    model: HookedAudioTransformer, source: Any, table: CellTable, like: AudioInputs
-) -> AudioInputs | Mapping[str, Tensor] | None:
-    """The inputs to patch from, or activations by full hook name.
-
-    Raises:
-        InputError: inputs of another shape.
-        ValueError: activations that lack a patched site.
-    """
-    if source is None:
-        return None
-    if not any(name in model.hook_dict for name in _keys(source)):
-        inputs = model.as_inputs(source)
-        check_pair(model, like, inputs, ("clean", "the source"))
-        return inputs
-    names = table.hook_names(range(len(table.cells)))
-    missing = [name for name in names if name not in source]
-    if missing:
-        raise ValueError(f"source holds no {', '.join(missing[:3])}: cache what is to be patched")
-    return {name: source[name] for name in names}
-
-
-def _keys(source: Any) -> Sequence[str]:
-    return list(source.keys()) if hasattr(source, "keys") else []
+    return Plan.of(model, SweepSpec.of(**locals()))

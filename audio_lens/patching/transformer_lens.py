@@ -25,10 +25,10 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
 from audio_lens.patching.cells import CellTable, cells_of, unit_count
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.engine.request import Request
 from audio_lens.patching.patch import check_shape
+from audio_lens.patching.plan import Plan
 from audio_lens.patching.sites import Site
-from audio_lens.patching.sweep import laid_out
+from audio_lens.patching.spec import SweepSpec
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -125,26 +125,24 @@ class _Call:
             check_shape(name, activation, site, self.inputs.shape, n_units)
         return source
 
-    def request(self, activation: str, axes: Sequence[str]) -> Request:
+    def plan(self, activation: str, axes: Sequence[str]) -> Plan:
         """The sweep of one activation, checked and not yet run."""
-        site, model = self.site(activation), self.part.model
-        table = _table(model, self.inputs, site, [_OURS.get(axis, axis) for axis in axes])
-        return Request(
-            model=model,
-            clean=self.inputs.inputs,
-            corrupted=self.inputs.inputs,
-            table=table.to(model.device),
+        site, model, inputs = self.site(activation), self.part.model, self.inputs.inputs
+        spec = SweepSpec.of(
+            model,
+            clean=inputs,
+            corrupted=inputs,
+            site=str(site),
+            axes=[_OURS.get(axis, axis) for axis in axes],
             metric=self.measures,
-            direction="denoise",
             source=self.source(site),
-            precision="exact",
-            layer_window=1,
         )
+        return Plan.of(model, spec, _table(model, self.inputs, site, spec.axes))
 
-    def swept(self, request: Request) -> Float[Tensor, "metrics ..."]:
+    def swept(self, plan: Plan) -> Float[Tensor, "metrics ..."]:
         """Every metric of every patched run: by the axes, and by prompt unless it is a scalar."""
-        sizes = [len(coord) for coord in request.table.coords.values()]
-        values = laid_out(request).values().unflatten(-1, sizes)
+        sizes = [len(coord) for coord in plan.table.coords.values()]
+        values = plan.values().unflatten(-1, sizes)
         return values if self.reduce == "scalar" else values.movedim(1, -1)
 
     def answer(
@@ -258,7 +256,7 @@ def _sweep(what: str, activation: str, *places: str) -> Callable[..., Any]:
         call = _Call.of(model, corrupted_tokens, clean_cache, patching_metric, reduce, baseline)
         if return_index_df and not call.gives_tensor:
             raise ValueError("return_index_df goes with a tensor: a PatchingResult has index_df")
-        values = call.answer(call.swept(call.request(activation, axes)), axes)
+        values = call.answer(call.swept(call.plan(activation, axes)), axes)
         if return_index_df:
             return values, original.make_df_from_ranges(values.shape, axes)
         return values
@@ -339,8 +337,8 @@ def _every(what: str, activations: dict[str, str], *places: str) -> Callable[...
         baseline: bool = False,
     ) -> Values:
         call = _Call.of(model, corrupted_tokens, clean_cache, metric, reduce, baseline)
-        requests = [call.request(activation, axes) for activation in activations.values()]
-        stacked = _stacked([call.swept(request) for request in requests]).movedim(0, 1)
+        plans = [call.plan(activation, axes) for activation in activations.values()]
+        stacked = _stacked([call.swept(plan) for plan in plans]).movedim(0, 1)
         return call.answer(stacked, ("patch_type", *axes), list(activations))
 
     doc = _DOC.format(

@@ -23,12 +23,11 @@ from audio_lens.patching.attribution.runs import (
     layers_of,
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
-from audio_lens.patching.cells import Bands, CellTable, Windows
-from audio_lens.patching.checks import check_pair
-from audio_lens.patching.engine.request import Direction
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
-from audio_lens.provenance import provenance, recorded
+from audio_lens.patching.spec import Bands, Direction, SweepSpec, Windows
+from audio_lens.provenance import provenance
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -163,57 +162,50 @@ def attribute(
         PlacementError: a model that is split over devices.
     """
     model.need_one_device("attribution")
-    clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
-    check_pair(model, clean, corrupted)
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction is 'denoise' or 'noise', got {direction!r}")
-    sites = [Site.parse(name, model) for name in ([site] if isinstance(site, str) else site)]
-    if not sites or len(set(sites)) < len(sites):
+    spec = SweepSpec.of(**locals())
+    if not spec.sites or len(set(spec.sites)) < len(spec.sites):
         raise ValueError(f"name one site or several, each once; got {site!r}")
-    _check_speakers(model, sites, metric)
-    tables = [
-        CellTable.lay_out(model, clean, one, axes, windows, layers, layer_window, bands)
-        for one in sites
-    ]
+    _check_speakers(model, spec.sites, metric)
+    tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
     _check_method(model, tables, method, steps)
     if direction == "noise" and method != "ig":
         _check_not_at_its_minimum(metric)
-    shared = {"clean": clean, "corrupted": corrupted, "axes": tables[0].axes, "metric": metric}
-    shared |= {"windows": windows, "direction": direction, "layers": layers}
-    shared |= {"layer_window": layer_window, "bands": bands}
-    with model.attention(_attention_mode(model, sites, method)), differentiable(model):
-        estimate = Estimate(model, tables, method, steps or DEFAULT_STEPS, shared, progress)
+    with model.attention(_attention_mode(model, spec.sites, method)), differentiable(model):
+        estimate = Estimate(model, spec, tables, method, steps or DEFAULT_STEPS, progress)
         results = {
-            str(table.site): _result(model, estimate, table, shared, method, steps)
+            str(table.site): _result(
+                model, spec, estimate, table, {"method": method, "steps": steps}
+            )
             for table in tables
         }
-    return results[str(sites[0])] if isinstance(site, str) else results
+    return results[str(spec.sites[0])] if isinstance(site, str) else results
 
 
 def _result(
     model: HookedAudioTransformer,
+    spec: SweepSpec,
     estimate: Estimate,
     table: CellTable,
-    request: dict[str, Any],
-    method: Method,
-    steps: int | None,
+    own: dict[str, Any],
 ) -> Attribution:
-    pair = (request["clean"], request["corrupted"])
-    asked = {name: one for name, one in request.items() if name not in ("clean", "corrupted")}
-    asked |= {"site": str(table.site), "method": method, "steps": steps}
+    """What was estimated for one table. ``own`` are the arguments that a sweep does not have."""
+    site = {"site": str(table.site)}
     attribution = Attribution(
         values=estimate.values(table),
         dims=(*estimate.dims, *table.axes),
         coords={**estimate.dims, **table.coords},
         clean=estimate.shaped(estimate.clean),
         corrupted=estimate.shaped(estimate.corrupted),
-        site=str(table.site),
-        direction=request["direction"],
+        direction=spec.direction,
         report=estimate.report,
-        meta=provenance(model, *pair, estimate.names) | estimate.meta,
-        recipe={"arguments": recorded(asked), "hooks": list(model.list_hooks(dir="fwd"))},
+        meta=provenance(model, spec.clean, spec.corrupted, estimate.names) | estimate.meta,
+        recipe={
+            "arguments": {**spec.record, **site, **own},
+            "hooks": list(model.list_hooks(dir="fwd")),
+        },
+        **site,
     )
-    attribution.request = request | {"site": str(table.site)}
+    attribution.request = spec.arguments | site
     return attribution
 
 
@@ -240,7 +232,7 @@ def _check_method(
         _check_softmax_is_free(model, tables)
 
 
-def _check_speakers(model: HookedAudioTransformer, sites: list[Site], metric: Any) -> None:
+def _check_speakers(model: HookedAudioTransformer, sites: Sequence[Site], metric: Any) -> None:
     family, further = model.cfg.family, model.cfg.further_decoders
     inside = [str(site) for site in sites if site.part in further]
     if inside:
@@ -298,7 +290,7 @@ def _check_softmax_is_free(model: HookedAudioTransformer, tables: list[CellTable
         )
 
 
-def _attention_mode(model: HookedAudioTransformer, sites: list[Site], method: str) -> str:
+def _attention_mode(model: HookedAudioTransformer, sites: Sequence[Site], method: str) -> str:
     if any(site.reads_attention for site in sites):
         return "explicit"
     needs_pattern = method in FIXES_QUERIES_AND_KEYS

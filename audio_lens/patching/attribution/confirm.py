@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
+from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.patching.sites import Site
-from audio_lens.patching.sweep import plan
+from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import heading
 
 if TYPE_CHECKING:
@@ -270,7 +271,8 @@ class _Sweeps:
 
     def effects(self, cells: Sequence[int], source: Any = None) -> Float[Tensor, " cells"]:
         """Exact effects of some cells, NaN elsewhere; patched from the source run or another."""
-        planned = plan(self.model, **self.request, source=source)
+        spec = SweepSpec.of(self.model, **self.request | {"source": source})
+        planned = Plan.of(self.model, spec)
         measured = planned.run(only=sorted(set(cells)), progress=self.progress)
         result = replace(self.estimated, values=measured.values)  # against its own baselines
         return torch.tensor([cell.effect for cell in result.cells()])

@@ -19,6 +19,7 @@ from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims, check_finite
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.sites import Site, parts_from
+from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track
 
 if TYPE_CHECKING:
@@ -75,16 +76,14 @@ class Estimate:
     def __init__(
         self,
         model: HookedAudioTransformer,
+        spec: SweepSpec,
         tables: list[CellTable],
         method: str,
         steps: int,
-        request: dict[str, Any],
         progress: bool | None = None,
     ):
         self.model, self.method, self.steps = model, method, steps
-        is_denoise = request["direction"] == "denoise"
-        pair = (request["corrupted"], request["clean"])
-        self.base, source = pair if is_denoise else pair[::-1]
+        self.base = spec.base
         self.sites = [table.site for table in tables]
         kept: dict[str, Tensor] = {}
         self.taps = {
@@ -94,12 +93,12 @@ class Estimate:
         }
         self.entrances = [Entrance(name) for name in self._entrances()] if method == "ig" else []
         taps = [*self.entrances, *self.taps.values()]
-        self.reader = _Reader(model, self.base, request["metric"], {tap.name for tap in taps})
-        source_hidden = self._run_source(source, kept)
+        self.reader = _Reader(model, self.base, spec.metric, {tap.name for tap in taps})
+        source_hidden = self._run_source(spec.other, kept)
         self.run = _BaseRun(model, self.base, taps, self.reader.hooks, method in UNSIGNED)
         with torch.set_grad_enabled(method != "ig"):  # that one has its gradients elsewhere
             base_hidden = self.run.hidden()
-        self._measure(source_hidden, base_hidden.detach(), is_denoise)
+        self._measure(source_hidden, base_hidden.detach(), spec.direction == "denoise")
         self._differentiate(base_hidden, progress)
 
     def _tap(self, table: CellTable, layer: int | None, source: dict[str, Tensor]) -> Tap:

@@ -59,14 +59,14 @@ def _without_hooks(request: Request, schedule: Schedule) -> State:
     model, part = request.model, request.table.part
     of_base, of_source = _kept(request)
     is_source = request.source is None
-    base = Run.of(model, request.base, part, of_base)
+    base = Run.of(model, request.spec.base, part, of_base)
     is_given = isinstance(request.source, Mapping)
     other = base
-    if not (is_given and request.other is request.base):
-        other = Run.of(model, request.other, part, of_source if is_source else (), heard=base)
-    clean_run = other if request.direction == "denoise" else base
+    if not (is_given and request.spec.other is request.spec.base):
+        other = Run.of(model, request.spec.other, part, of_source if is_source else (), heard=base)
+    clean_run = other if request.spec.direction == "denoise" else base
     measures = request.measures(lambda: model.read_out(clean_run.hidden, clean_run.inputs))
-    readout = Readout(model, measures, request.base)
+    readout = Readout(model, measures, request.spec.base)
     values = [readout.measure(readout.of_run(run.hidden)) for run in (base, other)]
     held, source = base.n_bytes, None
     if is_given:
@@ -114,22 +114,22 @@ def _with_hooks(request: Request, schedule: Schedule) -> State:
     model, every = request.model, range(len(request.table.cells))
     before_decoder = [n for n in request.hooked if n.startswith(("encoder.", "connector."))]
     is_heard_once = request.table.part == "decoder" and not before_decoder
-    encoder_out = model.encode(request.base) if is_heard_once else None
-    base_logits = model(request.base, encoder_out=encoder_out)
+    encoder_out = model.encode(request.spec.base) if is_heard_once else None
+    base_logits = model(request.spec.base, encoder_out=encoder_out)
     is_given = isinstance(request.source, Mapping)
     other_logits, activations = base_logits, request.source
-    if not (is_given and request.other is request.base):
-        other_logits, activations = request.kept(request.other, every)
+    if not (is_given and request.spec.other is request.spec.base):
+        other_logits, activations = request.kept(request.spec.other, every)
     if isinstance(request.source, AudioInputs):
         _, activations = request.kept(request.source, every)
     elif is_given:
         activations = request.source
-    clean_logits = other_logits if request.direction == "denoise" else base_logits
-    readout = Readout(model, request.measures(lambda: clean_logits), request.base)
+    clean_logits = other_logits if request.spec.direction == "denoise" else base_logits
+    readout = Readout(model, request.measures(lambda: clean_logits), request.spec.base)
     values = [readout.measure(readout.of_logits(x)) for x in (base_logits, other_logits)]
     route = request.route(
         model,
-        request.base,
+        request.spec.base,
         base_logits,
         request.table,
         readout,
@@ -147,10 +147,12 @@ def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, " 
     """One cell as a whole forward with hooks, and nothing of what the engine saves."""
     given = request.source
     if not isinstance(given, Mapping):
-        _, given = request.kept(request.other if given is None else given, [cell])
+        _, given = request.kept(request.spec.other if given is None else given, [cell])
     source = _given(request, given, None)
-    logits = request.model(request.base)
-    route = HookedRoute(request.model, request.base, logits, request.table, readout, source, None)
+    logits = request.model(request.spec.base)
+    route = HookedRoute(
+        request.model, request.spec.base, logits, request.table, readout, source, None
+    )
     return readout.measure(route.run([cell])[0])
 
 
@@ -158,7 +160,7 @@ def _state(
     request: Request, route: Route, readout: Readout, values: list[Tensor], free: float | int
 ) -> State:
     """Nothing done yet. ``values`` are those of the base run and of the other."""
-    clean, corrupted = reversed(values) if request.direction == "denoise" else values
+    clean, corrupted = reversed(values) if request.spec.direction == "denoise" else values
     check_finite({"corrupted": corrupted, "clean": clean}, readout.names)
     n_cells = len(request.table.cells)
     empty = torch.full((*clean.shape, n_cells), torch.nan, dtype=clean.dtype)

@@ -1,4 +1,4 @@
-"""What a sweep was asked for."""
+"""A sweep laid out on a model: which route computes it, and what its result must say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -22,50 +22,51 @@ from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRo
 from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
 from audio_lens.patching.engine.trace import is_known
 from audio_lens.patching.sites import parts_from
+from audio_lens.patching.spec import SweepSpec
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
-Direction = Literal["denoise", "noise"]
-Precision = Literal["exact", "tf32", "bf16"]
 _OF_PART = {"decoder": DecoderRoute, "connector": ConnectorRoute, "encoder": EncoderRoute}
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Model, inputs, cells and metric of a sweep.
+    """A sweep laid out on a model, for the engine.
 
     Attributes:
         source: what to patch from in place of the other run: inputs, or activations by name.
-        layer_window: how many adjacent blocks a cell patches.
     """
 
     model: HookedAudioTransformer
-    clean: AudioInputs
-    corrupted: AudioInputs
+    spec: SweepSpec
     table: CellTable
-    metric: Any
-    direction: Direction
     source: AudioInputs | Mapping[str, Tensor] | None
-    precision: Precision
-    layer_window: int
 
-    @property
-    def base(self) -> AudioInputs:
-        """The inputs of the run that is patched."""
-        return self.corrupted if self.direction == "denoise" else self.clean
+    @staticmethod
+    def of(model: HookedAudioTransformer, spec: SweepSpec, table: CellTable) -> Request:
+        """The request of a spec for the cells of a table.
 
-    @property
-    def other(self) -> AudioInputs:
-        """The inputs of the run that activations come from, unless a source is named."""
-        return self.clean if self.direction == "denoise" else self.corrupted
+        Raises:
+            ValueError: activations as source that lack a patched site.
+        """
+        source = spec.source
+        if source is None or isinstance(source, AudioInputs):
+            return Request(model, spec, table.to(model.device), source)
+        names = table.hook_names(range(len(table.cells)))
+        missing = [name for name in names if name not in source]
+        if missing:
+            lacking = ", ".join(missing[:3])
+            raise ValueError(f"source holds no {lacking}: cache what is to be patched")
+        given = {name: source[name] for name in names}
+        return Request(model, spec, table.to(model.device), given)
 
     @cached_property
     def hooked(self) -> list[str]:
         """The points where the user had hooks attached when the sweep was planned."""
         return list(self.model.list_hooks(dir="fwd"))
 
-    @property
+    @cached_property
     def route(self) -> type[Route]:
         """The way in which all cells are computed."""
         if self.hooked or self.model.is_split or self.whole_because:
@@ -80,7 +81,7 @@ class Request:
     @cached_property
     def whole_because(self) -> str:
         """Why the model cannot be taken apart for these sites; empty where it can."""
-        streams = metrics.streams_read(self.metric)
+        streams = metrics.streams_read(self.spec.metric)
         reasons = (self.model.whole_because(str(site), streams) for site in self.table.sites)
         return next(filter(None, reasons), "")
 
@@ -115,21 +116,16 @@ class Request:
         )
         return self.model.dtype == torch.float64 and not any(rounding)
 
-    @property
-    def reads_all(self) -> bool:
-        """Whether a metric is a bare function of all logits."""
-        return not all(isinstance(m, metrics.Metric) for m in metrics.named(self.metric).values())
-
     def measures(self, clean_logits: Callable[[], Float[Tensor, "b *t v"]]) -> dict[str, Callable]:
         """Every metric, bound; logits of the clean run are made only where one needs them."""
         return {
             name: metrics.bound(
                 one,
                 self.model,
-                self.base,
+                self.spec.base,
                 clean_logits() if getattr(one, "needs_reference", False) else None,
             )
-            for name, one in metrics.named(self.metric).items()
+            for name, one in metrics.named(self.spec.metric).items()
         }
 
     def kept(
@@ -143,11 +139,11 @@ class Request:
     def notes(self) -> list[str]:
         """What a reader of the result must know."""
         notes = []
-        if self.layer_window > 1:
-            last = self.layer_window - 1
+        if self.spec.layer_window > 1:
+            last = self.spec.layer_window - 1
             notes.append(f"layer l stands for layers l to l+{last}, patched as one")
-        if self.precision != "exact":
-            notes.append(f"computed in {self.precision}: not exact")
+        if self.spec.precision != "exact":
+            notes.append(f"computed in {self.spec.precision}: not exact")
         if self.model.is_split:
             notes.append("the model lies on several devices: every cell was a whole forward")
         elif self.whole_because:
@@ -166,15 +162,15 @@ class Request:
         return {
             "model": self.model.cfg.model_name,
             "dtype": str(self.model.dtype),
-            "precision": self.precision,
+            "precision": self.spec.precision,
             "site": table.site_name,
             "axes": " ".join(table.axes),
-            "direction": self.direction,
+            "direction": self.spec.direction,
             "cells": hashlib.sha256(cells).hexdigest()[:16],
-            "metric": ", ".join(metrics.named(self.metric)),
+            "metric": ", ".join(metrics.named(self.spec.metric)),
             "hooks": ", ".join(self.hooked),
-            "clean": self.clean.digest(),
-            "corrupted": self.corrupted.digest(),
+            "clean": self.spec.clean.digest(),
+            "corrupted": self.spec.corrupted.digest(),
             "source": _digest(source) if isinstance(source, Mapping) else _digest_of(source),
         }
 

@@ -1,7 +1,7 @@
 """The ways in which cells are computed: what each re-runs, and nothing else.
 
 A route turns cells into what the metrics read of their runs. Which one serves a sweep is decided
-in machine.py.
+in request.py.
 """
 
 from __future__ import annotations

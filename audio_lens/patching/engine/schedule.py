@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from audio_lens.inputs import AudioInputs
-from audio_lens.patching.cells import CellTable
+from audio_lens.patching.engine.hooked import HookedRoute
+from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.work import Costs, Shape
+from audio_lens.patching.spec import SweepSpec
+from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -22,32 +24,21 @@ _ROWS_TOGETHER = {"cpu": 1_024, "cuda": 16_384}  # more gain nothing: matrix pro
 class Schedule:
     """The order of a table's cells, and how many of them a budget lets run together.
 
-    Args:
-        inputs: of the run that is patched.
-        whole: whether every cell is a whole forward.
-        reads_all: whether a metric reads all logits.
-        explicit: whether attention is written out.
-        most: at most so many cells together; None leaves it to the budget.
-        memory_gb: working memory; None takes half of what is free.
+    Attributes:
+        explicit: whether attention writes out matrices as large as patterns.
+        most: at most so many cells together; None leaves it to the budget. Whole forwards run one
+            by one unless somebody asks for more.
     """
 
-    def __init__(
-        self,
-        model: HookedAudioTransformer,
-        table: CellTable,
-        inputs: AudioInputs,
-        whole: bool,
-        reads_all: bool,
-        explicit: bool,
-        most: int | None,
-        memory_gb: float | int | None,
-    ):
-        self.model, self.table = model, table
-        self.explicit = explicit or _holds_bias(model)
-        self.most, self.memory_gb = most, memory_gb
+    def __init__(self, request: Request):
+        self.model, self.table, spec = request.model, request.table, request.spec
+        self.explicit = request.attn_mode == "explicit" or _holds_bias(self.model)
+        is_whole = request.route is HookedRoute
+        self.most = 1 if is_whole and spec.cells_per_forward is None else spec.cells_per_forward
+        self.memory_gb = spec.memory_gb
         self.shrunk = 1.0
-        self.costs = Costs(model, table.part, _shape(model, inputs, reads_all), whole)
-        places = table.positions.any(1)
+        self.costs = Costs(self.model, self.table.part, _shape(self.model, spec), is_whole)
+        places = self.table.positions.any(1)
         first = torch.where(places.any(-1), places.int().argmax(-1), places.shape[-1])
         self._first = first.tolist()
 
@@ -141,16 +132,16 @@ def _holds_bias(model: HookedAudioTransformer) -> bool:
     return any(getattr(attn, "is_biased", False) for attn in attentions)
 
 
-def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) -> Shape:
-    by_attention = model.decoder_needs_encoder
+def _shape(model: HookedAudioTransformer, spec: SweepSpec) -> Shape:
+    inputs, by_attention = spec.base, model.decoder_needs_encoder
     cfg = model.cfg
     frames = 0 if cfg.encoder is None else model.encoder_reach(inputs)
     is_merged = len(cfg.is_heard_in) > 0 and cfg.decoder is not None and not by_attention
     output = cfg.output
     width = output.d_vocab or output.d_model
     n_outputs = model.output_attended(inputs).numel()
-    beside = _beside(model, inputs)
-    n_read = n_outputs if reads_all else len(inputs)
+    beside = _beside(model, spec.timeline)
+    n_read = n_outputs if spec.reads_all else len(inputs)
     return Shape(
         prompts=len(inputs),
         clips=len(inputs.features),
@@ -158,7 +149,7 @@ def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) 
         tokens=inputs.tokens.shape[1],
         audio_start=int(model.audio_places(inputs).position.min()) if is_merged else 0,
         memory=frames if by_attention else 0,
-        logits=n_outputs * width if reads_all else 8 * len(inputs),
+        logits=n_outputs * width if spec.reads_all else 8 * len(inputs),
         beside=beside,
         behind={
             part: beside[part] * n_read // n_outputs
@@ -168,10 +159,9 @@ def _shape(model: HookedAudioTransformer, inputs: AudioInputs, reads_all: bool) 
     )
 
 
-def _beside(model: HookedAudioTransformer, inputs: AudioInputs) -> dict[str, int]:
+def _beside(model: HookedAudioTransformer, timeline: Timeline) -> dict[str, int]:
     """Positions of the whole batch in every part that is neither encoder nor decoder."""
-    rows = model.timeline(inputs).rows
     return {
-        part: sum(len(track.seconds) for row in rows for track in row.segments(part))
+        part: sum(len(track.seconds) for row in timeline.rows for track in row.segments(part))
         for part in (*model.cfg.ears, *model.cfg.further_decoders)
     }

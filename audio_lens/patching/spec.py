@@ -1,0 +1,164 @@
+"""What a sweep asks: every argument of `sweep` but those that only say how it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformer_lens import ActivationCache
+
+from audio_lens import metrics
+from audio_lens.inputs import AudioInputs
+from audio_lens.patching.checks import check_pair, check_reaches
+from audio_lens.patching.sites import Site
+from audio_lens.provenance import recorded
+from audio_lens.timeline import Band, Span, Timeline
+
+if TYPE_CHECKING:
+    from audio_lens.models.base import HookedAudioTransformer
+
+Inputs = AudioInputs | Mapping[str, Any]
+Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
+Bands = Sequence["Band | tuple"] | Literal["patch"]
+Direction = Literal["denoise", "noise"]
+Precision = Literal["exact", "tf32", "bf16"]
+_NO_MATTER = ("cells_per_forward", "memory_gb")  # no value depends on them: not recorded
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SweepSpec:
+    """What a sweep asks of a model, checked; made by `of` from the arguments of `sweep`.
+
+    Fields with a default are the arguments as they were given. What windows, bands, layers and
+    axes come to on the model is in `CellTable.of`, and checked there.
+
+    Attributes:
+        timeline: of clean and corrupted alike.
+        sites: patched together as one by `sweep`, side by side by `attribute`.
+        source: what to patch from in place of the other run: inputs, or activations by name.
+        record: the arguments as results keep them.
+    """
+
+    clean: AudioInputs
+    corrupted: AudioInputs
+    timeline: Timeline = field(repr=False)
+    sites: tuple[Site, ...]
+    axes: tuple[str, ...]
+    metric: Any
+    record: Mapping[str, Any] = field(repr=False)
+    windows: Windows | None = None
+    bands: Bands | None = None
+    direction: Direction = "denoise"
+    layers: int | Sequence[int] | None = None
+    layer_window: int = 1
+    source: AudioInputs | ActivationCache | Mapping[str, Any] | None = None
+    cells_per_forward: int | None = None
+    memory_gb: float | int | None = None
+    precision: Precision = "exact"
+    refine: float | int | None = None
+
+    @staticmethod
+    def of(
+        model: HookedAudioTransformer,
+        *,
+        clean: Inputs,
+        corrupted: Inputs,
+        site: str | Sequence[str],
+        axes: str | Sequence[str],
+        metric: Any,
+        **options: Any,
+    ) -> SweepSpec:
+        """The spec of these arguments.
+
+        Args:
+            options: further fields; what is none (``progress``, ``method`` ...) is left out, so
+                that a function can hand on all that it was given: ``SweepSpec.of(**locals())``.
+
+        Raises:
+            SiteError, InputError, ValueError: as `sweep`, but for what a `CellTable` checks.
+        """
+        given = {name: options[name] for name in options if name in _options()}
+        if given.get("refine") is None:
+            given.pop("refine", None)
+        asked = {"site": site, "axes": axes, "metric": metric, **given}
+        clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
+        timeline = check_pair(model, clean, corrupted)
+        given["source"] = _source(model, clean, timeline, given.get("source"))
+        names = [site] if isinstance(site, str) else site
+        spec = SweepSpec(
+            clean=clean,
+            corrupted=corrupted,
+            timeline=timeline,
+            sites=tuple(Site.parse(name, model) for name in names),
+            axes=(axes,) if isinstance(axes, str) else tuple(axes),
+            metric=metric,
+            record=recorded({name: asked[name] for name in asked if name not in _NO_MATTER}),
+            **given,
+        )
+        spec._check_options(model)
+        check_reaches(model, spec.sites, metric)
+        return spec
+
+    def _check_options(self, model: HookedAudioTransformer) -> None:
+        precision = self.precision
+        if self.direction not in ("denoise", "noise"):
+            raise ValueError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
+        if self.cells_per_forward is not None and self.cells_per_forward < 1:
+            raise ValueError(f"cells_per_forward must be at least 1, got {self.cells_per_forward}")
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise ValueError(f"memory_gb must be positive, got {self.memory_gb}")
+        if precision not in ("exact", "tf32", "bf16"):
+            raise ValueError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
+        if precision == "tf32" and model.device.type != "cuda":
+            raise ValueError("precision 'tf32' exists on CUDA only; the model is elsewhere")
+        if precision != "exact" and model.dtype != torch.float32:
+            raise ValueError(
+                f"precision {precision!r} is for float32 models; this is {model.dtype}"
+            )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as `plan` takes them, with inputs in place of a processor's mappings."""
+        names = [name for name in _options() if name != "refine"]
+        own = {
+            name: getattr(self, name) for name in ("clean", "corrupted", "axes", "metric", *names)
+        }
+        return own | {"site": [str(site) for site in self.sites]}
+
+    @property
+    def base(self) -> AudioInputs:
+        """The inputs of the run that is patched."""
+        return self.corrupted if self.direction == "denoise" else self.clean
+
+    @property
+    def other(self) -> AudioInputs:
+        """The inputs of the run that activations come from, unless a source is named."""
+        return self.clean if self.direction == "denoise" else self.corrupted
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether a metric is a bare function of all logits."""
+        return not all(isinstance(m, metrics.Metric) for m in metrics.named(self.metric).values())
+
+
+def _options() -> list[str]:
+    """The arguments that a spec keeps as they are given."""
+    return [f.name for f in fields(SweepSpec) if f.default is not MISSING]
+
+
+def _source(
+    model: HookedAudioTransformer, clean: AudioInputs, timeline: Timeline, source: Any
+) -> AudioInputs | ActivationCache | Mapping[str, Any] | None:
+    """Activations by hook name as they are, anything else as inputs.
+
+    Raises:
+        InputError: inputs of another shape.
+    """
+    keys = list(source.keys()) if hasattr(source, "keys") else []
+    if source is None or any(name in model.hook_dict for name in keys):
+        return source
+    inputs = model.as_inputs(source)
+    check_pair(model, clean, inputs, ("clean", "the source"), timeline)
+    return inputs
