@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +14,8 @@ from torch import Tensor
 from audio_lens.audio import AudioSource
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import InputError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.timeline import Span, Timeline
-
-if TYPE_CHECKING:
-    from audio_lens.models.base import HookedAudioTransformer
 
 Frames = tuple[int, int]
 """First frame and the first behind."""
