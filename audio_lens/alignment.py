@@ -110,7 +110,7 @@ def align(
     """
     from audio_lens.models.kinds.ctc import ctc_of  # whoever has a model has loaded it
 
-    if getattr(model.cfg, "head", None) != "ctc":
+    if model.cfg.output_kind != "ctc":
         raise InputError(
             f"{model.cfg.model_name} has no CTC head: align with a model that has one, such as "
             "facebook/wav2vec2-base-960h"
