@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -13,10 +13,8 @@ from jaxtyping import Float
 from audio_lens.audio import AudioSource
 from audio_lens.corruptions import Corruption, TextSwap
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.timeline import Span
-
-if TYPE_CHECKING:
-    from audio_lens.models.base import HookedAudioTransformer
 
 JOINED_S = 0.02  # differences closer than this are one stretch
 

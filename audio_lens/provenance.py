@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from audio_lens import metrics
 from audio_lens.inputs import AudioInputs
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.timeline import Band, Span
-
-if TYPE_CHECKING:
-    from audio_lens.models.base import HookedAudioTransformer
 
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
 PROBES = 16  # numbers of every tensor of weights that go into their hash

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from types import ModuleType
+from typing import Any, get_type_hints
 
 import pytest
 
 import audio_lens
 from audio_lens import AudioLensError
+
+_FOUND = (one.name for one in pkgutil.walk_packages(audio_lens.__path__, "audio_lens."))
+MODULES = [name for name in _FOUND if ".training" not in name]
 
 
 def test_every_public_name_is_there() -> None:
@@ -43,9 +49,64 @@ def raised_by(module: ModuleType) -> set[type[Exception]]:
 
 
 def test_all_exceptions_share_a_base() -> None:
-    names = [one.name for one in pkgutil.walk_packages(audio_lens.__path__, "audio_lens.")]
-    modules = [importlib.import_module(name) for name in names if ".training" not in name]
+    modules = map(importlib.import_module, MODULES)
     raised = set[type[Exception]]().union(*map(raised_by, modules)) - {AudioLensError}
     assert len(raised) > 15
     assert [one for one in raised if not issubclass(one, AudioLensError)] == []
     assert [one for one in raised if len(one.__bases__) < 2] == []  # a built-in exception, too
+
+
+# -------------------------------------------------------------------------------- annotations
+
+
+def for_checkers(module: ModuleType) -> dict[str, Any]:
+    """What a module imports for type checkers alone, under ``if TYPE_CHECKING``."""
+    tree = ast.parse(inspect.getsource(module))
+    found: dict[str, Any] = {}
+    for block in tree.body:
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            exec(compile(ast.Module(block.body, []), module.__name__, "exec"), found)
+    return found
+
+
+def functions_of(one: type) -> Iterator[Callable]:
+    """Methods and properties as they stand in a class."""
+    for member in vars(one).values():
+        member = getattr(member, "fget", None) or getattr(member, "func", member)
+        function = inspect.unwrap(getattr(member, "__func__", member))
+        if inspect.isfunction(function):
+            yield function
+
+
+def annotated(module: ModuleType) -> Iterator[Callable]:
+    """The classes of a module, their methods, and its functions, but for what dataclasses make."""
+    for one in vars(module).values():
+        if getattr(one, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(one):
+            yield one
+            yield from (f for f in functions_of(one) if f.__code__.co_filename == module.__file__)
+        elif inspect.isfunction(one):
+            yield one
+
+
+def undefined_in(one: Callable, given: dict[str, Any]) -> str | None:
+    """What the annotations of a class or function name that does not exist."""
+    try:
+        get_type_hints(one, localns=given)
+    except NameError as error:
+        return f"{one.__module__}.{one.__qualname__}: {error}"
+    return None
+
+
+def test_annotations_name_what_exists() -> None:
+    modules = [importlib.import_module(name) for name in MODULES]
+    read = [undefined_in(one, for_checkers(m)) for m in modules for one in annotated(m)]
+    assert [error for error in read if error] == []
+    assert len(read) > 2000
+
+
+def test_models_and_recipes_import_nothing_for_checkers_alone() -> None:
+    packages = ("audio_lens.models", "audio_lens.recipes")
+    names = [name for name in MODULES if name.startswith(packages)]
+    assert [name for name in names if for_checkers(importlib.import_module(name))] == []

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 Inputs = AudioInputs | Mapping[str, Any]
-Windows = float | tuple[float, ...] | Sequence["Span | tuple[float, float]"] | Literal["position"]
-Bands = Sequence["Band | tuple"] | Literal["patch"]
+Windows = float | tuple[float, ...] | Sequence[Span | tuple[float, float]] | Literal["position"]
+Bands = Sequence[Band | tuple] | Literal["patch"]
 Direction = Literal["denoise", "noise"]
 Precision = Literal["exact", "tf32", "bf16"]
 _NO_MATTER = ("cells_per_forward", "memory_gb")  # no value depends on them: not recorded

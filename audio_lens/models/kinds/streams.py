@@ -11,19 +11,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.inputs import InputError
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import Block, PartConfig, Stack
 from audio_lens.timeline import NO_CLIP, Row, Timeline, Track
-
-if TYPE_CHECKING:
-    from audio_lens.inputs import AudioInputs
 
 UNKNOWN = -1  # a code that is not known yet
 FIRST = "audio.0"  # the stream of the first codebook
