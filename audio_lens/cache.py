@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
+from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
@@ -256,7 +257,7 @@ class AudioCache(ActivationCache):
             key = f"{self.main_part}.{name}" if self.prefixed else name
             weights = getattr(self.model.blocks[layer], sublayer).W_O
             z = self["z", layer, sublayer]
-            self.cache_dict[key] = torch.einsum("...he,hed->...hd", z, weights)
+            self.cache_dict[key] = einsum("... h e, h e d -> ... h d", z, weights)
         return self[name]
 
     def _ensure_head_results(self) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
+from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import cached_file
@@ -90,7 +91,7 @@ class DestaConnector(Connector, Stack):
         n_taps = len(self.taps)
         apart = rearrange(pattern, "b (p t) (q s) -> p q b t s", p=n_taps, q=n_taps)
         own = apart.diagonal().movedim(-1, 0)
-        return torch.einsum("k b t s, t k -> b t s", own, self.tap_weights.softmax(-1).to(own))
+        return einsum("k b t s, t k -> b t s", own, self.tap_weights.softmax(-1).to(own))
 
     def token_count(self, n_frames: int) -> int:
         return self.cfg.n_queries

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from fancy_einsum import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -134,14 +135,15 @@ class Attention(nn.Module):
         bias: Float[Tensor, "#b h q k"] | None,
     ) -> Float[Tensor, "b q h e"]:
         q, k, v = self._heads_first(q, k, v)
-        scores = (q * self.scale) @ k.transpose(-1, -2)  # scaled first: float16 overflows
+        scaled = q * self.scale  # before the product: float16 overflows
+        scores = einsum("b h q e, b h k e -> b h q k", scaled, k)
         scores = scores if bias is None else scores + bias
         if allowed is None and self._masks_later(q):
             allowed = causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
         pattern = self.hook_pattern(self.pattern_of(self.hook_attn_scores(scores)))
-        return rearrange(pattern @ v, "b h q e -> b q h e")
+        return einsum("b h q k, b h k e -> b q h e", pattern, v)
 
     def pattern_of(self, scores: Float[Tensor, "*b q k"]) -> Float[Tensor, "*b q k"]:
         """Softmax over keys, in the precision the family uses."""
@@ -152,7 +154,7 @@ class Attention(nn.Module):
         self, pattern: Float[Tensor, "b h q k"], v: Float[Tensor, "b k kv e"]
     ) -> Float[Tensor, "b q h e"]:
         """Values mixed by a given pattern."""
-        return rearrange(pattern @ self._per_query_head(v), "b h q e -> b q h e")
+        return einsum("b h q k, b h k e -> b q h e", pattern, self._per_query_head(v))
 
     def _fused(
         self,
@@ -194,7 +196,7 @@ class Attention(nn.Module):
         if not self.hook_result.has_hooks():
             written = self.o_proj(rearrange(z, "b q h e -> b q (h e)"))
             return multiplied(written, self.multiplier)
-        result = self.hook_result(torch.einsum("bqhe,hed->bqhd", z, self.W_O))
+        result = self.hook_result(einsum("b q h e, h e d -> b q h d", z, self.W_O))
         return result.sum(dim=2) + self.b_O
 
     # TransformerLens views: no copies (but of W_O, where the model scales what blocks write)

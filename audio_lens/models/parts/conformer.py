@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class ShawAttention(WindowedAttention):
     def window_bias(self, q: Float[Tensor, "w q h e"]) -> Float[Tensor, "w h q k"]:
         index = torch.arange(q.shape[1], device=q.device)
         distances = self.distance_embed(index[:, None] - index + self.max_distance)
-        return torch.einsum("wqhe,qke->whqk", q, distances) * self.scale
+        return einsum("w q h e, q k e -> w h q k", q, distances) * self.scale
 
     def whole_bias(self, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b h q k"]:
         n = q.shape[1]

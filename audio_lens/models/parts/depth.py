@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange, repeat
+from fancy_einsum import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class PerCodebook(nn.Module):
 
     def forward(self, x: Float[Tensor, "b tk i"]) -> Float[Tensor, "b tk o"]:
         steps = rearrange(x, "b (t k) i -> k (b t) i", k=len(self.weight))
-        made = steps @ self.weight.transpose(1, 2)
+        made = einsum("k bt i, k o i -> k bt o", steps, self.weight)
         return rearrange(made, "k (b t) o -> b (t k) o", b=len(x))
 
 
@@ -106,7 +107,7 @@ class DepthAttention(WindowedAttention):
         if not self.hook_result.has_hooks():
             return Attention.output(self, z)
         steps = rearrange(z, "b (t k) h e -> b t k h e", k=len(self.o_proj.weight))
-        result = torch.einsum("btkhe,khed->btkhd", steps, self.W_O)
+        result = einsum("b t k h e, k h e d -> b t k h d", steps, self.W_O)
         return self.hook_result(rearrange(result, "b t k h d -> b (t k) h d")).sum(dim=2)
 
     def _per_head(self, projection: PerCodebook) -> Float[Tensor, "k h d e"]:
