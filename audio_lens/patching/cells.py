@@ -18,7 +18,7 @@ from torch import Tensor
 
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
-from audio_lens.timeline import Band, Span, Timeline, Track
+from audio_lens.timeline import Band, Seconds, Span, Timeline, Track
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -74,7 +74,7 @@ class CellTable:
         chosen = chosen_layers(site, spec.layers, axes, spec.layer_window)
         if "layer" in axes:
             coords["layer"] = list(chosen)
-        if site.unit in axes:
+        if site.unit is not None and site.unit in axes:
             coords[site.unit] = list(range(unit_count(model, site)))
         where, sets = Positions(spec.timeline, site), {}
         if not where.valid.any():
@@ -216,7 +216,7 @@ def cells_of(
     layers: tuple[int | None, ...],
     layer_window: int,
 ) -> Iterator[Intervention]:
-    in_order = layers if None in layers else tuple(sorted(layers))
+    in_order = tuple(sorted(layer for layer in layers if layer is not None)) or layers
     for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
         at, positions = dict(zip(axes, place, strict=True)), 0
         for axis in (axis for axis in axes if axis in PLACE_AXES):
@@ -224,7 +224,7 @@ def cells_of(
         first = coords["layer"][at["layer"]] if "layer" in at else None
         yield Intervention(
             layers=in_order if first is None else tuple(range(first, first + layer_window)),
-            unit=at.get(site.unit),
+            unit=at.get(site.unit or ""),
             positions=positions,
         )
 
@@ -303,14 +303,20 @@ class Positions:
         """The windows asked for, over every clip where no clip is named."""
         if windows == "position":
             return [span for clip in self._clips() for span in self._single_positions(clip)]
-        sizes = [windows] if isinstance(windows, Real) else windows
-        if isinstance(sizes, str) or not len(sizes):
+        if isinstance(windows, (int, float, Real)):
+            return self._tiled(float(windows), float(windows))
+        if isinstance(windows, str) or not len(windows):
             raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
-        if not all(isinstance(size, Real) for size in sizes):
-            return [Span.of(window) for window in sizes]
-        if len(sizes) > 2 or isinstance(windows, list):
+        sizes = [float(one) for one in windows if isinstance(one, (int, float, Real))]
+        if not sizes:
+            spans = (one for one in windows if not isinstance(one, (int, float, Real)))
+            return [Span.of(span) for span in spans]
+        if isinstance(windows, list) or len(windows) > min(2, len(sizes)):
             raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
-        width, stride = float(sizes[0]), float(sizes[-1])
+        return self._tiled(sizes[0], sizes[-1])
+
+    def _tiled(self, width: Seconds, stride: Seconds) -> list[Span]:
+        """Windows of one width over every clip."""
         return [
             span
             for clip in self._clips()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,7 @@ from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers, unit_count
 from audio_lens.patching.checks import check_pair
-from audio_lens.patching.engine.trace import is_known
+from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.timeline import Band, Span
 
@@ -156,7 +156,7 @@ class _Edit:
         mask = _spread(positions, site, 0, site.position_dim)
         units = _units(model, site, patch)
         if site.unit is not None:
-            mask = mask & _spread(units, site, site.unit_dim)
+            mask = mask & _spread(units, site, site.split[1])
         given = None if _is_inputs(model, patch.source) else _given(patch.source, names)
         for name, value in (given or {}).items():
             check_shape(name, value, site, positions.shape, len(units))
@@ -167,9 +167,10 @@ class _Edit:
         values = runs[id(self.patch.source)] if self.given is None else self.given
 
         def overwrite(activation: Tensor, hook: HookPoint) -> Tensor:
-            source = torch.as_tensor(values[hook.name])
+            name = str(hook.name)
+            source = torch.as_tensor(values[name])
             if source.shape not in ((), activation.shape):
-                raise ValueError(_misfit(hook.name, source, tuple(activation.shape)))
+                raise ValueError(_misfit(name, source, tuple(activation.shape)))
             return torch.where(self.mask.to(activation.device), source.to(activation), activation)
 
         return [(name, overwrite) for name in self.names]
@@ -252,9 +253,9 @@ def _place(model: HookedAudioTransformer, name: str) -> str:
     """The hook's tensor: what leaves a block is what enters the next."""
     part, _, rest = name.partition(".blocks.")
     layer, _, activation = rest.partition(".")
-    if not (layer and is_known(getattr(model, part))):
+    if not (layer and is_known(stack_of(model, part))):
         return name
-    if activation != f"hook_{getattr(model, part).blocks[int(layer)].last_stage}":
+    if activation != f"hook_{blocks_of(stack_of(model, part))[int(layer)].last_stage}":
         return name
     return f"{part}.blocks.{int(layer) + 1}.hook_resid_pre"
 
@@ -275,7 +276,9 @@ def _given(source: Source, names: tuple[str, ...]) -> Values:
     return {name: source[name] for name in names}
 
 
-def _is_inputs(model: HookedAudioTransformer, source: Source) -> bool:
+def _is_inputs(
+    model: HookedAudioTransformer, source: Source
+) -> TypeGuard[AudioInputs | Mapping[str, Any]]:
     """Whether the source has to run first."""
     is_mapping = isinstance(source, Mapping)
     return isinstance(source, AudioInputs) or (is_mapping and model.features_key in source)
@@ -294,7 +297,7 @@ def check_shape(
         )
     axes = {0: batch_positions[0], site.position_dim: batch_positions[1]}
     if site.unit is not None:
-        axes[site.unit_dim] = n_units
+        axes[site.split[1]] = n_units
     expected = tuple(axes.get(dim, "any") for dim in range(4 if site.unit == "head" else 3))
     fits = len(expected) == value.ndim and all(value.shape[dim] == n for dim, n in axes.items())
     if not fits:
@@ -313,16 +316,13 @@ def _run_sources(
     model: HookedAudioTransformer, inputs: AudioInputs, edits: list[_Edit]
 ) -> dict[int, ActivationCache]:
     """One run of every distinct source of inputs, keeping just what is taken from it."""
-    wanted: dict[int, list[_Edit]] = {}
-    for edit in edits:
-        if edit.given is None:
-            wanted.setdefault(id(edit.patch.source), []).append(edit)
-    sources = {key: model.as_inputs(of[0].patch.source) for key, of in wanted.items()}
-    for source in sources.values():
-        check_pair(model, inputs, source, ("the inputs", "the source"))
-    return {
-        key: model.run_with_cache(
-            source, names_filter=sorted({name for edit in wanted[key] for name in edit.names})
-        )[1]
-        for key, source in sources.items()
-    }
+    distinct = {id(edit.patch.source): edit.patch.source for edit in edits}
+    runs = {}
+    for key, source in distinct.items():
+        if _is_inputs(model, source):
+            given = model.as_inputs(source)
+            check_pair(model, inputs, given, ("the inputs", "the source"))
+            own = [edit for edit in edits if id(edit.patch.source) == key]
+            names = sorted({name for edit in own for name in edit.names})
+            _, runs[key] = model.run_with_cache(given, names_filter=names)
+    return runs

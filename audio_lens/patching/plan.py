@@ -150,15 +150,16 @@ class Plan:
             todo = [cell for cell in wanted if not state.done[cell]]
             if len(todo) < len(wanted):
                 log.info("%d of %d cells were done before", len(wanted) - len(todo), len(wanted))
-            self._compute(todo, progress, file)
-            notes = [self._verified(wanted, verify)] if verify else []
-        return self._result(wanted, notes)
+            self._compute(state, todo, progress, file)
+            notes = [self._verified(state, wanted, verify)] if verify else []
+        return self._result(state, wanted, notes)
 
     def values(self, progress: bool | None = None) -> Float[Tensor, "metrics *batch cells"]:
         """The metrics of every cell's run, without anything around them."""
         with self._in_force():
             state = self._started(None)
-            self._compute([c for c in range(len(self)) if not state.done[c]], progress, None)
+            todo = [cell for cell in range(len(self)) if not state.done[cell]]
+            self._compute(state, todo, progress, None)
         return state.values
 
     def _check(self, wanted: Sequence[int], verify: int) -> None:
@@ -181,13 +182,14 @@ class Plan:
         """The unpatched runs, and what an earlier run left in the file."""
         if self._state is None:
             self._state = prepared(self.request, self.schedule)
-        held = None if file is None else file.load(self._state.baselines)
+        state = self._state
+        held = None if file is None else file.load(state.baselines)
         if held is not None:
             values, done = held
-            new = done & ~self._state.done
-            self._state.values[..., new] = values[..., new]
-            self._state.done |= new
-        return self._state
+            new = done & ~state.done
+            state.values[..., new] = values[..., new]
+            state.done |= new
+        return state
 
     @contextlib.contextmanager
     def _in_force(self) -> Iterator[None]:
@@ -206,14 +208,16 @@ class Plan:
                 stack.callback(torch.set_float32_matmul_precision, before)
             yield
 
-    def _compute(self, todo: list[int], progress: bool | None, file: Checkpoint | None) -> None:
-        state, queue = self._state, self.schedule.queue(todo)
+    def _compute(
+        self, state: State, todo: list[int], progress: bool | None, file: Checkpoint | None
+    ) -> None:
+        queue = self.schedule.queue(todo)
         saved_at, work = time.monotonic(), self.schedule.flops(todo)
         try:
             with track(self.table.site_name, len(todo), "cells", work, progress) as advance:
                 while queue:
                     cells = self.schedule.next(queue, state.free_bytes)
-                    if self._run_together(cells, queue):
+                    if self._run_together(state, cells, queue):
                         advance(self.schedule.flops(cells), len(todo) - len(queue))
                     if file is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
                         file.save(state.values, state.done, state.baselines)
@@ -222,9 +226,8 @@ class Plan:
             if file is not None:
                 file.save(state.values, state.done, state.baselines)
 
-    def _run_together(self, cells: list[int], queue: collections.deque[int]) -> bool:
+    def _run_together(self, state: State, cells: list[int], queue: collections.deque[int]) -> bool:
         """Compute cells in one go; out of memory puts them back for smaller goes."""
-        state = self._state
         try:
             rows = state.route.run(cells)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -251,13 +254,12 @@ class Plan:
 
     # ---------------------------------------------------------------- truth
 
-    def _verified(self, wanted: Sequence[int], count: int) -> str:
+    def _verified(self, state: State, wanted: Sequence[int], count: int) -> str:
         """Compare random cells with whole forwards; says how far off they were.
 
         Raises:
             VerificationError: where one differs by more than rounding.
         """
-        state = self._state
         cells = random.Random(SEED).sample(list(wanted), min(count, len(wanted)))
         base = state.clean if self.request.spec.direction == "noise" else state.corrupted
         effects = (state.values - base[..., None])[..., state.done]
@@ -278,8 +280,8 @@ class Plan:
 
     # ---------------------------------------------------------------- the result
 
-    def _result(self, wanted: Sequence[int], notes: list[str]) -> SweepResult:
-        request, state, table = self.request, self._state, self.table
+    def _result(self, state: State, wanted: Sequence[int], notes: list[str]) -> SweepResult:
+        request, table = self.request, self.table
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[list(wanted)] = True
         per_cell = state.values.masked_fill(~chosen, torch.nan)

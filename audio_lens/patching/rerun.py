@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.attribution.attribute import attribute
+from audio_lens.patching.attribution.attribute import Attribution, attribute
 from audio_lens.patching.clip_pair import ClipPair
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.refine import refined
@@ -178,7 +178,7 @@ def _again(
     progress: bool | None,
 ) -> SweepResult:
     if "method" in arguments:
-        again = attribute(model, **arguments, progress=progress)
+        (again,) = _listed(attribute(model, **arguments, progress=progress))
     elif arguments.get("refine") is not None:
         again = refined(model, SweepSpec.of(model, **arguments), {"progress": progress})
     else:
@@ -187,6 +187,10 @@ def _again(
         again = planned.run(only=_computed(saved), progress=progress)
     _check_whole(saved, again.dims, again.coords)
     return again
+
+
+def _listed(made: Attribution | dict[str, Attribution]) -> list[Attribution]:
+    return list(made.values()) if isinstance(made, dict) else [made]
 
 
 def _check_whole(saved: SweepResult, dims: Sequence[str], coords: Mapping[str, list]) -> None:

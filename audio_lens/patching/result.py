@@ -239,9 +239,10 @@ class SweepResult(Result):
         values, clean, corrupted = one._means()
         recovery = _recovery(values, clean, corrupted)
         columns = (x.flatten().tolist() for x in (values, recovery, one._effect(recovery)))
+        numbers = zip(*columns, strict=True)
         return [
-            Cell(*numbers, **{FIELDS.get(axis, axis): place for axis, place in at.items()})
-            for *numbers, at in zip(*columns, one._places(), strict=True)
+            Cell(*own, **{FIELDS.get(axis, axis): place for axis, place in at.items()})
+            for own, at in zip(numbers, one._places(), strict=True)
         ]
 
     def _means(self) -> Float[Tensor, " values_clean_corrupted *axes"]:

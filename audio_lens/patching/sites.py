@@ -79,6 +79,17 @@ class Site:
         return (*layer, *((self.unit,) if self.unit else ()), "time", "position")
 
     @property
+    def split(self) -> tuple[Unit, int]:
+        """What it can be split by, and the axis of that.
+
+        Raises:
+            SiteError: if it has neither heads nor neurons.
+        """
+        if self.unit is None or self.unit_dim is None:
+            raise SiteError(f"{self} has neither heads nor neurons")
+        return self.unit, self.unit_dim
+
+    @property
     def reads_attention(self) -> bool:
         """Whether it exists only when attention is written out."""
         return self.last in _PER_PAIR
@@ -108,6 +119,17 @@ def _spellings(text: str, output_part: str) -> list[str]:
     if tail in _SUBLAYER_OF and not head.endswith(("attn", "mlp")):
         spelled.append(".".join([*([head] if head else []), _SUBLAYER_OF[tail], tail]))
     return [*spelled, *(f"{output_part}.{name}" for name in spelled)]
+
+
+def in_blocks(layer: int | None) -> int:
+    """The block of a site that lies in one.
+
+    Raises:
+        SiteError: for None, which stands for what lies outside the blocks.
+    """
+    if layer is None:
+        raise SiteError("this site lies outside the blocks: it has no layer")
+    return layer
 
 
 def parts_from(model: HookedAudioTransformer, part: str) -> list[str]:

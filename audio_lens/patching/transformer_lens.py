@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -39,6 +39,10 @@ Metric = metrics.Metric | metrics.MetricFn
 Metrics = Metric | Mapping[str, Metric]
 Values = Float[Tensor, "..."] | PatchingResult
 
+Answer = Values | tuple[Float[Tensor, "..."], pd.DataFrame]
+
+# Their loop runs on whatever has the methods of their models: its types name these models alone.
+_by_entry = cast("Callable[..., Answer]", original.get_act_patch_attn_head_pattern_dest_src_pos)
 _OURS = {"pos": "position", "dest_pos": "position", "head_index": "head"}  # names of axes
 _DOC = """Patch {what}.
 
@@ -252,12 +256,12 @@ def _sweep(what: str, activation: str, *places: str) -> Callable[..., Any]:
         return_index_df: bool = False,
         reduce: str = "scalar",
         baseline: bool = False,
-    ) -> Values | tuple[Float[Tensor, " layer *places"], pd.DataFrame]:
+    ) -> Answer:
         call = _Call.of(model, corrupted_tokens, clean_cache, patching_metric, reduce, baseline)
         if return_index_df and not call.gives_tensor:
             raise ValueError("return_index_df goes with a tensor: a PatchingResult has index_df")
         values = call.answer(call.swept(call.plan(activation, axes)), axes)
-        if return_index_df:
+        if return_index_df and isinstance(values, Tensor):
             return values, original.make_df_from_ranges(values.shape, axes)
         return values
 
@@ -301,7 +305,7 @@ def get_act_patch_attn_head_pattern_dest_src_pos(
     return_index_df: bool = False,
     reduce: str = "scalar",
     baseline: bool = False,
-) -> Values | tuple[Float[Tensor, "layer head_index dest_pos src_pos"], pd.DataFrame]:
+) -> Answer:
     """Patch ``attn.pattern`` entry by entry: layer, head_index, dest_pos, src_pos.
 
     TransformerLens's own loop, one whole forward per entry; arguments, result and errors are those
@@ -309,7 +313,7 @@ def get_act_patch_attn_head_pattern_dest_src_pos(
     """
     call = _Call.of(model, corrupted_tokens, clean_cache, patching_metric, reduce, baseline)
     source = call.source(call.site("attn.pattern"))
-    return original.get_act_patch_attn_head_pattern_dest_src_pos(
+    return _by_entry(
         model,
         call.inputs,
         {model.local(name): activation for name, activation in source.items()},

@@ -165,7 +165,7 @@ def attribute(
     spec = SweepSpec.of(**locals())
     if not spec.sites or len(set(spec.sites)) < len(spec.sites):
         raise ValueError(f"name one site or several, each once; got {site!r}")
-    _check_speakers(model, spec.sites, metric)
+    _check_further_decoders(model, spec.sites, metric)
     tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
     _check_method(model, tables, method, steps)
     if direction == "noise" and method != "ig":
@@ -189,23 +189,23 @@ def _result(
     own: dict[str, Any],
 ) -> Attribution:
     """What was estimated for one table. ``own`` are the arguments that a sweep does not have."""
-    site = {"site": str(table.site)}
+    site = str(table.site)
     attribution = Attribution(
         values=estimate.values(table),
         dims=(*estimate.dims, *table.axes),
         coords={**estimate.dims, **table.coords},
         clean=estimate.shaped(estimate.clean),
         corrupted=estimate.shaped(estimate.corrupted),
+        site=site,
         direction=spec.direction,
         report=estimate.report,
         meta=provenance(model, spec.clean, spec.corrupted, estimate.names) | estimate.meta,
         recipe={
-            "arguments": {**spec.record, **site, **own},
+            "arguments": {**spec.record, "site": site, **own},
             "hooks": list(model.list_hooks(dir="fwd")),
         },
-        **site,
     )
-    attribution.request = spec.arguments | site
+    attribution.request = spec.arguments | {"site": site}
     return attribution
 
 
@@ -232,7 +232,9 @@ def _check_method(
         _check_softmax_is_free(model, tables)
 
 
-def _check_speakers(model: HookedAudioTransformer, sites: Sequence[Site], metric: Any) -> None:
+def _check_further_decoders(
+    model: HookedAudioTransformer, sites: Sequence[Site], metric: Any
+) -> None:
     family, further = model.cfg.family, model.cfg.further_decoders
     inside = [str(site) for site in sites if site.part in further]
     if inside:

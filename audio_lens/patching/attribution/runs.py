@@ -18,13 +18,16 @@ from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, pre
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims, check_finite
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.sites import Site, parts_from
+from audio_lens.patching.engine.routes import heard
+from audio_lens.patching.engine.trace import blocks_of, stack_of
+from audio_lens.patching.sites import Site, in_blocks, parts_from
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track
 
 if TYPE_CHECKING:
-    from audio_lens.hooks import HookPoint
+    from audio_lens.hooks import HookFn, HookPoint
     from audio_lens.models.base import HookedAudioTransformer
+    from audio_lens.models.layers import Block
 
 Method = Literal["atp", "ig", "qk_fix", "grad_drop", "atp*"]
 UNSIGNED = ("grad_drop", "atp*")
@@ -93,7 +96,7 @@ class Estimate:
         }
         self.entrances = [Entrance(name) for name in self._entrances()] if method == "ig" else []
         taps = [*self.entrances, *self.taps.values()]
-        self.reader = _Reader(model, self.base, spec.metric, {tap.name for tap in taps})
+        self.reader = _MetricReader(model, self.base, spec.metric, {tap.name for tap in taps})
         source_hidden = self._run_source(spec.other, kept)
         self.run = _BaseRun(model, self.base, taps, self.reader.hooks, method in UNSIGNED)
         with torch.set_grad_enabled(method != "ig"):  # that one has its gradients elsewhere
@@ -104,7 +107,7 @@ class Estimate:
     def _tap(self, table: CellTable, layer: int | None, source: dict[str, Tensor]) -> Tap:
         if self.method not in FIXES_QUERIES_AND_KEYS or not QueryKeyTap.fits(self.model, table):
             return Tap(table, layer, source)
-        block = getattr(self.model, table.site.part).blocks[layer]
+        block = blocks_of(stack_of(self.model, table.site.part))[in_blocks(layer)]
         return QueryKeyTap(table, layer, source, getattr(block, table.site.sublayer))
 
     def _entrances(self) -> list[str]:
@@ -130,8 +133,9 @@ class Estimate:
         needed = {name for tap in self.taps.values() for name in tap.reads} | named
 
         def keep(x: Tensor, hook: HookPoint) -> None:
-            kept[hook.name] = x.detach()
+            kept[str(hook.name)] = x.detach()
 
+        hooks: list[tuple[str | Callable[[str], bool], HookFn]]
         hooks = [(name, keep) for name in sorted(named)]
         if needed > named:  # of rotated queries and keys, whatever runs
             hooks.append((lambda name: name in needed, keep))
@@ -287,7 +291,7 @@ class Estimate:
         per_metric = [
             torch.stack(
                 [
-                    sum((self.effects[i, (table.site, layer)] for layer in layers), start=nothing)
+                    nothing + sum(self.effects[i, (table.site, layer)] for layer in layers)
                     for layers in together
                 ]
             )
@@ -323,7 +327,7 @@ class Estimate:
         return notes + ([f"your hooks were in force: {', '.join(hooked)}"] if hooked else [])
 
 
-class _Reader:
+class _MetricReader:
     """The metrics, as functions of a run's final hidden states.
 
     Where every metric says which positions it reads, and nobody looks at what comes later than the
@@ -353,7 +357,11 @@ class _Reader:
 
     @property
     def _last_block(self) -> str:
-        return f"decoder.blocks.{self.model.cfg.decoder.n_layers - 1}."
+        return f"decoder.blocks.{len(self._blocks) - 1}."
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return blocks_of(stack_of(self.model, "decoder"))
 
     def _is_late(self, name: str) -> bool:
         """Whether a point lies behind the last block's attention."""
@@ -366,7 +374,7 @@ class _Reader:
         """Forward hooks that leave only the positions that are read."""
         if not self._is_narrow:
             return []
-        name = f"{self._last_block}hook_{self.model.decoder.blocks[-1].mlp_stage}"
+        name = f"{self._last_block}hook_{self._blocks[-1].mlp_stage}"
         rows = self._readout.positions
         return [(name, lambda x, hook: metrics.at_positions(x, rows))]
 
@@ -467,12 +475,13 @@ def writes_of(model: HookedAudioTransformer, part: str) -> list[str]:
 def _hidden(
     model: HookedAudioTransformer, inputs: AudioInputs, encoded: Tensor | None
 ) -> Float[Tensor, "b r d"]:
-    """Final hidden states of all positions, or of those that a `_Reader`'s hook leaves."""
+    """Final hidden states of all positions, or of those that a `_MetricReader`'s hook leaves."""
     if model.cfg.decoder is None:
-        return encoded
-    stack = model.decoder
+        return heard(encoded)
+    stack = stack_of(model, "decoder")
+    *_, last = blocks_of(stack)
     resid = model.decode(inputs, encoded, stop=len(stack.blocks) - 1)
-    return stack.finish(stack.blocks[-1](resid, model.decoder_context(inputs, encoded)))
+    return stack.finish(last(resid, model.decoder_context(inputs, encoded)))
 
 
 def end_of_encoder(model: HookedAudioTransformer) -> str:

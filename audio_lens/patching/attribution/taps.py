@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from einops import rearrange, repeat
+from fancy_einsum import einsum
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.patching.cells import CellTable
-from audio_lens.patching.engine.trace import is_known
+from audio_lens.patching.engine.trace import is_known, stack_of
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookPoint
@@ -39,7 +40,7 @@ class Tap:
         self.has_units = table.site.unit in table.axes
         self.sets = table.positions
         self.name = table.site.hook_name(layer)
-        self.difference: Tensor | None = None
+        self._difference: Tensor | None = None
         self._effects: Float[Tensor, "sets batch units"] | None = None
 
     @property
@@ -53,9 +54,20 @@ class Tap:
         return [(self.name, self._watch)]
 
     def _watch(self, x: Tensor, hook: HookPoint) -> Tensor:
-        if self.difference is None:
-            self.difference = apart(self.source.pop(hook.name), x.detach())
+        if self._difference is None:
+            self._difference = apart(self.source.pop(self.name), x.detach())
         return watched(x, self._meet)
+
+    @property
+    def difference(self) -> Tensor:
+        """Source minus base run.
+
+        Raises:
+            ValueError: before the base run has passed.
+        """
+        if self._difference is None:
+            raise ValueError(f"the base run has not passed {self.name}")
+        return self._difference
 
     def _meet(self, gradient: Tensor) -> None:
         difference = self.difference.to(precise(gradient))
@@ -64,17 +76,19 @@ class Tap:
     def _per_position(self, product: Tensor) -> Float[Tensor, "batch t units"]:
         """Summed over all axes that no cell is split by; one unit where there are none."""
         site = self.site
-        kept = (0, site.position_dim, *([site.unit_dim] if self.has_units else []))
-        spare = [dim for dim in range(product.ndim) if dim not in kept]
+        units = [site.split[1]] if self.has_units else []
+        spare = [dim for dim in range(product.ndim) if dim not in (0, site.position_dim, *units)]
         product = product.sum(spare) if spare else product
-        if not self.has_units:
+        if not units:
             return product[..., None]
-        return product if site.position_dim < site.unit_dim else product.transpose(1, 2)
+        return product if site.position_dim < units[0] else product.transpose(1, 2)
 
     def add(self, per_position: Float[Tensor, "batch t units"]) -> None:
         """Count the effects of one gradient."""
         sets = self.sets.to(per_position)
-        effects = einsum(sets, per_position, "sets b t, b t units -> sets b units")
+        effects = einsum(
+            "set batch position, batch position unit -> set batch unit", sets, per_position
+        )
         self._effects = effects if self._effects is None else self._effects + effects
 
     def take(
@@ -171,14 +185,13 @@ class QueryKeyTap(Tap):
         self.attn = attn
         self.is_query = self.site.last in QUERY
         self.path = self.name.rpartition(".")[0]
-        self.base: dict[str, Tensor] = {}
-        self.hidden: Bool[Tensor, "b 1 q k"] | None = None
+        self.base: dict[str, Tensor] = {}  # q, k, bias, and which scores a mask hides
 
     @staticmethod
     def fits(model: HookedAudioTransformer, table: CellTable) -> bool:
         """Whether the site is queries or keys, of attention whose softmax is known."""
         is_asked = table.site.last in (*QUERY, *KEY)
-        return is_asked and is_known(getattr(model, table.site.part))
+        return is_asked and is_known(stack_of(model, table.site.part))
 
     @staticmethod
     def softmax_points(name: str) -> list[str]:
@@ -205,20 +218,21 @@ class QueryKeyTap(Tap):
 
     def _keep(self, x: Tensor, hook: HookPoint) -> None:
         """Queries and keys as attention reads them: rotated, where there are rotary positions."""
-        last = hook.name.rpartition("hook_")[2]
+        name = str(hook.name)
+        last = name.rpartition("hook_")[2]
         if last == "pos_bias":
             self.base["bias"] = x.detach()
             return
         self.base["q" if last in QUERY else "k"] = x.detach()
         if (last in QUERY) == self.is_query:
-            self.difference = self.source[hook.name] - x.detach()
+            self._difference = self.source[name] - x.detach()
 
     def _keep_mask(self, scores: Tensor, hook: HookPoint) -> None:
-        self.hidden = scores.detach()[:, :1] == -torch.inf  # a mask is the same for all heads
+        self.base["hidden"] = scores.detach()[:, :1] == -torch.inf  # the same for all heads
 
     def _meet(self, gradient: Float[Tensor, "b h q k"]) -> None:
         q, k, bias = self.base["q"], self.base["k"], self.base.get("bias", 0)
-        scores = (self._scores(q, k) + bias).masked_fill(self.hidden, -torch.inf)
+        scores = (self._scores(q, k) + bias).masked_fill(self.base["hidden"], -torch.inf)
         gradient = gradient.to(scores.dtype)
         if self.is_query:
             effects = query_effects(scores, self._scores(self.difference, k), gradient)
@@ -233,7 +247,11 @@ class QueryKeyTap(Tap):
     ) -> Float[Tensor, "b h q k"]:
         q, k = (x.to(precise(x)) for x in (q, k))
         k = repeat(k, "b k kv e -> b k (kv g) e", g=self.attn.group)
-        return einsum(q * self.attn.scale, k, "b q h e, b k h e -> b h q k")
+        return einsum(
+            "batch query head d_head, batch key head d_head -> batch head query key",
+            q * self.attn.scale,
+            k,
+        )
 
 
 def query_effects(

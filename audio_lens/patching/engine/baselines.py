@@ -9,17 +9,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from audio_lens.inputs import AudioInputs
 from audio_lens.patching.checks import check_finite
 from audio_lens.patching.engine.changes import kept_for
 from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.request import Request
-from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, Route, Run
+from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, FromBase, Route, Run
 from audio_lens.patching.engine.schedule import Schedule
-from audio_lens.patching.engine.trace import ConnectorSource, GivenSource, RunSource, Source
-
-_COMPLEMENT_SHARE = 0.4  # of the budget
+from audio_lens.patching.engine.trace import (
+    ConnectorSource,
+    GivenSource,
+    RunSource,
+    Source,
+    blocks_of,
+    stack_of,
+)
 
 
 @dataclass
@@ -51,33 +55,33 @@ def prepared(request: Request, schedule: Schedule) -> State:
     Raises:
         ValueError: a metric of another shape or not finite, or a budget too small.
     """
-    is_hooked = issubclass(request.route, HookedRoute)
-    return (_with_hooks if is_hooked else _without_hooks)(request, schedule)
+    kind = request.route
+    if issubclass(kind, HookedRoute):
+        return _with_hooks(request, schedule, kind)
+    return _without_hooks(request, schedule, kind)
 
 
-def _without_hooks(request: Request, schedule: Schedule) -> State:
-    model, part = request.model, request.table.part
+def _without_hooks(request: Request, schedule: Schedule, kind: type[FromBase]) -> State:
+    model, spec, part = request.model, request.spec, request.table.part
     of_base, of_source = _kept(request)
-    is_source = request.source is None
-    base = Run.of(model, request.spec.base, part, of_base)
-    is_given = isinstance(request.source, Mapping)
+    base = Run.of(model, spec.base, part, of_base)
+    given = request.source
     other = base
-    if not (is_given and request.spec.other is request.spec.base):
-        other = Run.of(model, request.spec.other, part, of_source if is_source else (), heard=base)
-    clean_run = other if request.spec.direction == "denoise" else base
+    if not (isinstance(given, Mapping) and spec.other is spec.base):
+        other = Run.of(model, spec.other, part, of_source if given is None else (), heard=base)
+    clean_run = other if spec.direction == "denoise" else base
     measures = request.measures(lambda: model.read_out(clean_run.hidden, clean_run.inputs))
-    readout = Readout(model, measures, request.spec.base)
+    readout = Readout(model, measures, spec.base)
+    # before the source drops what it does not need: it may be the run that is measured here
     values = [readout.measure(readout.of_run(run.hidden)) for run in (base, other)]
-    held, source = base.n_bytes, None
-    if is_given:
-        source = _given(request, request.source, base)
+    held = base.n_bytes
+    if isinstance(given, Mapping):
+        source = _given(request, given, base)
     else:
-        run = other
-        if request.source is not None:
-            run = Run.of(model, request.source, part, of_source, heard=base)
+        run = other if given is None else Run.of(model, given, part, of_source, heard=base)
         source, held = _of_run(run.keep(part), part), held + run.n_bytes
     free = schedule.free_beside(held)
-    route = _route(request, base, readout, source, free)
+    route = kind(model, base, request.table, readout, source, free)
     return _state(request, route, readout, values, free)
 
 
@@ -85,7 +89,7 @@ def _kept(request: Request) -> tuple[list[str], list[str]]:
     """What base and source hold of every block."""
     if request.route not in (DecoderRoute, EncoderRoute):
         return [], []
-    blocks = getattr(request.model, request.table.part).blocks
+    blocks = blocks_of(stack_of(request.model, request.table.part))
     return kept_for(request.table.site, blocks[0])
 
 
@@ -99,43 +103,25 @@ def _given(request: Request, activations: Mapping[str, Tensor], base: Run | None
     return GivenSource(part, activations, next(request.model.parameters()), reach)
 
 
-def _route(
-    request: Request, base: Run, readout: Readout, source: Source, free: float | int
-) -> Route:
-    arguments = (request.model, base, request.table, readout, source)
-    if request.route is not EncoderRoute:
-        return request.route(*arguments)
-    cfg = request.model.cfg.encoder
-    of_one = base.encoder.n_positions * cfg.n_heads * (cfg.d_head + 1) * 4
-    return EncoderRoute(*arguments, n_held=int(_COMPLEMENT_SHARE * free // of_one))
-
-
-def _with_hooks(request: Request, schedule: Schedule) -> State:
-    model, every = request.model, range(len(request.table.cells))
+def _with_hooks(request: Request, schedule: Schedule, kind: type[HookedRoute]) -> State:
+    model, spec, every = request.model, request.spec, range(len(request.table.cells))
     before_decoder = [n for n in request.hooked if n.startswith(("encoder.", "connector."))]
     is_heard_once = request.table.part == "decoder" and not before_decoder
-    encoder_out = model.encode(request.spec.base) if is_heard_once else None
-    base_logits = model(request.spec.base, encoder_out=encoder_out)
-    is_given = isinstance(request.source, Mapping)
-    other_logits, activations = base_logits, request.source
-    if not (is_given and request.spec.other is request.spec.base):
-        other_logits, activations = request.kept(request.spec.other, every)
-    if isinstance(request.source, AudioInputs):
-        _, activations = request.kept(request.source, every)
-    elif is_given:
-        activations = request.source
-    clean_logits = other_logits if request.spec.direction == "denoise" else base_logits
-    readout = Readout(model, request.measures(lambda: clean_logits), request.spec.base)
+    encoder_out = model.encode(spec.base) if is_heard_once else None
+    base_logits = model(spec.base, encoder_out=encoder_out)
+    given = request.source
+    other_logits, activations = base_logits, {}
+    if not (isinstance(given, Mapping) and spec.other is spec.base):
+        other_logits, activations = request.kept(spec.other, every)
+    if isinstance(given, Mapping):
+        activations = given
+    elif given is not None:
+        _, activations = request.kept(given, every)
+    clean_logits = other_logits if spec.direction == "denoise" else base_logits
+    readout = Readout(model, request.measures(lambda: clean_logits), spec.base)
     values = [readout.measure(readout.of_logits(x)) for x in (base_logits, other_logits)]
-    route = request.route(
-        model,
-        request.spec.base,
-        base_logits,
-        request.table,
-        readout,
-        _given(request, activations, None),
-        encoder_out,
-    )
+    source = _given(request, activations, None)
+    route = kind(model, spec.base, request.table, readout, source, encoder_out)
     state = _state(request, route, readout, values, schedule.free_beside(0))
     if request.hooked:
         note = f"your hooks were in force: {', '.join(request.hooked)}; so every cell was a whole"
@@ -149,10 +135,7 @@ def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, " 
     if not isinstance(given, Mapping):
         _, given = request.kept(request.spec.other if given is None else given, [cell])
     source = _given(request, given, None)
-    logits = request.model(request.spec.base)
-    route = HookedRoute(
-        request.model, request.spec.base, logits, request.table, readout, source, None
-    )
+    route = HookedRoute(request.model, request.spec.base, request.table, readout, source)
     return readout.measure(route.run([cell])[0])
 
 

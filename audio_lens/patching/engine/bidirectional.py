@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.models.layers import Attention, Context
-from audio_lens.patching.engine.changes import Entry, Projected
+from audio_lens.patching.engine.changes import BlockEntry, Projected
 from audio_lens.patching.engine.trace import Trace
 
 Window = tuple[int, int]
@@ -54,6 +54,12 @@ class Complement:
                 own = head // self.group
                 self._sum_up(head, k[:, own].to(self.dtype), _with_ones(v[:, own].to(self.dtype)))
 
+    @staticmethod
+    def n_bytes_of_window(base: Trace) -> int:
+        """Memory that the sums of one window take."""
+        cfg = base.stack.cfg
+        return base.n_positions * cfg.n_heads * (cfg.d_head + 1) * 4
+
     def _precisely(self) -> torch.autocast:
         """Sums of exponentials stay in full precision."""
         return torch.autocast(self.q.device.type, enabled=False)
@@ -62,6 +68,7 @@ class Complement:
         scores = self.q[head] @ k.T
         if self.allowed is not None:
             scores.masked_fill_(~self.allowed, -torch.inf)
+        # one peak for all segments: sums against different peaks could not be added
         torch.amax(scores, -1, keepdim=True, out=self.peak[head])
         weights = scores.sub_(self.peak[head]).exp_()
         edges = sorted({0, len(k), *(edge for window in self.index for edge in window)})
@@ -96,10 +103,12 @@ class Complement:
         scores = self.q @ k.transpose(-1, -2)
         if self.allowed is not None:
             scores.masked_fill_(~self.allowed[:, window[0] : window[1]], -torch.inf)
+        # the window may hold a new largest score: what was summed against the old one is rescaled
         peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
         total = self.sums[self.index[window]] * (self.peak - peak).exp()
         total.baddbmm_(scores.sub_(peak).exp_(), v)
         weight = total[..., -1:]
+        # the old peak may have stood in the window and be gone: beside it, all else rounded to 0
         lost = (weight < torch.finfo(self.dtype).tiny * 1e8)[..., 0].any(0)
         return (total[..., :-1] / weight).transpose(0, 1), lost
 
@@ -126,9 +135,11 @@ class BidirectionalWalk:
         self._complement: tuple[tuple[int, int, int], Complement] | None = None
 
     def run(
-        self, entries: Sequence[Entry], clips: Int[Tensor, " n"]
+        self, entries: Sequence[BlockEntry], clips: Int[Tensor, " n"]
     ) -> tuple[Int[Tensor, " a"], Float[Tensor, "a t d"]]:
         """The lanes that change anything, and the residual stream leaving the last block."""
+        # lanes join where their patch enters and then stay: those under way run a block together,
+        # and only then do the new ones come, whose first block `_enter` has run
         lanes, resid = clips.new_empty(0), self.base.residuals[0][:0]
         first = min((e.layer for e in entries), default=self.base.n_layers)
         for layer in range(first, self.base.n_layers + 1):
@@ -146,12 +157,12 @@ class BidirectionalWalk:
         own = allowed if allowed is None or len(allowed) == 1 else allowed[clips]
         rotary = self.base.context.rotary
         if rotary is not None and len(rotary[0]) > 1:
-            rotary = tuple(angle[clips] for angle in rotary)
+            rotary = rotary[0][clips], rotary[1][clips]
         return replace(self.base.context, past=None, allowed=own, rotary=rotary)
 
     # ---------------------------------------------------------------- the block that lanes enter
 
-    def _enter(self, entry: Entry, clips: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+    def _enter(self, entry: BlockEntry, clips: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
         """The entry's lanes, and the residual stream behind the block they enter."""
         lanes, place = entry.lane.unique(return_inverse=True)
         clips = clips[lanes]
@@ -166,9 +177,10 @@ class BidirectionalWalk:
         return lanes, block.after_attention(resid + block.attn.output(z), self._context(clips))
 
     def _mixed(
-        self, attn: Attention, entry: Entry, place: Int[Tensor, " m"], clips: Int[Tensor, " n"]
+        self, attn: Attention, entry: BlockEntry, place: Int[Tensor, " m"], clips: Int[Tensor, " n"]
     ) -> Float[Tensor, "n t h e"]:
         """``z`` of all rows: by complements where these are worth their price, else in full."""
+        # in this block alone all rows outside the window are still the base run's
         base = self._base_projected(entry.layer)
         new = entry.projected or self.base.projected_rows(
             entry.layer, entry.values, clips[place], entry.position
@@ -183,7 +195,8 @@ class BidirectionalWalk:
                 in_full.append(lane)
             else:
                 own_base, own_new = ([x[at] for x in xs] for xs, at in ((base, clip), (new, own)))
-                z[lane] = self._beside(attn, clip, *found, changed, own_base, own_new)
+                complement, window = found
+                z[lane] = self._beside(attn, clip, complement, window, changed, own_base, own_new)
         if in_full:
             chosen = torch.tensor(in_full, device=place.device)
             in_full = self._in_full(attn, chosen, entry, place, clips, base, new)
@@ -194,7 +207,7 @@ class BidirectionalWalk:
         self,
         attn: Attention,
         chosen: Int[Tensor, " c"],
-        entry: Entry,
+        entry: BlockEntry,
         place: Int[Tensor, " m"],
         clips: Int[Tensor, " n"],
         base: Projected,
@@ -204,10 +217,10 @@ class BidirectionalWalk:
         rank = torch.full_like(clips, -1)
         rank[chosen] = torch.arange(len(chosen), device=chosen.device)
         here = rank[place] >= 0
-        qkv = [held[clips[chosen]] for held in base]
-        for held, rows in zip(qkv, new, strict=True):
+        q, k, v = (held[clips[chosen]] for held in base)
+        for held, rows in zip((q, k, v), new, strict=True):
             held[rank[place[here]], entry.position[here]] = rows[here].to(held.dtype)
-        return attn.mix(*qkv, self._context(clips[chosen]).allowed)
+        return attn.mix(q, k, v, self._context(clips[chosen]).allowed)
 
     def _beside(
         self,

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.models.layers import Attention, causal_mask
-from audio_lens.patching.engine.changes import Entry, Projected
+from audio_lens.patching.engine.changes import BlockEntry, Projected
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import PackedRows, Trace
 
@@ -24,20 +24,20 @@ _SPREAD = 1.5  # lanes attend together while the longest is at most so much long
 
 
 @dataclass
-class Rows:
-    """Rows of several lanes, packed: lane and position of each."""
+class LaneRows:
+    """LaneRows of several lanes, packed: lane and position of each."""
 
     lane: Int[Tensor, " m"]
     position: Int[Tensor, " m"]
     x: Float[Tensor, "m d"]
 
-    def __getitem__(self, index: Tensor) -> Rows:
-        return Rows(self.lane[index], self.position[index], self.x[index])
+    def __getitem__(self, index: Tensor) -> LaneRows:
+        return LaneRows(self.lane[index], self.position[index], self.x[index])
 
     @staticmethod
-    def together(parts: Sequence[Rows]) -> Rows:
+    def together(parts: Sequence[LaneRows]) -> LaneRows:
         lane, position, x = zip(*((p.lane, p.position, p.x) for p in parts), strict=True)
-        return Rows(torch.cat(lane), torch.cat(position), torch.cat(x))
+        return LaneRows(torch.cat(lane), torch.cat(position), torch.cat(x))
 
 
 class CausalWalk:
@@ -52,32 +52,33 @@ class CausalWalk:
         self.base, self.readout = base, readout
         self.demanded = readout.demanded
         width = torch.arange(readout.width, device=self.demanded.device)
-        self.ends = (self.demanded * (width + 1)).amax(
-            1
-        )  # rows behind the last one read matter not
+        # behind the last position that is read, nothing that a metric sees can depend on a row
+        self.ends = (self.demanded * (width + 1)).amax(1)
         self._queries: tuple[int, Tensor] | None = None
 
-    def run(self, entries: Sequence[Entry], prompts: Int[Tensor, " n"]) -> Rows:
+    def run(self, entries: Sequence[BlockEntry], prompts: Int[Tensor, " n"]) -> LaneRows:
         """The final hidden states of the rows that are read and may differ from the base run's."""
+        # rows at or behind a prompt's end are read by nobody, so they never enter
         entries = [e[e.position < self.ends[prompts[e.lane]]] for e in entries]
-        lanes = _Lanes.of(entries, prompts, self.ends)
-        rows: Rows | None = None
+        lanes = _Extents.of(entries, prompts, self.ends)
+        rows: LaneRows | None = None
         for layer in range(min((e.layer for e in entries), default=0), self.base.n_layers):
             joining = [e for e in entries if e.layer == layer and len(e.lane)]
             if joining or rows is not None:
                 rows = self._block(layer, rows, joining, lanes)
         leaving = [
-            Rows(e.lane, e.position, e.values) for e in entries if e.layer == self.base.n_layers
+            LaneRows(e.lane, e.position, e.values) for e in entries if e.layer == self.base.n_layers
         ]
-        none = prompts[:0]
-        done = Rows.together([rows or Rows(none, none, self.base.residuals[0][0, :0]), *leaving])
+        if rows is None:
+            rows = LaneRows(prompts[:0], prompts[:0], self.base.residuals[0][0, :0])
+        done = LaneRows.together([rows, *leaving])
         read = self.demanded[prompts[done.lane], done.position]
         done = done if read.all() else done[read]
-        return Rows(done.lane, done.position, self.base.stack.finish(done.x[None])[0])
+        return LaneRows(done.lane, done.position, self.base.stack.finish(done.x[None])[0])
 
     def _block(
-        self, layer: int, rows: Rows | None, joining: Sequence[Entry], lanes: _Lanes
-    ) -> Rows:
+        self, layer: int, rows: LaneRows | None, joining: Sequence[BlockEntry], lanes: _Extents
+    ) -> LaneRows:
         """One block for the lanes under way and those that join here."""
         block, parts, projected = self.base.block(layer), [], []
         if rows is not None:
@@ -88,8 +89,9 @@ class CausalWalk:
             joined, its_projected = self._join(layer, entry, lanes)
             parts.append(joined)
             projected.append(its_projected)
-        rows = Rows.together(parts) if len(parts) > 1 else parts[0]
-        q, k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*projected, strict=True))
+        rows = LaneRows.together(parts) if len(parts) > 1 else parts[0]
+        q, k, v = (_end_to_end(list(x)) for x in zip(*projected, strict=True))
+        # in the last block all rows give keys and values, but only those that are read need ask
         is_last = layer == self.base.n_layers - 1
         asking = self._asking(rows, lanes) if is_last else None
         wanted = rows if asking is None else rows[asking]
@@ -97,18 +99,20 @@ class CausalWalk:
         z = self._attend(block.attn, wanted, q, rows, (k, v), lanes, only_read=is_last)
         resid_mid = wanted.x + block.attn.output(z[None])[0]
         context = PackedRows.of(self.base, lanes.prompts[wanted.lane])
-        return Rows(
+        return LaneRows(
             wanted.lane, wanted.position, block.after_attention(resid_mid[None], context)[0]
         )
 
-    def _asking(self, rows: Rows, lanes: _Lanes) -> Tensor | None:
+    def _asking(self, rows: LaneRows, lanes: _Extents) -> Tensor | None:
         """The rows that are read; None for all."""
         read = self.demanded[lanes.prompts[rows.lane], rows.position]
         return None if read.all() else read.nonzero()[:, 0]
 
     # ---------------------------------------------------------------- joining
 
-    def _join(self, layer: int, entry: Entry, lanes: _Lanes) -> tuple[Rows, list[Tensor]]:
+    def _join(
+        self, layer: int, entry: BlockEntry, lanes: _Extents
+    ) -> tuple[LaneRows, list[Tensor]]:
         """All rows of the lanes that enter here: the base run's, with the changed ones written in.
 
         Where a row is the base run's, so are its queries, keys and values in this block.
@@ -118,13 +122,14 @@ class CausalWalk:
         x = self.base.residuals[layer][at]
         k, v = self.base.keys_values(self.base.block(layer).attn)
         held = [self._base_queries(layer)[at], k[at], v[at]]
+        # picked by index tensors, all four are copies, so the changed rows may be written in place
         for tensor, new in zip(
             [x, *held], [entry.values, *self._projected(entry, lanes)], strict=True
         ):
             tensor[where] = new.to(tensor.dtype)
-        return Rows(lane, position, x), held
+        return LaneRows(lane, position, x), held
 
-    def _projected(self, entry: Entry, lanes: _Lanes) -> Projected:
+    def _projected(self, entry: BlockEntry, lanes: _Extents) -> Projected:
         row = lanes.prompts[entry.lane]
         return entry.projected or self.base.projected_rows(
             entry.layer, entry.values, row, entry.position
@@ -140,11 +145,11 @@ class CausalWalk:
     def _attend(
         self,
         attn: Attention,
-        asking: Rows,
+        asking: LaneRows,
         q: Float[Tensor, "m h e"],
-        rows: Rows,
+        rows: LaneRows,
         keys_values: tuple[Tensor, Tensor],
-        lanes: _Lanes,
+        lanes: _Extents,
         only_read: bool,
     ) -> Float[Tensor, "m h e"]:
         """Attention of packed rows, each over the keys of its own lane.
@@ -155,6 +160,8 @@ class CausalWalk:
         base = self.base.keys_values(attn)
         z = torch.empty_like(q)
         for group in lanes.groups(rows):
+            # rows are packed and attention wants ``lane position``: ``place`` is a lane's number in
+            # the group (-1 outside), and ``slot`` a row's place in the two axes flattened
             place = torch.full_like(lanes.starts, -1)
             place[group] = torch.arange(len(group), device=group.device)
             prompts = lanes.prompts[group]
@@ -176,6 +183,7 @@ class CausalWalk:
                 column, n_columns = where - first, end - first
                 allowed = self._allowed_from(first, prompts, end)
             slot = lane * n_columns + column
+            # queries of rows that did not change stay 0: what they find is never taken out
             padded = q.new_zeros(len(group), n_columns, *q.shape[1:])
             mixed = attn.mix(_written_over(padded, slot, q[mine]), k, v, allowed)
             z[mine] = mixed.flatten(0, 1)[slot].to(z.dtype)
@@ -197,6 +205,11 @@ class CausalWalk:
         return allowed[prompts[:, None], 0, positions][:, None, :, :end]
 
 
+def _end_to_end(parts: list[Tensor]) -> Tensor:
+    """All rows one after the other; a single part is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def _written_over(
     held: Float[Tensor, "n t h e"], slot: Int[Tensor, " m"], new: Float[Tensor, "m h e"]
 ) -> Float[Tensor, "n t h e"]:
@@ -205,25 +218,32 @@ def _written_over(
 
 
 @dataclass
-class _Lanes:
-    """The lanes of a run: the prompt of each, and from which position on it differs."""
+class _Extents:
+    """From where to where the lanes of a run reach.
+
+    Attributes:
+        prompts: the prompt of each lane.
+        starts: the first position of each lane that differs from the base run.
+        ends: behind the last position that is read, of every prompt.
+    """
 
     prompts: Int[Tensor, " n"]
     starts: Int[Tensor, " n"]
     ends: Int[Tensor, " b"]
 
     @staticmethod
-    def of(entries: Sequence[Entry], prompts: Int[Tensor, " n"], ends: Tensor) -> _Lanes:
+    def of(entries: Sequence[BlockEntry], prompts: Int[Tensor, " n"], ends: Tensor) -> _Extents:
         starts = ends[prompts]
         for entry in entries:
             starts = starts.scatter_reduce(0, entry.lane, entry.position, "amin")
-        return _Lanes(prompts, starts, ends)
+        return _Extents(prompts, starts, ends)
 
-    def rows_of(self, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
+    def rows_of(self, entry: BlockEntry) -> tuple[Tensor, Tensor, Tensor]:
         """Lane and position of every row of an entry's lanes, and which of them it changes."""
         lanes = entry.lane.unique()
         starts = self.starts[lanes]
         lengths = self.ends[self.prompts[lanes]] - starts
+        # lanes of unequal lengths end to end: row i of the pack is position i - offset + start
         offsets = lengths.cumsum(0) - lengths
         index = torch.arange(len(lanes), device=lanes.device).repeat_interleave(lengths)
         position = torch.arange(len(index), device=lanes.device) - (offsets - starts)[index]
@@ -231,7 +251,7 @@ class _Lanes:
         rank[lanes] = offsets - starts
         return lanes[index], position, rank[entry.lane] + entry.position
 
-    def groups(self, rows: Rows) -> Iterator[Int[Tensor, " g"]]:
+    def groups(self, rows: LaneRows) -> Iterator[Int[Tensor, " g"]]:
         """Lanes of about the same length."""
         lanes = rows.lane.unique()
         lengths = (self.ends[self.prompts[lanes]] - self.starts[lanes]).tolist()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from einops import repeat
@@ -16,9 +16,15 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.engine.routes import FromBase, Route, Run
-from audio_lens.patching.engine.trace import HeldSource, Source, crosses_of, encoder_context
-from audio_lens.patching.sites import Site
+from audio_lens.patching.engine.routes import FromBase, Route
+from audio_lens.patching.engine.trace import (
+    HeldSource,
+    Source,
+    blocks_of,
+    crosses_of,
+    encoder_context,
+)
+from audio_lens.patching.sites import Site, in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -56,10 +62,11 @@ class Overwrites:
         where = (where & here[:, None, None]).flatten(0, 1)
         mask = _along(where, activation.ndim, site.position_dim)
         if self.units is not None:
-            units = torch.arange(activation.shape[site.unit_dim], device=device)
+            _, unit_dim = site.split
+            units = torch.arange(activation.shape[unit_dim], device=device)
             own = units == self.units[:, None].to(device)
             own = own.repeat_interleave(self.where.shape[1], dim=0)
-            mask = mask & _along(own, activation.ndim, site.unit_dim)
+            mask = mask & _along(own, activation.ndim, unit_dim)
         return torch.where(
             mask, repeat(source, "c ... -> (n c) ...", n=len(self.cells)), activation
         )
@@ -78,26 +85,19 @@ class SuffixRoute(FromBase):
     what = "all blocks from the first patched one on, with hooks that write into them"
     left_out = "earlier blocks, and what lies before the part"
 
-    def __init__(
-        self,
-        model: HookedAudioTransformer,
-        base: Run,
-        table: CellTable,
-        readout: Readout,
-        source: Source,
-    ):
-        super().__init__(model, base, table, readout)
-        layers = {layer for cell in table.cells for layer in cell.layers}
-        hooks = [site.local_hook for site in table.sites]
-        self.source = HeldSource.of(source, itertools.product(layers, hooks))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = {layer for cell in self.table.cells for layer in cell.layers}
+        hooks = [site.local_hook for site in self.table.sites]
+        self.source = HeldSource.of(self.source, itertools.product(layers, hooks))
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
-        first = min(self.table.cells[cell].layers[0] for cell in cells)
+        first = min(in_blocks(self.table.cells[cell].layers[0]) for cell in cells)
         read = self._encoder if self.table.part == "encoder" else self._decoder
         return read(cells, first).unflatten(0, (len(cells), self.batch))
 
     def _encoder(self, cells: Sequence[int], first: int) -> Float[Tensor, "nb r c"]:
-        trace, n = self.base.encoder, len(cells)
+        trace, n = self.base.trace("encoder"), len(cells)
         inputs = self.base.inputs.repeat(n)
         context = encoder_context(self.model, inputs)
         resid = repeat(trace.residuals[first], "c ... -> (n c) ...", n=n)
@@ -120,7 +120,7 @@ class SuffixRoute(FromBase):
 
     def _from_start(self, cells: Sequence[int], first: int) -> tuple[Float[Tensor, "nb t d"], int]:
         """Final hidden states from the first position on that any of the cells changes."""
-        trace, n = self.base.decoder, len(cells)
+        trace, n = self.base.trace("decoder"), len(cells)
         start = self._start(cells)
         past = self._earlier(first, start, n)
         inputs = _from_position(self.base.inputs, start).repeat(n)
@@ -140,8 +140,10 @@ class SuffixRoute(FromBase):
         past: KVCache | None = None,
     ) -> Float[Tensor, "nb t d"]:
         """Final hidden states of the decoder, from the residual stream entering a block."""
-        stack, context = self.model.decoder, self.model.decoder_context(inputs, encoded, past)
-        return stack.finish(stack.run_blocks(resid, context, first, len(stack.blocks)))
+        decoder = self.base.trace("decoder")
+        context = self.model.decoder_context(inputs, encoded, past)
+        resid = decoder.stack.run_blocks(resid, context, first, decoder.n_layers)
+        return decoder.stack.finish(resid)
 
     def _start(self, cells: Sequence[int]) -> int:
         """The first position that any of the cells changes."""
@@ -151,8 +153,8 @@ class SuffixRoute(FromBase):
 
     def _earlier(self, first: int, start: int, n: int) -> KVCache:
         """Keys and values that stay the base run's: of earlier positions, and of the memory."""
-        trace, entries = self.base.decoder, {}
-        for block in trace.stack.blocks[first:]:
+        trace, entries = self.base.trace("decoder"), {}
+        for block in blocks_of(trace.stack)[first:]:
             attentions = [(block.attn, slice(0, start))]
             if not self._patches_memory:
                 attentions += [(cross, slice(None)) for cross in crosses_of(block)]
@@ -176,29 +178,24 @@ def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
     return replace(inputs, tokens=inputs.tokens[:, start:], **later)
 
 
+@dataclass(eq=False)
 class HookedRoute(Route):
     """Whole forwards with hooks, in which the user's own hooks stay in force.
 
-    Args:
+    Attributes:
+        inputs: of the run that is patched.
         encoder_out: what the decoder receives in every cell; None runs the encoder each time.
     """
 
+    model: HookedAudioTransformer
+    inputs: AudioInputs
+    table: CellTable
+    readout: Readout
+    source: Source
+    encoder_out: Tensor | None = None
+
     what = "a whole forward with hooks"
     left_out = "nothing"
-
-    def __init__(
-        self,
-        model: HookedAudioTransformer,
-        base: AudioInputs,
-        base_logits: Float[Tensor, "b *t v"],
-        table: CellTable,
-        readout: Readout,
-        source: Source,
-        encoder_out: Tensor | None,
-    ):
-        self.model, self.inputs, self.table, self.readout = model, base, table, readout
-        self.source, self.encoder_out = source, encoder_out
-        self.base_rows = readout.of_logits(base_logits)
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         logits = self._logits(cells, Overwrites(self.table, self.source, cells).hooks())
@@ -215,15 +212,15 @@ class HookedRoute(Route):
         )
 
 
+@dataclass(eq=False)
 class BehindRoute(HookedRoute):
     """Sites of a stack that reads the final hidden states, which are the same in all cells."""
 
     what = "the stack behind the decoder, with hooks"
     left_out = "the decoder and all before it: they do not change"
 
-    def __init__(self, model: HookedAudioTransformer, base: AudioInputs, *rest: Any):
-        super().__init__(model, base, *rest)
-        self.hidden = model.decode(base, model.encode(base))
+    def __post_init__(self) -> None:
+        self.hidden = self.model.decode(self.inputs, self.model.encode(self.inputs))
 
     def _logits(self, cells: Sequence[int], hooks: list) -> Float[Tensor, "nb t v"]:
         hidden = repeat(self.hidden, "b ... -> (n b) ...", n=len(cells))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
+from fancy_einsum import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -32,12 +34,12 @@ class Readout:
     ):
         self.model, self.inputs, self.names = model, inputs, list(measures)
         self.batch, self.width = model.output_attended(inputs).shape
-        readings = list(measures.values())
-        self.reads_all = not all(isinstance(one, Reading) for one in readings)
+        readings = [one for one in measures.values() if isinstance(one, Reading)]
+        self.reads_all = len(readings) < len(measures)
         if self.reads_all:
             everywhere = torch.arange(self.width, device=model.device)
             self.positions, self.tokens = everywhere.expand(self.batch, -1), None
-            self._measures = [self._whole(one) for one in readings]
+            self._measures = [self._whole(one) for one in measures.values()]
         else:
             self._combine(readings)
 
@@ -48,13 +50,16 @@ class Readout:
         self.positions = torch.stack(  # rows that read fewer name their last position again
             [torch.cat([row, row[-1:].expand(most - len(row))]) for row in distinct]
         )
-        columns = [one.tokens for one in readings]
-        self.tokens = None if any(c is None for c in columns) else torch.cat(columns, dim=-1)
-        starts = [0]
-        for one in readings:
-            starts.append(starts[-1] + (0 if self.tokens is None else one.tokens.shape[1]))
+        columns = [one.tokens for one in readings if one.tokens is not None]
+        if len(columns) < len(readings):
+            self.tokens = None
+            self._measures = [self._part(one, slice(None)) for one in readings]
+            return
+        self.tokens = torch.cat(columns, dim=-1)
+        ends = list(itertools.accumulate((len(own.T) for own in columns), initial=0))
         self._measures = [
-            self._part(one, slice(starts[i], starts[i + 1])) for i, one in enumerate(readings)
+            self._part(one, slice(*bounds))
+            for one, bounds in zip(readings, itertools.pairwise(ends), strict=True)
         ]
 
     def _whole(self, measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -93,7 +98,8 @@ class Readout:
                 self.model.read_rows(hidden, self.inputs, prompt, position), prompt
             )
         unembed, divisor = self.model.output_stack.unembed, self.model.cfg.output.logits_divisor
-        chosen = torch.einsum("md,mcd->mc", hidden, unembed.weight[self.tokens][prompt])
+        columns = unembed.weight[self.tokens][prompt]
+        chosen = einsum("row d_model, row column d_model -> row column", hidden, columns)
         if unembed.bias is not None:
             chosen = chosen + unembed.bias[self.tokens][prompt]
         return chosen / divisor

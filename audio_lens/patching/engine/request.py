@@ -19,8 +19,13 @@ from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
-from audio_lens.patching.engine.routes import ConnectorRoute, DecoderRoute, EncoderRoute, Route
-from audio_lens.patching.engine.trace import is_known
+from audio_lens.patching.engine.routes import (
+    ConnectorRoute,
+    DecoderRoute,
+    EncoderRoute,
+    FromBase,
+)
+from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
 from audio_lens.patching.sites import parts_from
 from audio_lens.patching.spec import SweepSpec
 
@@ -67,7 +72,7 @@ class Request:
         return list(self.model.list_hooks(dir="fwd"))
 
     @cached_property
-    def route(self) -> type[Route]:
+    def route(self) -> type[FromBase] | type[HookedRoute]:
         """The way in which all cells are computed."""
         if self.hooked or self.model.is_split or self.whole_because:
             return HookedRoute
@@ -90,10 +95,10 @@ class Request:
         """What, from the sites on, the engine cannot take apart; empty for nothing."""
         parts, sites = parts_from(self.model, self.table.part), self.table.sites
         for part in parts:
-            if not is_known(getattr(self.model, part)):
+            if not is_known(stack_of(self.model, part)):
                 return f"the {part}"
         in_blocks = [site for site in sites if site.n_layers is not None]
-        blocks = getattr(self.model, parts[0]).blocks if parts else ()
+        blocks = blocks_of(stack_of(self.model, parts[0])) if parts else ()
         return ", ".join(str(s) for s in in_blocks if not all(is_entered(s, b) for b in blocks))
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,17 +15,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.hooks import HookPoint, local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import CellTable
-from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Window
-from audio_lens.patching.engine.causal import CausalWalk, Rows
-from audio_lens.patching.engine.changes import Changes, Entry, Lanes, changes_of
+from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Complement, Window
+from audio_lens.patching.engine.causal import CausalWalk, LaneRows
+from audio_lens.patching.engine.changes import KEYS, BlockEntry, Changes, LanePatches
+from audio_lens.patching.engine.key_changes import KeyChanges
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace
+from audio_lens.patching.engine.row_changes import RowChanges, UnitChanges
+from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, keeping
+from audio_lens.patching.sites import Site, in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
+
+_COMPLEMENT_SHARE = 0.4  # of the working memory
 
 
 @dataclass
@@ -63,7 +66,8 @@ class Run:
         """
         connector: dict[str, Tensor] = {}
         encoder = None
-        with _connector_kept(model, connector if part == "connector" else None):
+        ends = ("hook_in", "hook_out") if part == "connector" else ()
+        with model.hooks([(f"connector.{end}", keeping(connector, end)) for end in ends]):
             if part == "encoder":
                 encoder = Trace.of_encoder(model, inputs, keep)
                 encoded = model.send_rows(encoder.residuals[-1], inputs)
@@ -78,19 +82,27 @@ class Run:
         return Run(inputs, encoded, encoder, connector, decoder)
 
     def trace(self, part: str) -> Trace:
-        return self.encoder if part == "encoder" else self.decoder
+        """The run of the encoder or of the decoder.
+
+        Raises:
+            ValueError: if it was not kept, or there is no such part.
+        """
+        trace = self.encoder if part == "encoder" else self.decoder
+        if trace is None:
+            raise ValueError(f"this run holds nothing of the {part}")
+        return trace
 
     @property
     def hidden(self) -> Float[Tensor, "b t d"]:
         """The final hidden states."""
         if self.decoder is None:
-            return self.encoded
+            return heard(self.encoded)
         return self.decoder.stack.finish(self.decoder.residuals[-1])
 
     def keep(self, part: str) -> Run:
         """Drop what a source of this part's activations does not need."""
         if part == "decoder":
-            self.decoder.forget_keys_values()
+            self.trace(part).forget_keys_values()
         elif self.decoder is not None:
             self.decoder.forget()
         return self
@@ -103,21 +115,15 @@ class Run:
         return sum(traces) + sum(x.nbytes for x in others if x is not None)
 
 
-@contextmanager
-def _connector_kept(
-    model: HookedAudioTransformer, kept: dict[str, Tensor] | None
-) -> Iterator[None]:
-    """Keep what passes the connector's ends."""
-    if kept is None:
-        yield
-        return
+def heard(encoded: Float[Tensor, "b s d"] | None) -> Float[Tensor, "b s d"]:
+    """What an encoder gave, of a model that has one.
 
-    def keep(tensor: Tensor, hook: HookPoint) -> None:
-        kept[local_name(hook.name)] = tensor
-
-    keep.only_reads = True
-    with model.hooks([("connector.hook_in", keep), ("connector.hook_out", keep)]):
-        yield
+    Raises:
+        ValueError: for None.
+    """
+    if encoded is None:
+        raise ValueError("nothing is heard without an encoder")
+    return encoded
 
 
 class Route(ABC):
@@ -125,26 +131,39 @@ class Route(ABC):
 
     Attributes:
         what, left_out: what it re-runs and what not, for people.
-        base_rows: what the metrics read of the base run.
     """
 
     what: str
     left_out: str
-    base_rows: Float[Tensor, "b r c"]
 
     @abstractmethod
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         """What is read of every cell's run."""
 
 
+@dataclass(eq=False)
 class FromBase(Route):
-    """A route that starts from a base run and writes over what it read."""
+    """A route that starts from a base run and writes over what it read.
 
-    def __init__(
-        self, model: HookedAudioTransformer, base: Run, table: CellTable, readout: Readout
-    ):
-        self.model, self.base, self.table, self.readout = model, base, table, readout
-        self.base_rows = readout.of_run(base.hidden)
+    Attributes:
+        base_rows: what the metrics read of the base run.
+        free_bytes: working memory beside the unpatched runs, of which a route may hold a share.
+    """
+
+    model: HookedAudioTransformer
+    base: Run
+    table: CellTable
+    readout: Readout
+    source: Source
+    free_bytes: float | int
+
+    def __post_init__(self) -> None:
+        self.base_rows = self.readout.of_run(self.base.hidden)
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether cells patch single heads or neurons."""
+        return self.table.site.unit in self.table.axes
 
     @property
     def batch(self) -> int:
@@ -161,22 +180,25 @@ class FromBase(Route):
 
     def _entries(
         self, changes: Changes, cells: Sequence[int], reach: int | None = None
-    ) -> tuple[list[Entry], Int[Tensor, " n"]]:
+    ) -> tuple[list[BlockEntry], Int[Tensor, " n"]]:
         """What cells change in ``cell * rows + row`` lanes, and the base run's row of each lane."""
         where = self.table.where(cells)[..., :reach]
         n_rows, units = where.shape[1], self.table.units(cells)
         rows = torch.arange(n_rows, device=where.device).repeat(len(cells))
         own_units = None if units is None else units.repeat_interleave(n_rows)
-        lanes = Lanes(rows, where.flatten(0, 1), own_units)
+        lanes = LanePatches(rows, where.flatten(0, 1), own_units)
+        # `Changes` holds tables of one block at a time, so cells come block by block; each entry
+        # then takes the numbers that its lanes have among all
         entries = []
         for layer, own in _by_layer(self.table, cells, where.device):
             index = (own[:, None] * n_rows + rows[:n_rows]).flatten()
             entries.append(changes.entry(layer, lanes[index]).of_lanes(index))
         return entries, rows
 
-    def _filled(self, rows: Rows, n_cells: int) -> Float[Tensor, "n b r c"]:
+    def _filled(self, rows: LaneRows, n_cells: int) -> Float[Tensor, "n b r c"]:
         """The base run's rows, with those that were computed written over."""
         prompts = self._lane_prompts(n_cells)[rows.lane]
+        # a row that no lane computed is the base run's, and so is what the metrics read of it
         filled = self._as_base(n_cells)
         slots = self.readout.slots[prompts, rows.position]
         read = self.readout.logits(rows.x, prompts, rows.position)
@@ -190,18 +212,11 @@ class DecoderRoute(FromBase):
     what = "decoder blocks from the patched one on, positions from the first changed one on"
     left_out = "the encoder, earlier blocks, earlier positions: they do not change"
 
-    def __init__(
-        self,
-        model: HookedAudioTransformer,
-        base: Run,
-        table: CellTable,
-        readout: Readout,
-        source: Source,
-    ):
-        super().__init__(model, base, table, readout)
-        self.walk = CausalWalk(base.decoder, readout)
-        by_unit = table.site.unit in table.axes
-        self.changes = changes_of(table.site, base.decoder, source, by_unit, readout.demanded)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decoder, demanded = self.base.trace("decoder"), self.readout.demanded
+        self.walk = CausalWalk(decoder, self.readout)
+        self.changes = changes_of(self.table.site, decoder, self.source, self.by_unit, demanded)
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         entries, prompts = self._entries(self.changes, cells)
@@ -211,14 +226,12 @@ class DecoderRoute(FromBase):
 class _AudioRoute(FromBase):
     """Sites before the decoder: what it receives changes, and it runs as far as that matters."""
 
-    def __init__(
-        self, model: HookedAudioTransformer, base: Run, table: CellTable, readout: Readout
-    ):
-        super().__init__(model, base, table, readout)
-        self.by_cross_attention = model.decoder_needs_encoder
-        if base.decoder is not None and not self.by_cross_attention:
-            self.walk = CausalWalk(base.decoder, readout)
-            self.places = model.audio_places(base.inputs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.by_cross_attention = self.model.decoder_needs_encoder
+        if self.base.decoder is not None and not self.by_cross_attention:
+            self.walk = CausalWalk(self.base.decoder, self.readout)
+            self.places = self.model.audio_places(self.base.inputs)
 
     def _heard(
         self,
@@ -236,13 +249,18 @@ class _AudioRoute(FromBase):
             return filled.unflatten(0, (n_cells, self.batch))
         if self.by_cross_attention:
             if changed is not None:
-                encoded = torch.where(changed[..., None], encoded, self.base.encoded[clip])
+                own = heard(self.base.encoded)[clip]
+                encoded = torch.where(changed[..., None], encoded, own)
             return self._filled(self._read_by_attention(cell, clip, encoded), n_cells)
         merged = self._merged(cell, clip, changed, encoded)
         return self._filled(self.walk.run([merged], self._lane_prompts(n_cells)), n_cells)
 
-    def _merged(self, cell: Tensor, clip: Tensor, changed: Tensor | None, encoded: Tensor) -> Entry:
+    def _merged(
+        self, cell: Tensor, clip: Tensor, changed: Tensor | None, encoded: Tensor
+    ) -> BlockEntry:
         """The audio positions of an LLM's prompt that differ."""
+        # a clip may stand at several places of a prompt, and a prompt hold several clips: every
+        # pair of a changed clip and a place of it is one row
         places = self.places
         place = (places.clip == clip[:, None]).nonzero()
         index = places.index[place[:, 1]]
@@ -251,13 +269,13 @@ class _AudioRoute(FromBase):
             place, index = place[kept], index[kept]
         row, position = places.row[place[:, 1]], places.position[place[:, 1]]
         lane = cell[place[:, 0]] * self.batch + row
-        heard = encoded[place[:, 0], index]
-        values = self.model.enter_audio(heard, self.base.inputs, row, position)
-        return Entry(0, lane, position, values)
+        entering = encoded[place[:, 0], index]
+        values = self.model.enter_audio(entering, self.base.inputs, row, position)
+        return BlockEntry(0, lane, position, values)
 
-    def _read_by_attention(self, cell: Tensor, prompt: Tensor, encoded: Tensor) -> Rows:
+    def _read_by_attention(self, cell: Tensor, prompt: Tensor, encoded: Tensor) -> LaneRows:
         """The rows read when every lane's cross-attention reads its own encoder output."""
-        base = self.base.decoder
+        base = self.base.trace("decoder")
         masks = (base.context.allowed, base.context.memory_allowed)
         own, readable = (None if mask is None else mask[prompt] for mask in masks)
         context = AbsorbedMemory(allowed=own, memory=encoded, memory_allowed=readable)
@@ -265,7 +283,7 @@ class _AudioRoute(FromBase):
         read = self.readout.demanded[prompt]
         index, position = read.nonzero(as_tuple=True)
         hidden = base.stack.finish(resid[index, position][None])[0]
-        return Rows(cell[index] * self.batch + prompt[index], position, hidden)
+        return LaneRows(cell[index] * self.batch + prompt[index], position, hidden)
 
 
 class ConnectorRoute(_AudioRoute):
@@ -274,19 +292,12 @@ class ConnectorRoute(_AudioRoute):
     what = "the connector's changed positions, then the decoder from the first of them on"
     left_out = "the encoder, and positions before the changed ones"
 
-    def __init__(
-        self,
-        model: HookedAudioTransformer,
-        base: Run,
-        table: CellTable,
-        readout: Readout,
-        source: Source,
-    ):
-        super().__init__(model, base, table, readout)
-        name = table.site.local_hook
-        self.given, self.old = source.at(None, name), base.connector[name]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.table.site.local_hook
+        self.given, self.old = self.source.at(None, name), self.base.connector[name]
         self.differs = (self.given != self.old).any(-1)
-        self.is_local = table.site.positions_of == "connector"  # else positions become others
+        self.is_local = self.table.site.positions_of == "connector"  # else positions become others
         segments = torch.arange(len(self.given), device=self.given.device)
         if self.is_local:
             is_out = name == "hook_out"
@@ -307,6 +318,7 @@ class ConnectorRoute(_AudioRoute):
         if len(cell) == 0:
             return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
         where = where[cell, clip]
+        # where every position passes the connector alone, all were carried once, beforehand
         if self.is_local:
             return self._heard(len(cells), cell, clip, where, self.new[clip])
         mixed = torch.where(where[..., None], self.given[clip], self.old[clip])
@@ -319,20 +331,13 @@ class EncoderRoute(_AudioRoute):
     what = "encoder blocks from the patched one on, then what lies behind them"
     left_out = "earlier encoder blocks, padding that nothing reads, the text before the audio"
 
-    def __init__(
-        self,
-        model: HookedAudioTransformer,
-        base: Run,
-        table: CellTable,
-        readout: Readout,
-        source: Source,
-        n_held: int,
-    ):
-        super().__init__(model, base, table, readout)
-        by_unit = table.site.unit in table.axes
-        self.reach = base.encoder.n_positions
-        self.changes = changes_of(table.site, base.encoder, source, by_unit)
-        self.encoder_walk = BidirectionalWalk(base.encoder, self._windows(), n_held)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        encoder = self.base.trace("encoder")
+        self.reach = encoder.n_positions
+        self.changes = changes_of(self.table.site, encoder, self.source, self.by_unit)
+        held = int(_COMPLEMENT_SHARE * self.free_bytes // Complement.n_bytes_of_window(encoder))
+        self.encoder_walk = BidirectionalWalk(encoder, self._windows(), held)
 
     def _windows(self) -> list[list[Window]]:
         """The stretches of positions that cells patch, clip by clip."""
@@ -362,7 +367,20 @@ def _by_layer(
     table: CellTable, cells: Sequence[int], device: torch.device
 ) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
     """The cells of every layer among some, as indices into them."""
-    layers = [table.cells[cell].layers[0] for cell in cells]
+    layers = [in_blocks(table.cells[cell].layers[0]) for cell in cells]
     for layer in sorted(set(layers)):
         own = [i for i, other in enumerate(layers) if other == layer]
         yield layer, torch.tensor(own, device=device)
+
+
+def changes_of(
+    site: Site,
+    base: Trace,
+    source: Source,
+    by_unit: bool,
+    demanded: Bool[Tensor, "b t"] | None = None,
+) -> Changes:
+    """The changes of a site, unit by unit or all units at once."""
+    if site.last in KEYS:
+        return KeyChanges(site, base, source, demanded)
+    return (UnitChanges if by_unit else RowChanges)(site, base, source, demanded)

@@ -11,6 +11,7 @@ import torch
 
 from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.request import Request
+from audio_lens.patching.engine.trace import blocks_of, stack_of
 from audio_lens.patching.engine.work import Costs, Shape
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.timeline import Timeline
@@ -127,7 +128,7 @@ class Schedule:
 
 def _holds_bias(model: HookedAudioTransformer) -> bool:
     """Whether the encoder adds to its attention scores, which then are as large as patterns."""
-    blocks = () if model.cfg.encoder is None else model.encoder.blocks
+    blocks = [] if model.cfg.encoder is None else blocks_of(stack_of(model, "encoder"))
     attentions = [getattr(block, "attn", None) for block in blocks]
     return any(getattr(attn, "is_biased", False) for attn in attentions)
 

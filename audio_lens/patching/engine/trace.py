@@ -7,17 +7,19 @@ activation of a block is computed again when somebody asks, one block at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
+from fancy_einsum import einsum
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from audio_lens.hooks import HookFn, HookPoint, local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import Attention, Block, Context, KVCache, Stack
+from audio_lens.patching.sites import in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -28,7 +30,7 @@ def is_known(stack: Stack) -> bool:
 
     Only such stacks can be taken apart; others run from block to block.
     """
-    blocks = list(stack.blocks)
+    blocks = blocks_of(stack)
     attentions = [attn for block in blocks for attn in (block.attn, *crosses_of(block))]
     return (
         type(stack).run_blocks is Stack.run_blocks
@@ -38,9 +40,20 @@ def is_known(stack: Stack) -> bool:
     )
 
 
-def crosses_of(block: nn.Module) -> list[Attention]:
+def stack_of(model: HookedAudioTransformer, part: str) -> Stack:
+    """The blocks of a part and what stands around them."""
+    return getattr(model, part)
+
+
+def blocks_of(stack: Stack) -> list[Block]:
+    """The blocks of a stack: those of a kind of their own, which `is_known` tells, too."""
+    return cast("list[Block]", list(stack.blocks))
+
+
+def crosses_of(block: Block) -> list[Attention]:
     """The cross-attention of a block; none where it has none."""
-    return [block.cross_attn] if hasattr(block, "cross_attn") else []
+    cross = getattr(block, "cross_attn", None)
+    return [] if cross is None else [cross]
 
 
 @dataclass
@@ -75,10 +88,10 @@ class Trace:
         """
         context = replace(context, past=KVCache())
         residuals, kept = [resid], {}
-        stack = getattr(model, part)
+        stack = stack_of(model, part)
         layers = range(len(stack.blocks))
         names = [f"{part}.blocks.{layer}.{name}" for layer in layers for name in keep]
-        with model.hooks([(name, _keeping(kept)) for name in names]):
+        with model.hooks([(name, keeping(kept, name)) for name in names]):
             for layer in layers:
                 residuals.append(stack.run_blocks(residuals[-1], context, layer, layer + 1))
         return Trace(model, part, context, residuals, kept)
@@ -104,18 +117,36 @@ class Trace:
 
     @property
     def stack(self) -> Stack:
-        return getattr(self.model, self.part)
+        return stack_of(self.model, self.part)
 
     @property
     def n_layers(self) -> int:
         return len(self.stack.blocks)
 
     def block(self, layer: int) -> Block:
-        return self.stack.blocks[layer]
+        return blocks_of(self.stack)[layer]
+
+    @property
+    def past(self) -> KVCache:
+        """The keys and values of all its attentions.
+
+        Raises:
+            ValueError: where the context came without a cache; `Trace.of` gives one.
+        """
+        if self.context.past is None:
+            raise ValueError("this run kept no keys and values")
+        return self.context.past
 
     def keys_values(self, attn: Attention) -> tuple[Tensor, Tensor]:
-        """Keys (rotated) and values that this attention saw, ``b k kv e`` each."""
-        return self.context.past.get(attn.name)
+        """Keys (rotated) and values that this attention saw, ``b k kv e`` each.
+
+        Raises:
+            ValueError: if they were forgotten.
+        """
+        held = self.past.get(attn.name)
+        if held is None:
+            raise ValueError(f"the keys and values of {attn.name} are not held")
+        return held
 
     def projected(self, layer: int, resid: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a residual stream entering a block."""
@@ -132,7 +163,8 @@ class Trace:
         """The same for packed rows, ``m h e`` each."""
         block = self.block(layer)
         rotary = self.rotary_of(row, position)
-        return tuple(x[0] for x in block.attn.project(block.reads(resid[None]), rotary))
+        q, k, v = block.attn.project(block.reads(resid[None]), rotary)
+        return q[0], k[0], v[0]
 
     def bias(self, attn: Attention, layer: int) -> Float[Tensor, "b h q k"] | None:
         """What is added to the scores of a block's attention."""
@@ -146,9 +178,9 @@ class Trace:
         """Rotary positions of packed rows."""
         if self.context.rotary is None:
             return None
-        shared = len(self.context.rotary[0]) == 1
-        at = torch.zeros_like(row) if shared else row
-        return tuple(angle[at, position][None] for angle in self.context.rotary)
+        cos, sin = self.context.rotary
+        at = torch.zeros_like(row) if len(cos) == 1 else row
+        return cos[at, position][None], sin[at, position][None]
 
     def at(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Activations of a block under its local names, ``attn.hook_z`` ..."""
@@ -170,10 +202,10 @@ class Trace:
 
     def _run_again(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        hooks = [(self._full(layer, name), _keeping(found)) for name in names]
+        hooks = [(self._full(layer, name), keeping(found, name)) for name in names]
         with self.model.hooks(hooks):
             self.block(layer)(self.residuals[layer], self._context_again(layer))
-        return {name: found[self._full(layer, name)] for name in names}
+        return found
 
     def _context_again(self, layer: int) -> Context:
         """A context for running a block once more, which remembers what the memory gave."""
@@ -189,7 +221,7 @@ class Trace:
     def n_bytes(self) -> int:
         """Memory that is held."""
         held = [*self.residuals, *self.kept.values()]
-        return sum(x.nbytes for x in held) + self.context.past.n_bytes
+        return sum(x.nbytes for x in held) + self.past.n_bytes
 
     def forget(self) -> None:
         """Drop everything that is held."""
@@ -199,7 +231,7 @@ class Trace:
 
     def forget_keys_values(self) -> None:
         """Drop the keys and values of self-attention, which only a base run needs."""
-        crosses = [attn for block in self.stack.blocks for attn in crosses_of(block)]
+        crosses = [attn for block in blocks_of(self.stack) for attn in crosses_of(block)]
         kept = {cross.name: self.keys_values(cross) for cross in crosses}
         self.context = replace(self.context, past=KVCache(kept))
 
@@ -211,16 +243,16 @@ def encoder_context(model: HookedAudioTransformer, inputs: AudioInputs) -> Conte
     return replace(
         context,
         allowed=None if allowed is None else allowed[..., :reach, :reach],
-        rotary=None if rotary is None else tuple(angle[:, :reach] for angle in rotary),
+        rotary=None if rotary is None else (rotary[0][:, :reach], rotary[1][:, :reach]),
         position_bias=None if bias is None else bias[:, :reach, :reach],
     )
 
 
-def _keeping(kept: dict[str, Tensor]) -> HookFn:
-    """A hook that puts what it sees into a dict."""
+def keeping(kept: dict[str, Tensor], name: str) -> HookFn:
+    """A hook that puts what it sees into a dict, under a name."""
 
     def keep(tensor: Tensor, hook: HookPoint) -> None:
-        kept[hook.name] = tensor
+        kept[name] = tensor
 
     keep.only_reads = True
     return keep
@@ -232,6 +264,7 @@ class Source(Protocol):
 
     def at(self, layer: int | None, name: str) -> Tensor:
         """The activation of a hook point, by its block and its name in there."""
+        ...
 
 
 @dataclass
@@ -241,7 +274,7 @@ class RunSource:
     trace: Trace
 
     def at(self, layer: int | None, name: str) -> Tensor:
-        return self.trace.at(layer, [name])[name]
+        return self.trace.at(in_blocks(layer), [name])[name]
 
 
 @dataclass
@@ -294,9 +327,13 @@ class HeldSource:
 
 @dataclass
 class PackedRows(Context):
-    """A context for rows picked from several prompts and packed into one."""
+    """A context for rows picked from several prompts and packed into one.
 
-    prompts: Tensor | None = None
+    Attributes:
+        prompts: that of every row.
+    """
+
+    prompts: Int[Tensor, " m"] = field(kw_only=True)
 
     @staticmethod
     def of(trace: Trace, prompts: Tensor) -> PackedRows:
@@ -330,12 +367,29 @@ class AbsorbedMemory(Context):
     def read(self, attn: Attention, q: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
         if q.shape[1] >= attn.d_head or attn.group > 1:
             return super().read(attn, q)
-        b, t, h, _ = q.shape
-        asked = torch.einsum("bthe,hde->bthd", q * attn.scale, attn.W_K)
-        scores = asked.reshape(b, t * h, -1) @ self.memory.transpose(-1, -2)
+        if self.memory is None:
+            raise ValueError("a context without memory has nothing to read")
+        asked = einsum(
+            "batch query head d_head, head d_model d_head -> batch query head d_model",
+            q * attn.scale,
+            attn.W_K,
+        )
+        scores = einsum(
+            "batch query head d_model, batch key d_model -> batch query head key",
+            asked,
+            self.memory,
+        )
         if self.memory_allowed is not None:
-            scores = scores.masked_fill(~self.memory_allowed[:, 0], -torch.inf)
-        found = (attn.pattern_of(scores) @ self.memory).view(b, t, h, -1)
-        z = torch.einsum("bthd,hde->bthe", found, attn.W_V)
+            scores = scores.masked_fill(~self.memory_allowed, -torch.inf)
+        found = einsum(
+            "batch query head key, batch key d_model -> batch query head d_model",
+            attn.pattern_of(scores),
+            self.memory,
+        )
+        z = einsum(
+            "batch query head d_model, head d_model d_head -> batch query head d_head",
+            found,
+            attn.W_V,
+        )
         bias = attn.v_proj.bias
-        return z if bias is None else z + rearrange(bias, "(h e) -> h e", h=h)
+        return z if bias is None else z + rearrange(bias, "(h e) -> h e", h=attn.n_heads)

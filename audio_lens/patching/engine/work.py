@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from audio_lens.models.layers import PartConfig
+from audio_lens.patching.sites import in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -134,12 +135,12 @@ class Costs:
         if self._is_behind:
             return others
         if self.part == "decoder":
-            return others + self.shape.prompts * self._decoder_from(layer, start)
+            return others + self.shape.prompts * self._decoder_from(in_blocks(layer), start)
         heard = others + self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
         if self.part == "connector":
             return heard
         cfg, frames = self.cfg.encoder, self.shape.frames
-        layers = cfg.n_layers - layer
+        layers = cfg.n_layers - in_blocks(layer)
         return heard + self.shape.clips * stack_flops(cfg, frames, frames, layers)
 
     def rows(self, start: int) -> int:
