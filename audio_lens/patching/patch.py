@@ -157,7 +157,7 @@ class _Edit:
         units = _units(model, site, patch)
         if site.unit is not None:
             mask = mask & _spread(units, site, site.split[1])
-        given = None if _is_inputs(model, patch.source) else _given(patch.source, names)
+        given = None if _is_inputs(patch.source, model) else _given(patch.source, names)
         for name, value in (given or {}).items():
             check_shape(name, value, site, positions.shape, len(units))
         return _Edit(patch, site, names, mask.to(inputs.device), reached, given)
@@ -277,7 +277,7 @@ def _given(source: Source, names: tuple[str, ...]) -> Values:
 
 
 def _is_inputs(
-    model: HookedAudioTransformer, source: Source
+    source: Source, model: HookedAudioTransformer
 ) -> TypeGuard[AudioInputs | Mapping[str, Any]]:
     """Whether the source has to run first."""
     is_mapping = isinstance(source, Mapping)
@@ -319,7 +319,7 @@ def _run_sources(
     distinct = {id(edit.patch.source): edit.patch.source for edit in edits}
     runs = {}
     for key, source in distinct.items():
-        if _is_inputs(model, source):
+        if _is_inputs(source, model):
             given = model.as_inputs(source)
             check_pair(model, inputs, given, ("the inputs", "the source"))
             own = [edit for edit in edits if id(edit.patch.source) == key]

@@ -307,7 +307,7 @@ class ConnectorRoute(_AudioRoute):
         self, x: Float[Tensor, "a t d"], segment: Int[Tensor, " a"]
     ) -> Float[Tensor, "a s d2"]:
         """What the connector makes of its inputs, each of a given segment."""
-        cfg, length = self.model.cfg.encoder, self.model.encoder_length(self.base.inputs)
+        cfg, length = self.model.cfg.need_encoder, self.model.encoder_length(self.base.inputs)
         overwritten = x.new_zeros(len(x), length, cfg.d_model)
         with self.model.hooks([("connector.hook_in", lambda _, hook: x)]):
             return self.model.send_rows(overwritten, self.base.inputs, segment)

@@ -139,7 +139,7 @@ class Costs:
         heard = others + self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
         if self.part == "connector":
             return heard
-        cfg, frames = self.cfg.encoder, self.shape.frames
+        cfg, frames = self.cfg.need_encoder, self.shape.frames
         layers = cfg.n_layers - in_blocks(layer)
         return heard + self.shape.clips * stack_flops(cfg, frames, frames, layers)
 
@@ -172,7 +172,7 @@ class Costs:
         return positions * row_bytes(cfg, self.itemsize) + 2 * pairs * self.itemsize
 
     def _decoder_bytes(self, start: int, explicit: bool) -> int:
-        shape, cfg = self.shape, self.cfg.decoder
+        shape, cfg = self.shape, self.cfg.need_decoder
         rows = shape.prompts * max(1, shape.tokens - (0 if self.whole else start))
         d_q = cfg.n_heads * cfg.d_head
         lane = shape.prompts * shape.tokens * (5 * d_q * self.itemsize + 5 * shape.tokens)
@@ -181,7 +181,7 @@ class Costs:
 
     def _encoder_bytes(self, explicit: bool) -> int:
         """Also of what cross-attention makes of the encoder."""
-        shape, cfg = self.shape, self.cfg.encoder
+        shape, cfg = self.shape, self.cfg.need_encoder
         total = shape.clips * shape.frames * row_bytes(cfg, self.itemsize)
         total += shape.prompts * shape.memory * cfg.d_model * 2 * self.itemsize
         heads = 2 * cfg.n_heads if explicit else 0
