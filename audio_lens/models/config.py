@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
-from audio_lens.models.layers import PartConfig
+from audio_lens.models.layers import PartConfig, needed
 
 OutputKind = Literal["tokens", "streams", "ctc", "classes", None]
 TEXT = "text"  # the stream that a tokenizer writes; of several writing stacks, the decoder's
@@ -109,16 +109,34 @@ class AudioConfig:
         return self.decoder
 
     @property
+    def need_n_mels(self) -> int:
+        """Mel bins of the features.
+
+        Raises:
+            InputError: where the model hears waveforms, or codes.
+        """
+        return needed(self.n_mels, f"{self.family} hears no mel bins")
+
+    @property
+    def need_n_frames(self) -> int:
+        """Feature steps of a segment.
+
+        Raises:
+            InputError: where segments may have any length.
+        """
+        return needed(self.n_frames, f"segments of {self.family} have no fixed length")
+
+    @property
     def output(self) -> PartConfig:
         """The part that makes the output."""
-        return self.decoder or self.encoder
+        return self.need_encoder if self.decoder is None else self.decoder
 
     @property
     def n_unembedded(self) -> int:
         """How many columns of the output, the first ones, are an unembedding of hidden states."""
         if self.output_kind in (None, "classes"):
             return 0
-        return self.columns(TEXT).stop if self.further_decoders else self.output.d_vocab
+        return self.columns(TEXT).stop if self.further_decoders else self.output.need_d_vocab
 
     @property
     def step_s(self) -> float:

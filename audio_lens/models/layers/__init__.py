@@ -12,7 +12,7 @@ from audio_lens.models.layers.blocks import (
     PreNormBlock,
     Stack,
 )
-from audio_lens.models.layers.config import PartConfig
+from audio_lens.models.layers.config import PartConfig, needed
 from audio_lens.models.layers.context import Context, KVCache, causal_mask, padding_mask
 from audio_lens.models.layers.mlp import MLP, GatedMLP, bias_of, multiplied
 from audio_lens.models.layers.norms import NORMS, LayerNorm, RMSNorm
@@ -39,6 +39,7 @@ __all__ = [
     "bias_of",
     "causal_mask",
     "multiplied",
+    "needed",
     "padding_mask",
     "rotate",
 ]

@@ -28,6 +28,7 @@ class Attention(nn.Module):
     """
 
     is_biased: ClassVar[bool] = False
+    name: str  # of its place in the model; set by `setup`
 
     def __init__(self, cfg: PartConfig, causal: bool, d_memory: int | None = None):
         super().__init__()
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         earlier = context.past.get(self.name) if context.past is not None else None
         if earlier is not None:
             return earlier
-        k, v = self.keys_values(context.memory)
+        k, v = self.keys_values(context.need_memory)
         return context.past.append(self.name, k, v) if context.past is not None else (k, v)
 
     def mix(

@@ -19,7 +19,8 @@ from audio_lens.models.layers.attention import Attention
 from audio_lens.models.layers.config import PartConfig
 from audio_lens.models.layers.context import Context
 from audio_lens.models.layers.mlp import MLP, GatedMLP
-from audio_lens.models.layers.norms import NORMS
+from audio_lens.models.layers.norms import NORMS, Norm
+from audio_lens.models.layers.rotary import Rotary
 
 
 class Block(nn.Module, ABC):
@@ -41,7 +42,8 @@ class Block(nn.Module, ABC):
     def __init__(self, cfg: PartConfig):
         super().__init__()
         norm = NORMS[cfg.normalization_type]
-        self.ln1, self.ln2 = norm(cfg.d_model, cfg.eps), norm(cfg.d_model, cfg.eps)
+        self.ln1: Norm = norm(cfg.d_model, cfg.eps)
+        self.ln2: Norm = norm(cfg.d_model, cfg.eps)
         self.attn = self.attention(cfg, causal=cfg.causal)
         self.mlp = self.make_mlp(cfg)
         self.hook_resid_pre = HookPoint(borrowed=True)  # what the block before gave
@@ -181,9 +183,14 @@ class Stack(nn.Module):
 
     Attributes:
         frames_pooled: how many positions `finish` makes one of.
+        token_embed, rotary, unembed: of the stacks that read tokens, turn queries and keys by
+            their positions, and write; others lack them.
     """
 
     frames_pooled: ClassVar[int] = 1
+    token_embed: nn.Embedding
+    rotary: Rotary
+    unembed: nn.Linear
 
     def __init__(self, cfg: PartConfig, block: type[Block]):
         super().__init__()
@@ -191,8 +198,16 @@ class Stack(nn.Module):
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(block(cfg) for _ in range(cfg.n_layers))
         if cfg.final_norm:
-            self.ln_final = NORMS[cfg.normalization_type](cfg.d_model, cfg.eps)
+            self.ln_final: Norm = NORMS[cfg.normalization_type](cfg.d_model, cfg.eps)
         self.hook_out = HookPoint(borrowed=not cfg.final_norm)
+
+    def embed(self, *heard: Tensor | None) -> Float[Tensor, "b t d"]:
+        """The residual stream entering block 0, from what the stack hears or reads.
+
+        Raises:
+            NotImplementedError: in stacks that something else must enter.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no embedding of its own")
 
     def run_blocks(
         self, resid: Float[Tensor, "b t d"], context: Context, start: int, stop: int

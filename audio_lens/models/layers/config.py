@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+
+from audio_lens.inputs import InputError
+
+Value = TypeVar("Value")
+
+
+def needed(value: Value | None, lacking: str) -> Value:
+    """The value.
+
+    Raises:
+        InputError: if there is none; ``lacking`` says what that means.
+    """
+    if value is None:
+        raise InputError(lacking)
+    return value
 
 
 @dataclass
@@ -63,3 +78,21 @@ class PartConfig:
     model_name: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+
+    @property
+    def need_n_ctx(self) -> int:
+        """The most positions.
+
+        Raises:
+            InputError: if the part takes any number.
+        """
+        return needed(self.n_ctx, "this part takes any number of positions: n_ctx is None")
+
+    @property
+    def need_d_vocab(self) -> int:
+        """The size of the vocabulary.
+
+        Raises:
+            InputError: if the part has none.
+        """
+        return needed(self.d_vocab, "this part has no vocabulary: d_vocab is None")

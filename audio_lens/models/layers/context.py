@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audio_lens.inputs import InputError
+
 
 @runtime_checkable
 class MemoryReader(Protocol):
@@ -69,6 +71,28 @@ class Context:
     memory_allowed: Bool[Tensor, "b 1 1 s"] | None = None
     past: KVCache | None = None
     position_bias: Float[Tensor, "h q k"] | None = None
+
+    @property
+    def need_memory(self) -> Float[Tensor, "b s d"]:
+        """What cross-attention reads.
+
+        Raises:
+            InputError: if nothing was encoded.
+        """
+        if self.memory is None:
+            raise InputError("cross-attention reads the encoder, and it did not run: pass inputs=")
+        return self.memory
+
+    @property
+    def need_position_bias(self) -> Float[Tensor, "h q k"]:
+        """What is added to the scores of all rows.
+
+        Raises:
+            InputError: if the stack that runs gave none.
+        """
+        if self.position_bias is None:
+            raise InputError("these blocks need the position bias of their stack in the context")
+        return self.position_bias
 
     def read(self, attn: MemoryReader, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q h e"]:
         """What cross-attention finds in the memory."""

@@ -10,7 +10,13 @@ from transformers.activations import ACT2FN
 
 from audio_lens.hooks import HookPoint
 from audio_lens.models.layers.blocks import PreNormBlock
-from audio_lens.models.layers.config import PartConfig
+from audio_lens.models.layers.config import PartConfig, needed
+
+_NONE = "this part has no experts: n_experts and n_experts_per_token are None"
+
+
+def _n_experts(cfg: PartConfig) -> int:
+    return needed(cfg.n_experts, _NONE)
 
 
 class Experts(nn.Module):
@@ -23,8 +29,9 @@ class Experts(nn.Module):
     def __init__(self, cfg: PartConfig):
         super().__init__()
         self.act = ACT2FN[cfg.act_fn]
-        self.gate_up_proj = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.d_mlp, cfg.d_model))
-        self.down_proj = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model, cfg.d_mlp))
+        n_experts = _n_experts(cfg)
+        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * cfg.d_mlp, cfg.d_model))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, cfg.d_model, cfg.d_mlp))
 
     def forward(
         self,
@@ -56,8 +63,9 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, cfg: PartConfig):
         super().__init__()
-        self.n_chosen, self.is_normalized = cfg.n_experts_per_token, cfg.normalizes_experts
-        self.router = nn.Linear(cfg.d_model, cfg.n_experts, bias=False)
+        self.n_chosen = needed(cfg.n_experts_per_token, _NONE)
+        self.is_normalized = cfg.normalizes_experts
+        self.router = nn.Linear(cfg.d_model, _n_experts(cfg), bias=False)
         self.experts = Experts(cfg)
         self.hook_router_logits = HookPoint()
         self.hook_expert_weights, self.hook_expert_indices = HookPoint(), HookPoint()

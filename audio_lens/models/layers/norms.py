@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from audio_lens.hooks import HookPoint
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """A norm with TransformerLens's hooks: `hook_scale`, then `hook_normalized` before the gain.
 
     The fused kernel runs unless one of the two is hooked.
@@ -27,6 +29,14 @@ class Norm(nn.Module):
         if self.hook_scale.has_hooks() or self.hook_normalized.has_hooks():
             return self.written_out(x)
         return self.fused(x)
+
+    @abstractmethod
+    def fused(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The norm by a fused kernel."""
+
+    @abstractmethod
+    def written_out(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """The norm step by step, past both hooks."""
 
 
 class LayerNorm(Norm):

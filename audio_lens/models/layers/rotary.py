@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from audio_lens.models.layers.config import PartConfig
+from audio_lens.models.layers.config import PartConfig, needed
 
 Angles = tuple[Float[Tensor, "#b t turn"], Float[Tensor, "#b t turn"]]
 
@@ -26,7 +26,8 @@ class Rotary(nn.Module):
             return torch.tensor(self.cfg.rotary_frequencies, device=device)
         n_dims = self.cfg.rotary_dim or self.cfg.d_head
         steps = torch.arange(0, n_dims, 2, device=device, dtype=torch.float)
-        return 1.0 / self.cfg.rotary_base ** (steps / n_dims)
+        base = needed(self.cfg.rotary_base, "no rotary positions: rotary_base is None")
+        return 1.0 / base ** (steps / n_dims)
 
     def forward(self, positions: Int[Tensor, "#b t"], dtype: torch.dtype) -> Angles:
         """Cosines and sines of the positions."""
