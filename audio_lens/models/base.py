@@ -17,7 +17,7 @@ from audio_lens.hooks import HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import registry
 from audio_lens.models.config import AudioConfig
-from audio_lens.models.layers import Context, KVCache, padding_mask
+from audio_lens.models.layers import Context, KVCache, needed, padding_mask
 from audio_lens.models.loading.checkpoints import load_pretrained, take_over
 from audio_lens.models.loading.lora import Adaptable
 from audio_lens.models.loading.placement import Devices, Placed, moved
@@ -27,10 +27,10 @@ from audio_lens.models.mixins.vocabulary import Vocabulary
 from audio_lens.models.mixins.writing import ReturnType, Writing
 from audio_lens.models.part import Part
 from audio_lens.models.registry import Family
-from audio_lens.timeline import Timeline
 
 Own = TypeVar("Own", bound="HookedAudioTransformer")
 Address = tuple[str, int]  # a part and the index of one of its blocks
+Entry = tuple[Tensor, Address]  # a residual stream and the block it enters
 
 
 class AudioPlaces(NamedTuple):
@@ -47,7 +47,7 @@ class AudioPlaces(NamedTuple):
 
 
 class HookedAudioTransformer(
-    Hearing, Writing, Vocabulary, GreedyDecoding, Adaptable, Placed, Family, ABC
+    GreedyDecoding, Hearing, Writing, Vocabulary, Adaptable, Placed, Family, ABC
 ):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
@@ -184,7 +184,7 @@ class HookedAudioTransformer(
 
     def encoder_length(self, inputs: AudioInputs) -> int:
         """Positions of every row of the encoder, padding included."""
-        return self.cfg.encoder.n_ctx
+        return self.cfg.need_encoder.need_n_ctx
 
     def encoder_reach(self, inputs: AudioInputs) -> int:
         """How many of the encoder's positions can matter to anything: all of them, here."""
@@ -207,18 +207,10 @@ class HookedAudioTransformer(
         raise NotImplementedError(f"{self.cfg.family} reads its audio by cross-attention")
 
     @abstractmethod
-    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
-        """Inputs from what a Hugging Face processor returns."""
-
-    @abstractmethod
     def prepare(
         self, audio: Any, text: Any = None, sampling_rate: int | None = None, **options: Any
     ) -> AudioInputs:
         """Inputs from audio and text."""
-
-    @abstractmethod
-    def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
-        """Where each position of each part lies in seconds."""
 
     @property
     def decoder_needs_encoder(self) -> bool:
@@ -260,7 +252,7 @@ class HookedAudioTransformer(
         """The final hidden states; with ``stop``, the residual stream entering that block."""
         resid = self.enter_decoder(inputs, encoded, past) if resid is None else resid
         context = self.decoder_context(inputs, encoded, past)
-        until = self.cfg.decoder.n_layers if stop is None else stop
+        until = self.cfg.need_decoder.n_layers if stop is None else stop
         resid = self.decoder.run_blocks(resid, context, start, until)
         if past is not None:
             past.length += resid.shape[1]
@@ -303,18 +295,24 @@ class HookedAudioTransformer(
         start, stop = self._address(start_at_layer), self._address(stop_at_layer)
         is_heard = encoder_out is not None or (past is not None and past.length > 0)
         self._check_route(start, stop, is_heard)
-        resid = self._residual(x, start)
-        if x is not None and resid is None and inputs is not None:
+        entry = self._entry(x, start)
+        if x is not None and entry is None and inputs is not None:
             raise InputError("inputs were given twice: inputs= goes with start_at_layer only")
-        given = inputs if x is None or resid is not None else x
-        batch = self.as_inputs(given, mapping, optional=resid is not None)
-        if batch is None:
-            batch = self._context_free(resid, start, encoder_out, return_type)
-        self._check_fits(batch, resid, start, encoder_out)
+        given = inputs if x is None or entry is not None else x
+        is_alone = not mapping and (given is None or (isinstance(given, Mapping) and not given))
+        if entry is not None and is_alone:
+            batch = self._context_free(*entry, encoder_out, return_type)
+        else:
+            batch = self.as_inputs(given, mapping)
+        self._check_fits(batch, entry, encoder_out)
+        resid = None if entry is None else entry[0]
         if stop and stop[0] == "encoder":
             return self.encode(batch, resid, start[1] if start else 0, stop[1])
         if self.cfg.decoder is None:
-            hidden = self.encode(batch, resid, start[1] if start else 0)
+            hidden = needed(
+                self.encode(batch, resid, start[1] if start else 0),
+                f"{self.cfg.family} has no encoder and no decoder",
+            )
             return self._output(hidden, batch, return_type)
         if not is_heard and (start is None or start[0] == "encoder"):
             encoder_out, resid = self.encode(batch, resid, start[1] if start else 0), None
@@ -355,15 +353,18 @@ class HookedAudioTransformer(
                 "encoder_out or a filled cache stands for the encoder: start and stop behind it"
             )
 
-    def _residual(self, x: Any, start: Address | None) -> Tensor | None:
-        is_residual = isinstance(x, torch.Tensor) and x.is_floating_point()
-        if is_residual != (start is not None):
+    def _entry(self, x: object, start: Address | None) -> Entry | None:
+        """The residual stream that was given, and where it enters; None where the model starts."""
+        resid = x if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+        if resid is not None and start is not None:
+            return resid, start
+        if resid is not None or start is not None:
             raise InputError(
                 "start_at_layer takes the residual stream entering that layer as first argument "
                 "(b t d), and inputs= for the prompts: model(resid, start_at_layer=3, "
                 "inputs=inputs)"
             )
-        return x if is_residual else None
+        return None
 
     def _context_free(
         self, resid: Tensor, start: Address, encoder_out: Any, return_type: ReturnType
@@ -378,14 +379,15 @@ class HookedAudioTransformer(
         return AudioInputs(features, tokens, clips_per_row=(0,) * len(resid))
 
     def _check_fits(
-        self, inputs: AudioInputs, resid: Tensor | None, start: Address | None, encoder_out: Any
+        self, inputs: AudioInputs, entry: Entry | None, encoder_out: Tensor | None
     ) -> None:
         """Raise unless the residual stream and the encoder's output belong to these inputs."""
         n_clips = len(inputs.features) or len(inputs)
         if encoder_out is not None and len(encoder_out) != n_clips:
             raise InputError(f"encoder_out is of {len(encoder_out)} clips, the inputs of {n_clips}")
-        if resid is None:
+        if entry is None:
             return
+        resid, start = entry
         cfg = self.cfg.parts[start[0]]
         is_decoder = start[0] == "decoder"
         rows = inputs.shape if is_decoder else (n_clips, self.encoder_length(inputs))

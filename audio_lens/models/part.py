@@ -21,7 +21,7 @@ from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.config import AudioConfig
-from audio_lens.models.layers import PartConfig, bias_of
+from audio_lens.models.layers import PartConfig, Stack, bias_of
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class Part(Generic[Model]):
     # ---------------------------------------------------------------- what TransformerLens reads
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Stack:
         return getattr(self.model, self.name)
 
     @property
@@ -158,6 +158,11 @@ class Part(Generic[Model]):
             return self.resolve(name)
         return lambda full: self.owns(full) and name(self.local(full))
 
+    def _full_filter(self, names: NamesFilter) -> NamesFilter:
+        if names is None or isinstance(names, str) or callable(names):
+            return None if names is None else self._full(names)
+        return [self.resolve(name) for name in names]
+
     def _full_hooks(self, hooks: Hooks) -> list:
         return [(self._full(name), fn) for name, fn in hooks]
 
@@ -204,13 +209,9 @@ class Part(Generic[Model]):
         ``names_filter`` holds local names, and ``pos_slice`` selects positions of this part; the
         rest is as `HookedRoot.run_with_cache`.
         """
-        if names_filter is not None:
-            is_list = not (isinstance(names_filter, str) or callable(names_filter))
-            full = self._full
-            names_filter = [full(n) for n in names_filter] if is_list else full(names_filter)
         options = self._full_options(options)
         output, cache = self.model.run_with_cache(
-            _unwrapped(x), names_filter=names_filter, part=self.name, **options
+            _unwrapped(x), names_filter=self._full_filter(names_filter), part=self.name, **options
         )
         local = cache.part(self.name)
         return output, local if return_cache_object else local.cache_dict
@@ -305,7 +306,7 @@ class Part(Generic[Model]):
     def unembed(self, resid: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         return self._with_vocabulary().unembed(resid)
 
-    def _with_vocabulary(self) -> nn.Module:
+    def _with_vocabulary(self) -> Stack:
         if not hasattr(self.module, "unembed"):
             elsewhere = "; use the decoder" if "decoder" in self.model.cfg.parts else ""
             raise ValueError(f"the {self.name} has no vocabulary{elsewhere}")
@@ -336,7 +337,8 @@ class Part(Generic[Model]):
         """
         bias = torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
         for index, block in enumerate(self.blocks[: layer + 1]):
-            for name in block.writes:
+            written: tuple[str, ...] = getattr(block, "writes", ())
+            for name in written:
                 is_attention = "attn" in name
                 is_before = mlp_input if index == layer else True
                 if is_before and (is_attention or (index < layer and include_mlp_biases)):

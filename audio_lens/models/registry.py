@@ -30,7 +30,7 @@ class Family(HookedRoot):
     model_types: ClassVar[tuple[str, ...]] = ()
     hf_class: ClassVar[str | tuple[str, ...]]
     outdated_names: ClassVar[tuple[str, ...]] = ()
-    weight_names: ClassVar[dict[str, str]]
+    weight_names: ClassVar[dict[str, str | None]]
 
     def __init__(self, cfg: AudioConfig):
         super().__init__()
@@ -62,7 +62,7 @@ class Family(HookedRoot):
 
     def make_feature_extractor(self) -> Any:
         """The feature extractor that the configuration tells of."""
-        return transformers.WhisperFeatureExtractor(feature_size=self.cfg.n_mels)
+        return transformers.WhisperFeatureExtractor(feature_size=self.cfg.need_n_mels)
 
     def take_special_tokens(self, hf_config: Any) -> None:
         """Remember token ids that mean something to the model: none here."""
@@ -74,6 +74,7 @@ class Family(HookedRoot):
 FAMILIES: dict[str, type[Family]] = {}  # by ``model_type``
 Kind = TypeVar("Kind", bound=Family)
 Compose = Callable[..., Family]  # encoder, connector, decoder, merge, **options
+Composing = TypeVar("Composing", bound=Compose)
 _COMPOSE: list[Compose] = []
 
 
@@ -118,17 +119,17 @@ def family_of(hf_config: Any, kind: type[Kind] = Family) -> type[Kind]:
             f"architecture {hf_config.model_type!r} is not supported; supported: {supported()}"
         )
     family = FAMILIES[hf_config.model_type]
+    if issubclass(family, kind):
+        return family
     if issubclass(kind, family):  # a subclass of one's own, asked for by itself
         return kind
-    if not issubclass(family, kind):
-        raise LoadingError(
-            f"this is a {hf_config.model_type}, which {family.__name__} implements, not "
-            f"{kind.__name__}: call HookedAudioTransformer's method, which finds the class"
-        )
-    return family
+    raise LoadingError(
+        f"this is a {hf_config.model_type}, which {family.__name__} implements, not "
+        f"{kind.__name__}: call HookedAudioTransformer's method, which finds the class"
+    )
 
 
-def composes(compose: Compose) -> Compose:
+def composes(compose: Composing) -> Composing:
     """Make a function the one that puts models together from parts."""
     _COMPOSE.append(compose)
     return compose

@@ -17,27 +17,28 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from einops import rearrange
 from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import InputError
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.compose.assemble import Placeholder
+from audio_lens.models.compose.assemble import Placeholder, compose
 from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
 from audio_lens.models.layers import Context, LayerNorm, PartConfig, Stack
+from audio_lens.models.loading.checkpoints import stored_file
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.qformer import QFormerConfig, ReadingBlock, qformer_weight_names
 
 Turn = Mapping[str, str]
+Own = TypeVar("Own", bound="HookedDesta")
 
 PLACEHOLDER = "<|reserved_special_token_87|>"  # one token of Llama 3, without a meaning there
 LOCATOR = "<|AUDIO|>"  # where a clip belongs in what is asked
@@ -66,6 +67,8 @@ class DestaConnector(Connector, Stack):
     and patterns are as those of a Q-Former with one window per block that is read.
     ``hook_tap_weights`` (``segments t taps``) is how much of each block a token is made of.
     """
+
+    cfg: QFormerConfig
 
     def __init__(self, cfg: QFormerConfig, taps: Sequence[int], d_out: int):
         super().__init__(cfg, ReadingBlock)
@@ -138,7 +141,7 @@ def desta_connector(
         attn_biases=("q", "k", "v", "o"),
         final_norm=False,
         n_queries=n_queries,
-        n_window=ear.n_ctx,
+        n_window=ear.need_n_ctx,
         d_memory=ear.d_model,
     )
     with torch.device("meta"):
@@ -164,17 +167,17 @@ class HookedDesta(HookedComposed):
 
     @classmethod
     def of(
-        cls,
+        cls: type[Own],
         state: Mapping[str, Tensor],
         encoder: Any,
         decoder: Any,
         taps: Sequence[int] | None = None,
         tokenizer: Any = None,
         dtype: torch.dtype | None = None,
-    ) -> HookedDesta:
+    ) -> Own:
         """The model of a connector's published weights; else as `desta2` and `desta25`."""
         ear = _heard_by(encoder, dtype)
-        size = ear.cfg.encoder.n_layers
+        size = ear.cfg.need_encoder.n_layers
         taps = cls.published_taps.get(size) if taps is None else taps
         if taps is None:
             raise LoadingError(
@@ -185,8 +188,8 @@ class HookedDesta(HookedComposed):
             cls.prefix + theirs: ours.removeprefix("connector.")
             for theirs, ours in WEIGHT_NAMES.items()
         }
-        connector = desta_connector(renamed(state, table), ear.cfg.encoder, taps)
-        return cls.compose(
+        connector = desta_connector(renamed(state, table), ear.cfg.need_encoder, taps)
+        return compose(
             ear,
             connector.to(ear.dtype),
             decoder,
@@ -363,7 +366,7 @@ def _file_of(checkpoint: str | Path, name: str) -> Path:
     if Path(checkpoint).is_file():
         return Path(checkpoint)
     try:
-        return Path(cached_file(str(checkpoint), name))
+        return stored_file(str(checkpoint), name)
     except OSError as error:
         raise LoadingError(f"no {name} in {checkpoint}: {error}") from error
 

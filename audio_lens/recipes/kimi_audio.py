@@ -78,8 +78,8 @@ class TwoStreamLanguageModel(LanguageModel):
         embed = self.hook_token_embed(self.token_embed(tokens))
         if audio is None:
             return embed
-        audio = self.hook_audio_embed(audio.to(embed.dtype))
-        return embed.masked_scatter(is_audio[..., None], self.heard(embed[is_audio], audio))
+        heard: Tensor = self.hook_audio_embed(audio.to(embed.dtype))
+        return embed.masked_scatter(is_audio[..., None], self.heard(embed[is_audio], heard))
 
     @staticmethod
     def heard(embed: Float[Tensor, "n d"], audio: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -107,7 +107,7 @@ class Speaker(Stack):
     def __init__(self, cfg: PartConfig):
         super().__init__(cfg, PreNormBlock)
         self.hook_embed = HookPoint(borrowed=True)  # what the last shared block gave
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab, bias=False)
 
 
 class TextAndCodes(NamedTuple):
@@ -129,6 +129,7 @@ class HookedKimiAudio(StackedAudioLLM):
     """
 
     cfg: KimiAudioConfig
+    decoder: TwoStreamLanguageModel
 
     def __init__(self, cfg: KimiAudioConfig):
         super().__init__(cfg)
@@ -138,14 +139,14 @@ class HookedKimiAudio(StackedAudioLLM):
         self.setup()
 
     def make_encoder(self, cfg: KimiAudioConfig) -> WhisperEncoder:
-        return WhisperEncoder(cfg.encoder, cfg.n_mels)
+        return WhisperEncoder(cfg.need_encoder, cfg.need_n_mels)
 
     def make_connector(self, cfg: KimiAudioConfig) -> NormedConnector:
-        width, decoder = cfg.encoder.d_model, cfg.decoder
+        width, decoder = cfg.need_encoder.d_model, cfg.need_decoder
         return NormedConnector(cfg.connector, width, decoder.d_model, decoder.eps)
 
     def make_decoder(self, cfg: KimiAudioConfig) -> TwoStreamLanguageModel:
-        return TwoStreamLanguageModel(replace(cfg.decoder, d_vocab=cfg.d_stream))
+        return TwoStreamLanguageModel(replace(cfg.need_decoder, d_vocab=cfg.d_stream))
 
     def token_count(self, n_valid: int) -> int:
         """One token per group of encoder frames; the last one is filled up with padding."""
@@ -161,10 +162,9 @@ class HookedKimiAudio(StackedAudioLLM):
         Raises:
             InputError: without a text stream.
         """
-        if inputs.further_tokens is None:
-            raise InputError("the inputs hold no text stream: pass further_tokens (b 1 t)")
+        written = _text_stream(inputs)[:, 0]
         spoken = super().enter_decoder(inputs, encoded, past)
-        return self.decoder.with_text(spoken, inputs.further_tokens[:, 0])
+        return self.decoder.with_text(spoken, written)
 
     def enter_audio(
         self,
@@ -175,7 +175,7 @@ class HookedKimiAudio(StackedAudioLLM):
     ) -> Float[Tensor, "m d"]:
         """The residual stream that audio becomes at positions of prompts, entering block 0."""
         embed = self.decoder.token_embed(inputs.tokens[prompt, position])
-        written = self.decoder.written(inputs.further_tokens[:, 0])[prompt, position]
+        written = self.decoder.written(_text_stream(inputs)[:, 0])[prompt, position]
         return self.decoder.heard(embed, audio) + written
 
     def decode(
@@ -204,7 +204,7 @@ class HookedKimiAudio(StackedAudioLLM):
         resid = self.enter_decoder(inputs, encoded, past) if resid is None else resid
         context = self.decoder_context(inputs, encoded, past)
         shared = self.decoder.run_blocks(resid, context, start, parting)
-        text = self.decoder.run_blocks(shared, context, parting, self.cfg.decoder.n_layers)
+        text = self.decoder.run_blocks(shared, context, parting, self.cfg.need_decoder.n_layers)
         audio = self.speaker.hook_embed(shared)
         audio = self.speaker.run_blocks(audio, context, 0, len(self.speaker.blocks))
         if past is not None:
@@ -213,7 +213,7 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def read_out(self, hidden: Float[Tensor, "b t states"], inputs: AudioInputs) -> Tensor:
         """The logits of text and audio side by side; of the text alone, if its states are alone."""
-        text, *audio = hidden.split(self.cfg.decoder.d_model, dim=-1)
+        text, *audio = hidden.split(self.cfg.need_decoder.d_model, dim=-1)
         return torch.cat([self.decoder.unembed(text), *map(self.speaker.unembed, audio)], dim=-1)
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
@@ -242,16 +242,16 @@ class HookedKimiAudio(StackedAudioLLM):
             InputError: without streams or features, or where places and clips do not fit.
         """
         given = self._mapping_tensors(mapping, self.known_keys)
-        spoken, written = given["input_ids"], given["text_input_ids"]
+        spoken, written = given.get("input_ids"), given.get("text_input_ids")
         if spoken is None or written is None or spoken.shape != written.shape:
             raise InputError("prompts are input_ids and text_input_ids, of equal shape")
         self.check_tokens(spoken)
         self.check_tokens(written)
-        mask = given["is_continuous_mask"]
+        mask = given.get("is_continuous_mask")
         is_heard = self._between_marks(spoken) if mask is None else mask.bool()
         both = {"text_input_ids", "is_continuous_mask"}
         line = {key: value for key, value in mapping.items() if key not in both}
-        line["input_ids"] = spoken.masked_fill(is_heard, self.audio_token_id)
+        line["input_ids"] = spoken.masked_fill(is_heard, self.need_audio_token)
         inputs = super().inputs_from_mapping(line)
         if inputs.shape != spoken.shape:
             raise InputError(
@@ -307,23 +307,27 @@ class HookedKimiAudio(StackedAudioLLM):
         if answer not in ANSWERS:
             raise InputError(f"answer must be text or both, got {answer!r}")
         line = super().prepare(audio, text, sampling_rate)
-        codes = self._codes(line, audio_tokens)
-        known = list(zip(line.audio, codes, strict=True))
+        clips = line.audio or []
+        codes = self._codes(line, clips, audio_tokens)
+        known = list(zip(clips, codes, strict=True))
         return replace(
             self._in_two_streams(line, codes, answer), remake=partial(self._again, known, answer)
         )
 
-    def _codes(self, line: AudioInputs, given: Any) -> list[list[int]]:
+    def _codes(self, line: AudioInputs, clips: Sequence[np.ndarray], given: Any) -> list[list[int]]:
         """The discrete tokens of every clip, checked against its length."""
-        if given is None and self.speech_tokenizer is None:
+        if given is not None:
+            made = _per_clip(given)
+        elif self.speech_tokenizer is not None:
+            made = map(self.speech_tokenizer, clips)
+        else:
             raise InputError(
                 "Kimi-Audio reads a clip as discrete tokens, too: pass audio_tokens=, one sequence "
                 "per clip as the GLM-4 speech tokenizer gives it (THUDM/glm-4-voice-tokenizer, not "
                 "in transformers), or set model.speech_tokenizer to a function that makes them"
             )
-        made = map(self.speech_tokenizer, line.audio) if given is None else _per_clip(given)
         codes = [[int(code) for code in of_clip] for of_clip in made]
-        counts = [0] * len(line.audio)
+        counts = [0] * len(clips)
         for clip, count in zip(line.clip_of_segment, self._token_counts(line), strict=True):
             counts[clip] += count
         if list(map(len, codes)) != counts:
@@ -402,7 +406,7 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """What stands at every position: the text, and the audio stream where that is blank."""
-        text = inputs.further_tokens[:, 0]
+        text = _text_stream(inputs)[:, 0]
         return torch.where(text == self.cfg.special(BLANK), inputs.tokens, text)
 
     # ---------------------------------------------------------------- decoding
@@ -445,7 +449,7 @@ class HookedKimiAudio(StackedAudioLLM):
         longer = replace(
             inputs,
             tokens=tokens,
-            further_tokens=torch.cat([inputs.further_tokens, new[:, 1:]], dim=2),
+            further_tokens=torch.cat([_text_stream(inputs), new[:, 1:]], dim=2),
             audio_mask=torch.cat([heard, ~added], dim=1),
             attention_mask=None if seen is None else torch.cat([seen.bool(), added], dim=1),
             position_ids=None,
@@ -456,7 +460,7 @@ class HookedKimiAudio(StackedAudioLLM):
     def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
         """The text stream with its continuation, while the audio stream stays blank."""
         text = self._written(inputs, max_new_tokens, speaks=False)[:, 1]
-        return torch.cat([inputs.further_tokens[:, 0], text], dim=1)
+        return torch.cat([_text_stream(inputs)[:, 0], text], dim=1)
 
     def _written(
         self, inputs: AudioInputs, max_new_tokens: int, speaks: bool
@@ -484,6 +488,17 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def _pad_token(self) -> int:
         return self.cfg.special(BLANK)
+
+
+def _text_stream(inputs: AudioInputs) -> Int[Tensor, "b 1 t"]:
+    """The text that enters beside the audio stream.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if inputs.further_tokens is None:
+        raise InputError("the inputs hold no text stream: pass further_tokens (b 1 t)")
+    return inputs.further_tokens
 
 
 def _per_clip(audio_tokens: Any) -> Iterable[Any]:
@@ -514,9 +529,9 @@ def kimi_audio(
             without a place.
     """
     folder = Path(checkpoint)
-    configs = [_read_config(where) for where in (folder, folder / WHISPER_FOLDER)]
-    weights = [read_weights(where) for where in (folder, folder / WHISPER_FOLDER)]
-    model = kimi_audio_of(kimi_audio_config(*configs, str(checkpoint)), *weights, dtype)
+    own, ear = (_read_config(where) for where in (folder, folder / WHISPER_FOLDER))
+    state, whisper = (read_weights(where) for where in (folder, folder / WHISPER_FOLDER))
+    model = kimi_audio_of(kimi_audio_config(own, ear, str(checkpoint)), state, whisper, dtype)
     model.speech_tokenizer = speech_tokenizer
     words = folder / "tiktoken.model"
     if words.is_file():

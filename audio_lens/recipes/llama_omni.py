@@ -112,7 +112,7 @@ class UnitSpeaker(Stack):
         self.hook_in = HookPoint(borrowed=True)  # the decoder's hook_out
         self.input_proj = nn.Linear(d_in, cfg.d_model)
         self.rotary = Rotary(cfg)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab)
         self.hook_logits = HookPoint()
 
     def forward(self, states: Float[Tensor, "b n d_in"]) -> Float[Tensor, "b t units"]:
@@ -325,7 +325,9 @@ def _connector(
 
 
 def _speaker(
-    config: Mapping[str, Any], text: transformers.LlamaConfig, tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any],
+    text: transformers.LlamaConfig | transformers.Qwen2Config,
+    tensors: Mapping[str, Tensor],
 ) -> UnitSpeaker:
     """Llama's layers in the sizes that ``ctc_decoder_config`` says: layers, width, heads, MLP."""
     n_layers, width, n_heads, d_mlp = ast.literal_eval(config["ctc_decoder_config"])

@@ -135,8 +135,7 @@ def _config(dims: Mapping[str, int], name: str) -> WhisperConfig:
             f"{dims['n_text_state']} are not implemented"
         )
     width = dims["n_audio_state"]
-    return WhisperConfig(
-        name_or_path=name,
+    config = WhisperConfig(
         num_mel_bins=dims["n_mels"],
         d_model=width,
         max_source_positions=dims["n_audio_ctx"],
@@ -149,6 +148,8 @@ def _config(dims: Mapping[str, int], name: str) -> WhisperConfig:
         decoder_attention_heads=dims["n_text_head"],
         decoder_ffn_dim=4 * width,
     )
+    config.name_or_path = name
+    return config
 
 
 def _generation(n_vocab: int) -> GenerationConfig:

@@ -174,11 +174,12 @@ class HookedQwenAudio(PooledAudioLLM):
         self.audio_token_id = cfg.opening - _AUDIO_TOKENS.index(_OPENING)
 
     def make_connector(self, cfg: QwenAudioConfig) -> LinearConnector:
-        return LinearConnector(cfg.encoder.d_model, cfg.decoder.d_model)
+        return LinearConnector(cfg.need_encoder.d_model, cfg.need_decoder.d_model)
 
     def make_decoder(self, cfg: QwenAudioConfig) -> LanguageModel:
-        decoder = LanguageModel(cfg.decoder)
-        decoder.token_embed = TaggedEmbedding(cfg.decoder.d_vocab, cfg.decoder.d_model, cfg.opening)
+        shape = cfg.need_decoder
+        decoder = LanguageModel(shape)
+        decoder.token_embed = TaggedEmbedding(shape.need_d_vocab, shape.d_model, cfg.opening)
         return decoder
 
     def decoder_context(
@@ -190,9 +191,10 @@ class HookedQwenAudio(PooledAudioLLM):
             InputError: for prompts longer than those that attention is computed plainly for.
         """
         n_tokens = inputs.tokens.shape[1] + (past.length if past is not None else 0)
-        if n_tokens > self.cfg.decoder.n_ctx:
+        n_ctx = self.cfg.need_decoder.need_n_ctx
+        if n_tokens > n_ctx:
             raise InputError(
-                f"{n_tokens} tokens are more than the {self.cfg.decoder.n_ctx} (seq_length) up to "
+                f"{n_tokens} tokens are more than the {n_ctx} (seq_length) up to "
                 "which Qwen-Audio attends plainly; what it does beyond is not implemented: use "
                 "shorter clips and prompts"
             )
@@ -210,7 +212,7 @@ class HookedQwenAudio(PooledAudioLLM):
         Raises:
             InputError: naming both shapes.
         """
-        n_mels, most = self.cfg.n_mels, self.cfg.n_frames
+        n_mels, most = self.cfg.n_mels, self.cfg.need_n_frames
         fits = features.ndim == 3 and features.shape[1] == n_mels
         if not fits or features.shape[2] % 2 or not 0 < features.shape[2] <= most:
             raise InputError(
@@ -229,7 +231,7 @@ class HookedQwenAudio(PooledAudioLLM):
 
     def segments_of(
         self, clips: list[Float[Any, " _"]]
-    ) -> tuple[Tensor, Bool[Tensor, "segments frames"], tuple[int, ...]]:
+    ) -> tuple[Tensor, Bool[Tensor, "segments frames"] | None, tuple[int, ...]]:
         """Features of clips as far as the longest reaches, and their masks."""
         made = self.extract_features(clips)
         features, frames, _ = self.cut(made["features"], made["mask"])

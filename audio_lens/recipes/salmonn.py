@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.compose.assemble import Placeholder
+from audio_lens.models.compose.assemble import Placeholder, compose
 from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
 from audio_lens.models.families.beats import HookedBeats
@@ -177,7 +177,7 @@ class HookedSalmonn(HookedComposed):
             for name, tensor in tensors.items()
             if name.startswith("connector.")
         }
-        model = cls.compose(
+        model = compose(
             {"encoder": whisper, "beats": beats.to(dtype=dtype)},
             salmonn_connector(own),
             llm,
@@ -189,7 +189,7 @@ class HookedSalmonn(HookedComposed):
             dtype=dtype,
             family=cls,
         )
-        adapter = _adapter(tensors, model.cfg.decoder.n_layers, lora_alpha)
+        adapter = _adapter(tensors, model.cfg.need_decoder.n_layers, lora_alpha)
         adapter.check_fits(model.state_dict())
         (_merge if merge else _make_live)(model, adapter)
         return model
@@ -225,7 +225,7 @@ def _adapter(tensors: Mapping[str, Tensor], n_layers: int, alpha: float | int) -
 def _make_live(model: HookedSalmonn, adapter: Adapter) -> None:
     low_rank = {}
     for name, one in adapter.low_rank.items():
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
         low_rank[name] = one.to(weight.device, torch.promote_types(one.down.dtype, weight.dtype))
     attach(model, low_rank, {})
 
@@ -233,8 +233,8 @@ def _make_live(model: HookedSalmonn, adapter: Adapter) -> None:
 @torch.no_grad()
 def _merge(model: HookedSalmonn, adapter: Adapter) -> None:
     for name, one in adapter.low_rank.items():
-        linear = model.get_submodule(name)
-        linear.weight = nn.Parameter(one.added_to(linear.weight))
+        merged = one.added_to(model.get_parameter(f"{name}.weight"))
+        model.get_submodule(name).weight = nn.Parameter(merged)
 
 
 def salmonn(

@@ -107,7 +107,7 @@ class SoundwaveConnector(ShrinkingConnector):
         self.adapter = nn.Linear(STACKED * d_in, cfg.d_model)
         self.blocks = nn.ModuleList([LoneBlock(cfg)])
         self.ln_adapted = LayerNorm(cfg.d_model, cfg.eps)
-        self.head = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.head = nn.Linear(cfg.d_model, cfg.need_d_vocab, bias=False)
         self.cross_attn = Attention(cfg, causal=False, d_memory=cfg.d_model)
         self.ln_cross = LayerNorm(cfg.d_model, cfg.eps)
         self.hook_stacked, self.hook_adapter_out = HookPoint(), HookPoint()
@@ -144,7 +144,7 @@ class HookedSoundwave(HookedShrinking):
         tokens: list[int] = []
         for piece in filter(None, _BETWEEN.split(prompt)):
             if piece == PLACEHOLDER:
-                tokens.append(self.audio_token_id)
+                tokens.append(self.need_audio_token)
             elif piece in _NAMED:
                 tokens.append(self.tokenizer.convert_tokens_to_ids(piece))
             else:
@@ -235,7 +235,7 @@ def soundwave_of(
     with torch.device("meta"):
         parts = (
             HookedWhisper(replace(heard, decoder=None, output_kind=None)),
-            SoundwaveConnector(_connector_config(cfg), heard.encoder.d_model),
+            SoundwaveConnector(_connector_config(cfg), heard.need_encoder.d_model),
             LanguageModel(cfg),
         )
     model = compose(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -36,6 +36,7 @@ from audio_lens.models.parts.language_model import (
 )
 from audio_lens.models.registry import composes
 
+Composed = TypeVar("Composed", bound=HookedComposed)
 _OUTSIDE = -1  # id of a placeholder that the tokenizer does not know as one token
 
 
@@ -78,8 +79,8 @@ def compose(
     keeps_padding: bool = False,
     name: str = "composed",
     dtype: torch.dtype | None = None,
-    family: type[HookedComposed] = HookedComposed,
-) -> HookedComposed:
+    family: type[Composed] = HookedComposed,
+) -> Composed:
     """An audio LLM put together from parts; see `HookedAudioTransformer.compose`.
 
     The parts are taken over: hooked models they come from are not for use beside the composed one.
@@ -128,7 +129,7 @@ def compose(
         "output_kind": "tokens",
         "labels": (),
         "max_segments": max_segments,
-        "ears": {other: ears[other].cfg.encoder for other in others},
+        "ears": {other: ears[other].cfg.need_encoder for other in others},
     }
     cfg = ComposedConfig(
         **{**fields, **made},
@@ -151,9 +152,7 @@ def _ends_of(tokenizer: Any) -> transformers.GenerationConfig:
     return transformers.GenerationConfig(**ids)
 
 
-def _ears(
-    encoder: Any, taps: tuple[int, ...], dtype: torch.dtype | None
-) -> dict[str, HookedAudioTransformer]:
+def _ears(encoder: Any, taps: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, Ear]:
     """What hears, by the name of its part."""
     sources = dict(encoder) if isinstance(encoder, Mapping) else {"encoder": encoder}
     if not sources:
@@ -169,7 +168,7 @@ def _ears(
     return ears
 
 
-def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
+def _lent(source: Any, dtype: torch.dtype | None) -> Ear:
     """A model with nothing behind its encoder, whose parts are those of the source."""
     if isinstance(source, (str, Path)):
         source = load_pretrained(source, dtype, kind=HookedAudioTransformer)
@@ -181,8 +180,8 @@ def _lent(source: Any, dtype: torch.dtype | None) -> HookedAudioTransformer:
             "Whisper, wav2vec 2.0 and its kin, Qwen2-Audio and its kin"
         )
     ear = copy.copy(source)
-    ear.__dict__.pop("_parts", None)
-    ear._modules = children_of_ear(source)
+    vars(ear).pop("_parts", None)
+    ear._modules = {**children_of_ear(source)}
     ear.cfg = replace(source.cfg, decoder=None, output_kind=None)
     ear.feature_extractor = source.feature_extractor or source.make_feature_extractor()
     return ear
@@ -237,9 +236,7 @@ def _causal_class(hf_config: Any) -> type:
 
 
 @torch.no_grad()
-def _check_fit(
-    ears: Iterable[HookedAudioTransformer], connector: Connector, decoder: LanguageModel
-) -> None:
+def _check_fit(ears: Iterable[Ear], connector: Connector, decoder: LanguageModel) -> None:
     """Raise unless the connector carries what the ears give to the width of the language model.
 
     Raises:
@@ -252,9 +249,9 @@ def _check_fit(
         raise CompositionError(f"parts of several dtypes ({named}): pass dtype=, or convert them")
     given = next(connector.parameters())
     heard = [
-        given.new_zeros(1, (ear.cfg.encoder.n_ctx or 128) // ear.encoder.frames_pooled, width)
+        given.new_zeros(1, (ear.cfg.need_encoder.n_ctx or 128) // ear.encoder.frames_pooled, width)
         for ear in ears
-        for width in [ear.cfg.encoder.d_model]
+        for width in [ear.cfg.need_encoder.d_model]
     ]
     heard[0] = heard[0].repeat(1, 1, len(connector.taps) or 1)
     try:

@@ -18,7 +18,8 @@ from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig
 from audio_lens.models.kinds.audio_llm import AudioLLM, Segment
-from audio_lens.models.layers import Context
+from audio_lens.models.kinds.ear import Ear
+from audio_lens.models.layers import Context, needed
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.timeline import Track
@@ -55,11 +56,14 @@ class HookedComposed(AudioLLM):
     """
 
     masks_padding = False
+    cfg: ComposedConfig
+    connector: Connector
+    ears: dict[str, Ear]
 
     def __init__(
         self,
         cfg: ComposedConfig,
-        ears: Mapping[str, HookedAudioTransformer],
+        ears: Mapping[str, Ear],
         connector: Connector,
         decoder: LanguageModel,
     ):
@@ -70,11 +74,11 @@ class HookedComposed(AudioLLM):
         for name, other in zip(cfg.ears, others, strict=True):
             for child, module in children_of_ear(other).items():
                 self.add_module(name if child == "encoder" else f"{name}_{child}", module)
-        self.__dict__["ears"] = dict(ears)  # no children of this model: their encoders are
+        vars(self)["ears"] = dict(ears)  # no children of this model: their encoders are
         self.setup()
 
     @property
-    def ear(self) -> HookedAudioTransformer:
+    def ear(self) -> Ear:
         """What hears, without a language model."""
         return self.ears["encoder"]
 
@@ -129,7 +133,7 @@ class HookedComposed(AudioLLM):
         resid: Float[Tensor, "segments frames d"] | None = None,
         start: int = 0,
         stop: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """As in every model; where the connector reads several blocks, these are kept for it.
 
         Raises:
@@ -145,7 +149,8 @@ class HookedComposed(AudioLLM):
             )
         tapped, begin = [], start
         for tap in taps:
-            resid = super().encode(inputs, resid, begin, tap + 1)
+            heard = super().encode(inputs, resid, begin, tap + 1)
+            resid = needed(heard, "the connector reads an encoder, and there is none")
             begin = tap + 1
             tapped.append(resid)
         tapped[-1] = self.encoder.finish(tapped[-1])
@@ -181,7 +186,7 @@ class HookedComposed(AudioLLM):
     @property
     def _is_outside(self) -> bool:
         """Whether the placeholder is no token of the vocabulary."""
-        return not 0 <= self.audio_token_id < self.cfg.decoder.d_vocab
+        return not 0 <= self.need_audio_token < self.cfg.need_decoder.need_d_vocab
 
     # ---------------------------------------------------------------- lengths and times
 
@@ -193,7 +198,7 @@ class HookedComposed(AudioLLM):
 
     def token_count(self, n_valid: int) -> int:
         if self.cfg.keeps_padding:
-            n_valid = self.cfg.n_frames
+            n_valid = self.cfg.need_n_frames
         return self._tokens_of(self.frame_count(n_valid))
 
     def valid_count(self, n_valid: int) -> int:
@@ -205,7 +210,7 @@ class HookedComposed(AudioLLM):
         return len(tokens) if tokens.isnan().all() else int((tokens <= heard[-1]).sum())
 
     def token_seconds(self, count: int) -> Float[Tensor, " t"]:
-        return self._seconds_of(self.cfg.encoder.n_ctx or self._frames_for(count))[:count]
+        return self._seconds_of(self.cfg.need_encoder.n_ctx or self._frames_for(count))[:count]
 
     def _frames_for(self, count: int) -> int:
         """Encoder positions enough for so many tokens, where any number of them can be heard."""
@@ -253,17 +258,17 @@ class HookedComposed(AudioLLM):
         beside = [key for name in self.cfg.ears for key in (name, f"{name}.mask")]
         return (*super().known_keys, *beside)
 
-    def extra_given(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def extra_given(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Features for the ears beside the encoder.
 
         Raises:
             InputError: if there are none for one of them.
         """
-        lacking = [name for name in self.cfg.ears if given[name] is None]
+        lacking = [name for name in self.cfg.ears if name not in given]
         if lacking:
             raise InputError(f"inputs hold no features for {', '.join(lacking)}")
         keys = [key for name in self.cfg.ears for key in (name, f"{name}.mask")]
-        return {key: given[key] for key in keys if given[key] is not None}
+        return {key: given[key] for key in keys if key in given}
 
     def heard_beside(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """Features for the ears beside the encoder."""
@@ -286,7 +291,7 @@ class HookedComposed(AudioLLM):
         is_begun = begin is not None and first.startswith(begin)
         tokens = self.tokenizer.encode(first, add_special_tokens=not is_begun)
         for piece in others:
-            tokens.append(self.audio_token_id)
+            tokens.append(self.need_audio_token)
             tokens += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
         return tokens
 

@@ -17,6 +17,7 @@ from audio_lens.inputs import KEPT, AudioInputs, InputError, padded
 from audio_lens.models.compose.model import CompositionError, HookedComposed
 from audio_lens.models.compose.runs import FILLER, change_points, frames_at, indices_of
 from audio_lens.models.kinds.audio_llm import Segment
+from audio_lens.models.layers import needed
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.timeline import Track
@@ -193,7 +194,8 @@ class HookedShrinking(HookedComposed):
         return indices_of(change_points(labels, self.connector.blank) & may)
 
     def _frames(self, inputs: AudioInputs) -> Float[Tensor, "segments t d"]:
-        resid = self.encode(inputs, stop=self.cfg.encoder.n_layers)
+        heard = self.encode(inputs, stop=self.cfg.need_encoder.n_layers)
+        resid = needed(heard, "a shrinking model hears with an encoder, and there is none")
         return self.connector.frames_of(self.encoder.finish(resid))
 
     def extra_of(
@@ -276,9 +278,9 @@ class HookedShrinking(HookedComposed):
         """What a mapping may hold."""
         return (*super().known_keys, KEPT)
 
-    def extra_given(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def extra_given(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The frames to keep, where a mapping names them."""
-        return {} if given[KEPT] is None else {KEPT: given[KEPT]}
+        return {KEPT: given[KEPT]} if KEPT in given else {}
 
 
 def _check_kept(kept: Int[Tensor, "segments n"], n_segments: int, n_frames: int) -> None:

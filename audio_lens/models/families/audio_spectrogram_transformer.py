@@ -21,8 +21,8 @@ from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.config import AudioConfig, LoadingError, check_switches
-from audio_lens.models.kinds.encoder_only import EncoderOutput
+from audio_lens.models.config import LoadingError, check_switches
+from audio_lens.models.kinds.encoder_only import EncoderOnlyConfig, EncoderOutput
 from audio_lens.models.layers import LayerNorm, PartConfig, PreNormBlock, Stack
 from audio_lens.timeline import Row, Timeline, Track
 
@@ -66,17 +66,17 @@ class PatchGrid:
         Filters are triangles, each from the peak of the one below to the peak of the one above, at
         equal distances on Kaldi's mel scale; the middle is the middle on that scale.
         """
-        ends = [hertz_to_mel(hertz, "kaldi") for hertz in (LOWEST_HZ, sampling_rate / 2)]
+        ends = [float(hertz_to_mel(hertz, "kaldi")) for hertz in (LOWEST_HZ, sampling_rate / 2)]
         step = (ends[1] - ends[0]) / (self.n_mels + 1)
         row = self.frequency_stride * torch.arange(self.n_rows, dtype=torch.float64)
         above = torch.tensor([0, (self.patch + 1) / 2, self.patch + 1])
         mel = ends[0] + step * (row[:, None] + above)
-        edges = torch.from_numpy(mel_to_hertz(mel.numpy(), "kaldi"))
+        edges = torch.as_tensor(mel_to_hertz(mel.numpy(), "kaldi"))
         return repeat(edges, "row edge -> (row column) edge", column=self.n_columns)
 
 
 @dataclass(kw_only=True)
-class ASTConfig(AudioConfig):
+class ASTConfig(EncoderOnlyConfig):
     """Shape of an AST; `is_exclusive` says whether its loss takes a clip to be of one class."""
 
     grid: PatchGrid
@@ -109,7 +109,7 @@ class ASTEncoder(Stack):
         super().__init__(cfg, PreNormBlock)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.d_model))
         self.distillation_token = nn.Parameter(torch.zeros(1, 1, cfg.d_model))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, cfg.n_ctx, cfg.d_model))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, cfg.need_n_ctx, cfg.d_model))
         self.hook_pos_embed = HookPoint()
 
     def embed(self, patches: Float[Tensor, "b patches d"]) -> Float[Tensor, "b t d"]:
@@ -126,7 +126,7 @@ class ASTClassifier(nn.Module):
         super().__init__()
         self.hook_pooled = HookPoint()
         self.ln = LayerNorm(cfg.d_model, cfg.eps)
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab)
 
     def forward(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b labels"]:
         return self.unembed(self.ln(self.hook_pooled((hidden[:, 0] + hidden[:, 1]) / 2)))
@@ -158,6 +158,8 @@ _BODY = {
 class HookedAST(EncoderOutput, HookedAudioTransformer):
     """Audio Spectrogram Transformer with every activation hooked, bare or with its class head."""
 
+    cfg: ASTConfig
+    encoder: ASTEncoder
     features_key = "input_values"
     model_types = ("audio-spectrogram-transformer",)
     hf_class = ("ASTForAudioClassification", "ASTModel")
@@ -170,10 +172,10 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
 
     def __init__(self, cfg: ASTConfig):
         super().__init__(cfg)
-        self.frontend = PatchStem(cfg.grid, cfg.encoder.d_model)
-        self.encoder = ASTEncoder(cfg.encoder)
+        self.frontend = PatchStem(cfg.grid, cfg.need_encoder.d_model)
+        self.encoder = ASTEncoder(cfg.need_encoder)
         if cfg.output_kind is not None:
-            self.classifier = ASTClassifier(cfg.encoder)
+            self.classifier = ASTClassifier(cfg.need_encoder)
         self.setup()
 
     @classmethod
@@ -256,8 +258,8 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
         """The feature extractor the configuration tells of, with the mean and scale of AudioSet."""
         return transformers.ASTFeatureExtractor(
             sampling_rate=self.cfg.sampling_rate,
-            num_mel_bins=self.cfg.n_mels,
-            max_length=self.cfg.n_frames,
+            num_mel_bins=self.cfg.need_n_mels,
+            max_length=self.cfg.need_n_frames,
         )
 
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
@@ -266,7 +268,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
         It does not say what is padding, so all frames count as audio; `prepare` knows.
         """
         given = self._mapping_tensors(mapping, ("input_values", "labels"))
-        spectrograms, labels = given["input_values"], given["labels"]
+        spectrograms, labels = given["input_values"], given.get("labels")
         if labels is not None:
             if labels.is_floating_point() or labels.numel() != len(spectrograms):
                 raise InputError("labels must be the id of one class for every clip")
@@ -312,7 +314,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
             clips, sampling_rate=self.cfg.sampling_rate, return_tensors="pt"
         )["input_values"]
         frames = torch.tensor([(len(clip) - WINDOW) // self.cfg.hop + 1 for clip in clips])
-        mask = torch.arange(self.cfg.n_frames) < frames[:, None]
+        mask = torch.arange(self.cfg.need_n_frames) < frames[:, None]
         return self._inputs(
             made.to(self.device),
             None if text is None else self.labels_of(texts),
@@ -339,7 +341,7 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
         nowhere = torch.full((N_SPECIAL,), math.nan, dtype=torch.float64)
         track = Track(
             seconds=torch.cat([nowhere, seconds]),
-            clip=torch.zeros(cfg.encoder.n_ctx, dtype=torch.long),
+            clip=torch.zeros(cfg.need_encoder.need_n_ctx, dtype=torch.long),
             valid=torch.cat([nowhere.isnan(), grid.first_frames < n_valid]),
             hertz=torch.cat([nowhere[:, None].expand(-1, 3), grid.hertz(cfg.sampling_rate)]),
         )

@@ -68,4 +68,4 @@ class HookedAudioFlamingo3(PooledAudioLLM):
         }
 
     def make_connector(self, cfg: ConnectedConfig) -> MLPConnector:
-        return MLPConnector(cfg.connector, cfg.encoder.d_model, cfg.decoder.d_model)
+        return MLPConnector(cfg.connector, cfg.need_encoder.d_model, cfg.need_decoder.d_model)

@@ -107,7 +107,7 @@ class BeatsClassifier(nn.Module):
 
     def __init__(self, cfg: BeatsEncoderConfig):
         super().__init__()
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab)
         self.hook_patch_logits = HookPoint()
 
     def forward(
@@ -130,6 +130,8 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
     Classes do not exclude each other: ``logits.sigmoid()`` are their probabilities.
     """
 
+    cfg: BeatsConfig
+    encoder: BeatsEncoder
     lends_encoder = True
     features_key = "source"  # as the published model calls it
     weight_names: ClassVar = {
@@ -222,7 +224,7 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
         found, conv = dict(state), "encoder.pos_conv.0.weight"
         if f"{conv}_g" in found and f"{conv}_v" in found:
             gain, direction = found.pop(f"{conv}_g"), found.pop(f"{conv}_v")
-            found[conv] = torch._weight_norm(direction, gain, dim=2)
+            found[conv] = torch.ops.aten._weight_norm(direction, gain, 2)
         tables = {key: table for key, table in found.items() if key.endswith(_TABLE)}
         for key, table in tables.items():
             if not torch.equal(table, next(iter(tables.values()))):
@@ -299,9 +301,8 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
 
         ``source`` is waveforms at 16 kHz (``b samples``), ``padding_mask`` True at padding.
         """
-        waves, is_padding, labels = self._mapping_tensors(
-            mapping, ("source", "padding_mask", "labels")
-        ).values()
+        given = self._mapping_tensors(mapping, ("source", "padding_mask", "labels"))
+        waves, is_padding, labels = given["source"], given.get("padding_mask"), given.get("labels")
         lengths = [waves.shape[-1]] * len(waves)
         if is_padding is not None:
             lengths = self._lengths(is_padding.bool(), waves)

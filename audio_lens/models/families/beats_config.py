@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from audio_lens.models.config import AudioConfig, LoadingError
+from audio_lens.models.config import LoadingError
 from audio_lens.models.families.audio_spectrogram_transformer import WINDOW
 from audio_lens.models.families.wav2vec2 import EPS
 from audio_lens.models.families.wav2vec2_config import SpeechEncoderConfig
+from audio_lens.models.kinds.encoder_only import EncoderOnlyConfig
 
 N_MELS = 128
 HOP, N_FFT = 160, 512  # samples
@@ -52,7 +53,7 @@ class BeatsEncoderConfig(SpeechEncoderConfig):
 
 
 @dataclass(kw_only=True)
-class BeatsConfig(AudioConfig):
+class BeatsConfig(EncoderOnlyConfig):
     """Shape of a BEATs."""
 
     encoder: BeatsEncoderConfig
@@ -170,7 +171,7 @@ def beats_config(
     )
 
 
-_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+_IMPLEMENTED: dict[str, Sequence[Any]] = {
     "layer_norm_first": (False,),
     "relative_position_embedding": (True,),
     "gru_rel_pos": (True,),

@@ -85,7 +85,7 @@ class HookedGlmAsr(StackedAudioLLM):
         )
 
     def make_encoder(self, cfg: AudioConfig) -> GlmAsrEncoder:
-        return GlmAsrEncoder(cfg.encoder, cfg.n_mels)
+        return GlmAsrEncoder(cfg.need_encoder, cfg.need_n_mels)
 
     def encoder_context(self, inputs: AudioInputs) -> Context:
         """Rotary positions; nothing is masked."""

@@ -87,6 +87,8 @@ class QFormerConnector(Connector, QFormer):
     The last window is filled up with zeros, which are read like everything else.
     """
 
+    cfg: QFormerConfig
+
     def __init__(self, cfg: QFormerConfig, d_out: int):
         super().__init__(cfg)
         self.linear = nn.Linear(cfg.d_model, d_out)
@@ -119,6 +121,7 @@ class HookedGraniteSpeech(HookedAudioLLM):
     where probabilities matter.
     """
 
+    cfg: GraniteSpeechConfig
     model_types = ("granite_speech",)
     hf_class = "GraniteSpeechForConditionalGeneration"
     mask_key = "input_features_mask"
@@ -165,13 +168,13 @@ class HookedGraniteSpeech(HookedAudioLLM):
         return found
 
     def make_encoder(self, cfg: GraniteSpeechConfig) -> GraniteEncoder:
-        return GraniteEncoder(cfg.encoder, cfg.n_mels)
+        return GraniteEncoder(cfg.encoder, cfg.need_n_mels)
 
     def make_connector(self, cfg: GraniteSpeechConfig) -> QFormerConnector:
-        return QFormerConnector(cfg.connector, cfg.decoder.d_model)
+        return QFormerConnector(cfg.connector, cfg.need_decoder.d_model)
 
     def make_decoder(self, cfg: GraniteSpeechConfig) -> GraniteLanguageModel:
-        return GraniteLanguageModel(cfg.decoder)
+        return GraniteLanguageModel(cfg.need_decoder)
 
     def take_special_tokens(self, hf_config: Any) -> None:
         """Remember which token stands for audio; say so if an adapter is missing."""
@@ -231,10 +234,11 @@ class HookedGraniteSpeech(HookedAudioLLM):
 
     # ---------------------------------------------------------------- forward
 
-    def encode(self, inputs: AudioInputs, *route: Any, **options: Any) -> Tensor:
+    def encode(self, inputs: AudioInputs, *route: Any, **options: Any) -> Tensor | None:
         """As in every model; of prompts without audio there is nothing."""
         if not len(inputs.features):
-            return torch.zeros(0, 0, self.cfg.decoder.d_model, dtype=self.dtype, device=self.device)
+            width = self.cfg.need_decoder.d_model
+            return torch.zeros(0, 0, width, dtype=self.dtype, device=self.device)
         return super().encode(inputs, *route, **options)
 
     def enter_decoder(
@@ -267,13 +271,13 @@ class HookedGraniteSpeech(HookedAudioLLM):
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what `GraniteSpeechProcessor` returns, with audio or without."""
         if mapping.get(self.features_key) is None:
-            silence = torch.zeros(0, 0, STACKED * self.cfg.n_mels)
+            silence = torch.zeros(0, 0, STACKED * self.cfg.need_n_mels)
             mapping = {**mapping, self.features_key: silence}
         return super().inputs_from_mapping(mapping)
 
     def make_feature_extractor(self) -> GraniteMel:
         """The usual settings: `GraniteSpeechFeatureExtractor` itself needs torchaudio."""
-        return GraniteMel(self.cfg.n_mels, self.cfg.sampling_rate)
+        return GraniteMel(self.cfg.need_n_mels, self.cfg.sampling_rate)
 
     def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """Log-mel features as `GraniteSpeechFeatureExtractor` makes them, frame by frame.
@@ -338,10 +342,11 @@ class HookedGraniteSpeech(HookedAudioLLM):
         Raises:
             InputError: features or a mask of another shape than the processor's.
         """
-        if features.ndim != 3 or features.shape[2] != STACKED * self.cfg.n_mels:
+        width = STACKED * self.cfg.need_n_mels
+        if features.ndim != 3 or features.shape[2] != width:
             raise InputError(
-                f"input_features must be (clips, pairs of frames, {STACKED * self.cfg.n_mels}); "
-                f"got {tuple(features.shape)}"
+                f"input_features must be (clips, pairs of frames, {width}); got "
+                f"{tuple(features.shape)}"
             )
         frames = rearrange(features, "b t (k m) -> b m (t k)", k=STACKED)
         return frames, None if tokens is None else self._frames_of(tokens, frames.shape[2]), None

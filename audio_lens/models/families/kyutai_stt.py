@@ -30,7 +30,7 @@ from audio_lens.models.kinds.codec_lm import (
     block_weight_names,
     decoder_config,
 )
-from audio_lens.models.kinds.streams import delayed
+from audio_lens.models.kinds.streams import codes_in, delayed
 
 _UNDERSTOOD = """
     audio_bos_token_id audio_pad_token_id codebook_vocab_size codec_config ffn_dim frame_size
@@ -58,7 +58,7 @@ class KyutaiDecoder(MoshiStack):
 
     def __init__(self, cfg: KyutaiConfig):
         n_tokens = cfg.n_texts + cfg.n_codebooks * cfg.n_codes + 1
-        super().__init__(cfg.decoder, cfg.n_codebooks, n_tokens, cfg.n_texts)
+        super().__init__(cfg.need_decoder, cfg.n_codebooks, n_tokens, cfg.n_texts)
         self.padding_code = cfg.padding_code
         self.first_rows = range(cfg.n_texts, n_tokens - 1, cfg.n_codes)
 
@@ -80,6 +80,8 @@ class HookedKyutaiSTT(HookedCodecLM):
     says which second of the clip a text token tells of.
     """
 
+    cfg: KyutaiConfig
+    decoder: KyutaiDecoder
     features_key = "audio_codes"
     model_types = ("kyutai_speech_to_text",)
     hf_class = "KyutaiSpeechToTextForConditionalGeneration"
@@ -179,9 +181,9 @@ class HookedKyutaiSTT(HookedCodecLM):
             return self._heard(mapping)
         keys = ("input_ids", "audio_codes", "attention_mask")
         given = self._mapping_tensors(_taken_apart(mapping), keys)
-        if given["input_ids"] is None:
+        if "input_ids" not in given:
             raise InputError("inputs hold no input_ids: pass text beside the codes")
-        return self.assembled(*(given[key] for key in keys))
+        return self.assembled(given["input_ids"], given["audio_codes"], given.get("attention_mask"))
 
     def _heard(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what the feature extractor returns."""
@@ -271,7 +273,7 @@ class HookedKyutaiSTT(HookedCodecLM):
         return super().continued(inputs, self._n_ahead(inputs, max_new_tokens))
 
     def _n_ahead(self, inputs: AudioInputs, wanted: int | None) -> int:
-        n_ahead = inputs.further_tokens.shape[2] - inputs.tokens.shape[1]
+        n_ahead = codes_in(inputs).shape[2] - inputs.tokens.shape[1]
         if n_ahead == 0 or (wanted or 0) > n_ahead:
             raise InputError(f"{n_ahead} steps of audio lie ahead, so there is no more to write")
         return n_ahead if wanted is None else wanted

@@ -21,6 +21,7 @@ What the published model does is what is done here. It differs from transformers
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ from audio_lens.models.kinds.codec_lm import (
     decoder_config,
     shape_of_stack,
 )
-from audio_lens.models.kinds.streams import UNKNOWN, CodeTables, code_track, delayed
+from audio_lens.models.kinds.streams import UNKNOWN, CodeTables, code_track, codes_in, delayed
 from audio_lens.models.parts.depth import DepthConfig, DepthDecoder
 from audio_lens.timeline import Track
 
@@ -51,12 +52,19 @@ _UNDERSTOOD = """
 """
 
 
+@dataclass(kw_only=True)
+class MoshiConfig(CodecLMConfig):
+    """Shape of a Moshi: its one further decoder ("depth") writes the codes of a step."""
+
+    further_decoders: dict[str, DepthConfig] = field(default_factory=dict)
+
+
 class MoshiDecoder(MoshiStack):
     """A stack with one table of embeddings per codebook; each holds the initial token too."""
 
     def __init__(self, cfg: CodecLMConfig):
-        super().__init__(cfg.decoder, cfg.n_codebooks, cfg.n_texts + 1, cfg.n_texts)
-        self.code_embed = CodeTables(cfg.n_codebooks, cfg.n_codes, cfg.decoder.d_model)
+        super().__init__(cfg.need_decoder, cfg.n_codebooks, cfg.n_texts + 1, cfg.n_texts)
+        self.code_embed = CodeTables(cfg.n_codebooks, cfg.n_codes, cfg.need_decoder.d_model)
 
     def code_vectors(self, codes: Int[Tensor, "b k t"]) -> list[Float[Tensor, "b t d"]]:
         return self.code_embed(codes)
@@ -75,6 +83,9 @@ class HookedMoshi(HookedCodecLM):
     ("user.0" ...).
     """
 
+    cfg: MoshiConfig
+    decoder: MoshiDecoder
+    depth: DepthDecoder
     writes_behind = True
     features_key = "user_audio_codes"
     model_types = ("moshi",)
@@ -93,14 +104,14 @@ class HookedMoshi(HookedCodecLM):
         "depth_decoder.lm_heads": "depth.code_heads",
     }
 
-    def __init__(self, cfg: CodecLMConfig):
+    def __init__(self, cfg: MoshiConfig):
         super().__init__(cfg)
         self.decoder = MoshiDecoder(cfg)
         self.depth = DepthDecoder(cfg.further_decoders["depth"])
         self.setup()
 
     @classmethod
-    def config_from_hf(cls, hf_config: Any) -> CodecLMConfig:
+    def config_from_hf(cls, hf_config: Any) -> MoshiConfig:
         """The shape of a `MoshiConfig` of transformers.
 
         Raises:
@@ -115,7 +126,7 @@ class HookedMoshi(HookedCodecLM):
             hf_config.vocab_size,
             hf_config.audio_vocab_size,
         )
-        return CodecLMConfig(
+        return MoshiConfig(
             family="moshi",
             model_name=hf_config.name_or_path,
             encoder=None,
@@ -162,7 +173,7 @@ class HookedMoshi(HookedCodecLM):
 
     def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b ahead"]:
         """The codes of Moshi's first codebook; of the user's, where Moshi's are not known yet."""
-        own, user = inputs.further_tokens[:, [0, self.n_spoken]].unbind(1)
+        own, user = codes_in(inputs)[:, [0, self.n_spoken]].unbind(1)
         return torch.where(own == UNKNOWN, user, own)
 
     @property
@@ -200,7 +211,7 @@ class HookedMoshi(HookedCodecLM):
     ) -> Float[Tensor, "m v"]:
         """The output of final hidden states that stand at positions of prompts of the inputs."""
         if not len(hidden):
-            return hidden.new_zeros(0, self.cfg.output.d_vocab)
+            return hidden.new_zeros(0, self.cfg.output.need_d_vocab)
         text, codes = self.next_tokens(inputs)
         own = text[prompt, position][:, None], codes[prompt, :, position][..., None]
         return self._columns(hidden[:, None], *own)[:, 0]
@@ -218,7 +229,7 @@ class HookedMoshi(HookedCodecLM):
         Initial tokens where there is no next position.
         """
         n_given = inputs.tokens.shape[1]
-        own = inputs.further_tokens[:, : self.n_spoken, :n_given]
+        own = codes_in(inputs)[:, : self.n_spoken, :n_given]
         known = F.pad(inputs.attended[:, 1:], (0, 1), value=False)
         text = F.pad(inputs.tokens[:, 1:], (0, 1))
         codes = F.pad(own[..., 1:], (0, 1))
@@ -263,13 +274,14 @@ class HookedMoshi(HookedCodecLM):
         """
         keys = ("input_ids", "moshi_audio_codes", "user_audio_codes", "attention_mask")
         given = self._mapping_tensors(mapping, keys)
-        voices = [given[key] for key in keys[1:3]]
-        if any(voice is None for voice in voices):
+        voices = [given[key] for key in keys[1:3] if key in given]
+        if len(voices) < 2:
             raise InputError(f"inputs need the codes of both voices: {' and '.join(keys[1:3])}")
         if voices[0].shape != voices[1].shape:
             shapes = " and ".join(str(tuple(voice.shape)) for voice in voices)
             raise InputError(f"the codes of both voices are of different shapes: {shapes}")
-        return self.assembled(given["input_ids"], torch.cat(voices, 1), given["attention_mask"])
+        codes = torch.cat(voices, 1)
+        return self.assembled(given["input_ids"], codes, given.get("attention_mask"))
 
     def conversation(
         self,

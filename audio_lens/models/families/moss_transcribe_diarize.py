@@ -59,16 +59,16 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
         )
 
     def make_encoder(self, cfg: AudioConfig) -> WhisperEncoder:
-        return WhisperEncoder(cfg.encoder, cfg.n_mels)
+        return WhisperEncoder(cfg.need_encoder, cfg.need_n_mels)
 
     def make_connector(self, cfg: ConnectedConfig) -> NormedConnector:
-        width, decoder = cfg.encoder.d_model, cfg.decoder
+        width, decoder = cfg.need_encoder.d_model, cfg.need_decoder
         return NormedConnector(cfg.connector, width, decoder.d_model, decoder.eps)
 
     def make_feature_extractor(self) -> Any:
         """The feature extractor that the configuration tells of."""
         return transformers.MossTranscribeDiarizeFeatureExtractor(
-            feature_size=self.cfg.n_mels, chunk_length=round(self.cfg.segment_s)
+            feature_size=self.cfg.need_n_mels, chunk_length=round(self.cfg.segment_s)
         )
 
     def token_count(self, n_valid: int) -> int:
@@ -79,11 +79,11 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
     def known_keys(self) -> tuple[str, ...]:
         return (*super().known_keys, "padding_mask")
 
-    def segments_given(self, given: Mapping[str, Tensor | None]) -> tuple[int, ...] | None:
+    def segments_given(self, given: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         """From the mask of every clip's samples."""
-        if given["padding_mask"] is None:
+        if "padding_mask" not in given:
             return None
-        window = self.cfg.n_frames * self.cfg.hop
+        window = self.cfg.need_n_frames * self.cfg.hop
         return tuple(max(1, -(-n // window)) for n in given["padding_mask"].sum(-1).tolist())
 
     def placeholders(self, count: int) -> list[int]:

@@ -125,7 +125,8 @@ class HookedMusicFlamingo(HookedAudioFlamingo3):
         return MusicFlamingoConfig(**pieces, time=time)
 
     def make_connector(self, cfg: MusicFlamingoConfig) -> TimedConnector:
-        return TimedConnector(cfg.connector, cfg.time, cfg.encoder.d_model, cfg.decoder.d_model)
+        widths = cfg.need_encoder.d_model, cfg.need_decoder.d_model
+        return TimedConnector(cfg.connector, cfg.time, *widths)
 
     def take_special_tokens(self, hf_config: Any) -> None:
         """Remember the tokens that stand for audio, and where it begins and ends."""

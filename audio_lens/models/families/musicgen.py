@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, SupportsIndex
 
 import numpy as np
@@ -24,12 +23,13 @@ from torch import Tensor, nn
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.config import AudioConfig, LoadingError, check_switches
+from audio_lens.models.config import LoadingError, check_switches
+from audio_lens.models.families.musicgen_config import MusicgenConfig, codec_config, decoder_config
 from audio_lens.models.families.musicgen_decoding import MusicDecoding
 from audio_lens.models.kinds.streams import CodecStack, CodecTime, CodeTables, delayed
 from audio_lens.models.layers import Context, CrossAttentionBlock, KVCache, PartConfig, padding_mask
 from audio_lens.models.mixins.vocabulary import TokenError
-from audio_lens.models.parts.codecs import CODECS, CodecConfig, Speaking
+from audio_lens.models.parts.codecs import Speaking
 from audio_lens.models.parts.connectors import LinearConnector
 from audio_lens.models.parts.t5 import T5Encoder, t5_config, t5_weight_names
 from audio_lens.timeline import Row, Timeline, Track
@@ -53,24 +53,6 @@ _BLOCK = {
 }
 
 
-@dataclass(kw_only=True)
-class MusicgenConfig(AudioConfig):
-    """Shape of a MusicGen.
-
-    Attributes:
-        codec: of the codec it speaks through.
-        n_channels: 1, or 2 for stereo, where the codebooks of both channels alternate.
-    """
-
-    codec: CodecConfig
-    n_channels: int = 1
-
-    @property
-    def delays(self) -> tuple[int, ...]:
-        """By how many positions each codebook lags."""
-        return tuple(k // self.n_channels for k in range(len(self.streams)))
-
-
 class MusicgenDecoder(CodecStack):
     """Codes of all codebooks summed, sinusoidal positions, and blocks that also read the text.
 
@@ -81,7 +63,7 @@ class MusicgenDecoder(CodecStack):
         super().__init__(cfg, CrossAttentionBlock, n_codebooks)
         self.code_embed = CodeTables(n_codebooks, n_codes + 1, cfg.d_model)
         self.hook_pos_embed = HookPoint()
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab, bias=False)
 
     def code_vectors(self, codes: Int[Tensor, "b k t"]) -> list[Float[Tensor, "b t d"]]:
         return self.code_embed(codes)
@@ -113,6 +95,9 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
     `stream_seconds`.
     """
 
+    cfg: MusicgenConfig
+    encoder: T5Encoder
+    decoder: MusicgenDecoder
     model_types = ("musicgen",)
     hf_class = "MusicgenForConditionalGeneration"
     features_key = "input_ids"
@@ -130,9 +115,9 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
     def __init__(self, cfg: MusicgenConfig):
         super().__init__(cfg)
         self.encoder = T5Encoder(cfg.encoder)
-        if cfg.encoder.d_model != cfg.decoder.d_model:
-            self.connector = LinearConnector(cfg.encoder.d_model, cfg.decoder.d_model)
-        self.decoder = MusicgenDecoder(cfg.decoder, len(cfg.streams), cfg.codec.n_codes)
+        if cfg.encoder.d_model != cfg.need_decoder.d_model:
+            self.connector = LinearConnector(cfg.need_encoder.d_model, cfg.need_decoder.d_model)
+        self.decoder = MusicgenDecoder(cfg.need_decoder, len(cfg.streams), cfg.codec.n_codes)
         self.setup()
 
     # ---------------------------------------------------------------- loading
@@ -190,7 +175,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
         Raises:
             InputError: saying what they should be.
         """
-        n_words = self.cfg.encoder.d_vocab
+        n_words = self.cfg.encoder.need_d_vocab
         if features.ndim != 2 or features.is_floating_point() or not features.shape[1]:
             raise InputError(
                 f"the text is token ids (prompts, words), got {tuple(features.shape)} of "
@@ -303,9 +288,8 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
         if mapping.get("input_ids") is None:
             raise InputError("inputs hold no input_ids: MusicGen plays what a text says")
         given = self._mapping_tensors(mapping, known)
-        words, mask, seen = (
-            given[key] for key in ("input_ids", "attention_mask", "decoder_attention_mask")
-        )
+        words, mask = given["input_ids"], given.get("attention_mask")
+        seen = given.get("decoder_attention_mask")
         codes, n_positions = self._codes_given(given, len(words))
         return self._assembled(
             words,
@@ -316,11 +300,11 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
         )
 
     def _codes_given(
-        self, given: Mapping[str, Tensor | None], n_rows: int
+        self, given: Mapping[str, Tensor], n_rows: int
     ) -> tuple[Int[Tensor, "b k ahead"], int]:
         """The codes that a processor's mapping tells of as they enter, and their positions."""
         codes, audio, heard = (
-            given[key] for key in ("decoder_input_ids", "input_values", "padding_mask")
+            given.get(key) for key in ("decoder_input_ids", "input_values", "padding_mask")
         )
         if codes is not None and audio is not None:
             raise InputError("decoder_input_ids are the codes of the audio: not input_values too")
@@ -500,41 +484,3 @@ def _words_allowed(inputs: AudioInputs) -> Bool[Tensor, "b 1 1 s"] | None:
     if words is None or words.all():
         return None
     return padding_mask(words, n_queries=1, causal=False)
-
-
-def decoder_config(hf_config: Any, model_name: str) -> PartConfig:
-    """The shape of the decoder of a Hugging Face `MusicgenDecoderConfig`."""
-    return PartConfig(
-        n_layers=hf_config.num_hidden_layers,
-        n_heads=hf_config.num_attention_heads,
-        n_key_value_heads=hf_config.num_attention_heads,
-        d_model=hf_config.hidden_size,
-        d_head=hf_config.hidden_size // hf_config.num_attention_heads,
-        d_mlp=hf_config.ffn_dim,
-        d_vocab=hf_config.num_codebooks * hf_config.vocab_size,
-        n_ctx=None,
-        act_fn=hf_config.activation_function,
-        eps=1e-5,
-        normalization_type="LN",
-        attn_biases=(),
-        mlp_bias=False,
-        causal=True,
-        model_name=model_name,
-    )
-
-
-def codec_config(hf_codec: Any, hf_decoder: Any) -> CodecConfig:
-    """The shape of the codec, of as many codebooks per channel as the decoder writes.
-
-    Raises:
-        LoadingError: if the two do not fit, or the decoder's initial code is of another kind.
-    """
-    if hf_codec.model_type not in CODECS:
-        raise LoadingError(f"MusicGen that speaks through {hf_codec.model_type!r}")
-    n_codes, n_codebooks = hf_decoder.vocab_size, hf_decoder.num_codebooks
-    if {hf_decoder.pad_token_id, hf_decoder.bos_token_id} != {n_codes}:
-        raise LoadingError(f"the initial code is {n_codes} (vocab_size), for bos and padding alike")
-    codec = CODECS[hf_codec.model_type].config_from_hf(hf_codec)
-    if codec.n_codes != n_codes:
-        raise LoadingError(f"the decoder writes {n_codes} codes, the codec has {codec.n_codes}")
-    return codec.coarsest(n_codebooks // hf_decoder.audio_channels)

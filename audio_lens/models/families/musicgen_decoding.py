@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,12 +13,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.kinds.streams import UNKNOWN, undelayed
-from audio_lens.models.layers import KVCache
+from audio_lens.models.families.musicgen_config import MusicgenConfig
+from audio_lens.models.kinds.streams import UNKNOWN, CodecTime, undelayed
+from audio_lens.models.layers import KVCache, needed
+from audio_lens.models.parts.codecs import Speaking
 
 
-class MusicDecoding:
+class MusicDecoding(Speaking, CodecTime):
     """Playing on greedily with a key-value cache; mixed into `HookedMusicgen`."""
+
+    cfg: MusicgenConfig
+
+    @abstractmethod
+    def codes_of(self, inputs: AudioInputs) -> Int[Tensor, "b k t"]:
+        """The codes of all codebooks as they enter."""
 
     @torch.no_grad()
     def generate(
@@ -52,11 +61,11 @@ class MusicDecoding:
         inputs = self.as_inputs(inputs, mapping)
         if not inputs.attended.all():
             raise InputError("prompts that are padded cannot be continued: make them equally long")
-        if guidance_scale is None:
-            guidance_scale = getattr(self.generation_config, "guidance_scale", None) or 1
-        if guidance_scale < 1:
-            raise InputError(f"guidance_scale is at least 1 (no guidance), got {guidance_scale}")
-        codes = undelayed(self._played(inputs, max_new_tokens, guidance_scale), self.cfg.delays)
+        own = getattr(self.generation_config, "guidance_scale", None) or 1
+        scale = own if guidance_scale is None else guidance_scale
+        if scale < 1:
+            raise InputError(f"guidance_scale is at least 1 (no guidance), got {scale}")
+        codes = undelayed(self._played(inputs, max_new_tokens, scale), self.cfg.delays)
         return codes if return_type == "codes" else self.sound(codes)
 
     def sound(self, codes: Int[Tensor, "b k t"]) -> Float[Tensor, "b c samples"]:
@@ -73,7 +82,7 @@ class MusicDecoding:
     ) -> Int[Tensor, "b k positions"]:
         """The codes of prompt and continuation, as they enter."""
         held = self._plan(inputs, n_new)
-        encoded = self.encode(inputs)
+        encoded = needed(self.encode(inputs), "MusicGen plays what a text says")
         passes = [(inputs, encoded, KVCache())]
         if scale > 1:
             nothing = torch.zeros_like(inputs.features, dtype=torch.bool)

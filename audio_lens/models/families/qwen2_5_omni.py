@@ -103,7 +103,7 @@ class ChunkEncoder(PoolingEncoder):
 
     def __init__(self, cfg: PartConfig, n_mels: int):
         super().__init__(cfg, n_mels)
-        self.pos_embed = Sinusoids(cfg.n_ctx, cfg.d_model)
+        self.pos_embed = Sinusoids(cfg.need_n_ctx, cfg.d_model)
 
     def embed(
         self,
@@ -160,10 +160,10 @@ class HookedQwen2_5Omni(HookedThinker, PooledAudioLLM):
         )
 
     def make_encoder(self, cfg: AudioConfig) -> ChunkEncoder:
-        return ChunkEncoder(cfg.encoder, cfg.n_mels)
+        return ChunkEncoder(cfg.need_encoder, cfg.need_n_mels)
 
     def make_connector(self, cfg: AudioConfig) -> LinearConnector:
-        return LinearConnector(cfg.encoder.d_model, cfg.decoder.d_model)
+        return LinearConnector(cfg.need_encoder.d_model, cfg.need_decoder.d_model)
 
     def padding_of(self, clip: Float[Any, " _"]) -> dict[str, Any]:
         """With silence up to what the processor pads to, as far as a frame may read."""

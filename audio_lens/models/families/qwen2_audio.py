@@ -48,7 +48,7 @@ class PooledAudioLLM(HookedAudioLLM):
     lends_encoder = True
 
     def make_encoder(self, cfg: AudioConfig) -> PoolingEncoder:
-        return PoolingEncoder(cfg.encoder, cfg.n_mels)
+        return PoolingEncoder(cfg.need_encoder, cfg.need_n_mels)
 
     def token_count(self, n_valid: int) -> int:
         """One token per whole pair of encoder frames."""
@@ -89,4 +89,4 @@ class HookedQwen2Audio(PooledAudioLLM):
         )
 
     def make_connector(self, cfg: AudioConfig) -> LinearConnector:
-        return LinearConnector(cfg.encoder.d_model, cfg.decoder.d_model)
+        return LinearConnector(cfg.need_encoder.d_model, cfg.need_decoder.d_model)

@@ -128,10 +128,10 @@ class Qwen3AudioLLM(ChunkedAudioLLM):
     frames_per_token = 1
 
     def make_encoder(self, cfg: Conv2dConfig) -> Conv2dEncoder:
-        return Conv2dEncoder(cfg.encoder, cfg.n_mels, cfg.n_channels)
+        return Conv2dEncoder(cfg.need_encoder, cfg.need_n_mels, cfg.n_channels)
 
     def make_connector(self, cfg: Conv2dConfig) -> MLPConnector:
-        return MLPConnector(cfg.connector, cfg.encoder.d_model, cfg.decoder.d_model)
+        return MLPConnector(cfg.connector, cfg.need_encoder.d_model, cfg.need_decoder.d_model)
 
     def frame_count(self, n_valid: int) -> int:
         """13 positions of every whole second, and those of the rest."""

@@ -78,10 +78,10 @@ class HookedQwen3Omni(HookedThinker, Qwen3AudioLLM):
         return Conv2dConfig(family="qwen3_omni", **ear_pieces(ear, decoder, name))
 
     def make_encoder(self, cfg: Conv2dConfig) -> TrimmedEncoder:
-        return TrimmedEncoder(cfg.encoder, cfg.n_mels, cfg.n_channels)
+        return TrimmedEncoder(cfg.need_encoder, cfg.need_n_mels, cfg.n_channels)
 
     def make_decoder(self, cfg: Conv2dConfig) -> LanguageModel:
-        return LanguageModel(cfg.decoder, MixtureBlock)
+        return LanguageModel(cfg.need_decoder, MixtureBlock)
 
 
 def mixture_config(text: Any, name: str) -> PartConfig:

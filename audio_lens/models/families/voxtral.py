@@ -29,12 +29,13 @@ from audio_lens.models.parts.language_model import language_model_config, weight
 class StackedAudioLLM(HookedAudioLLM):
     """Audio LLMs that mask nothing in the encoder, and stack several of its frames to a token."""
 
+    cfg: ConnectedConfig
     lends_encoder = True
     mask_key = "input_features_mask"
     masks_padding = False
 
     def make_connector(self, cfg: ConnectedConfig) -> StackingConnector:
-        return StackingConnector(cfg.connector, cfg.encoder.d_model, cfg.decoder.d_model)
+        return StackingConnector(cfg.connector, cfg.need_encoder.d_model, cfg.need_decoder.d_model)
 
     @property
     def frames_per_token(self) -> int:
@@ -65,7 +66,7 @@ def whisper_stacked_config(hf_config: Any, connector: ConnectorConfig) -> Connec
         decoder=decoder,
         n_mels=ear.num_mel_bins,
         n_frames=2 * ear.max_source_positions,
-        max_segments=decoder.n_ctx * connector.n_stacked // ear.max_source_positions,
+        max_segments=decoder.need_n_ctx * connector.n_stacked // ear.max_source_positions,
         connector=connector,
     )
 
@@ -129,11 +130,11 @@ class HookedVoxtral(StackedAudioLLM):
         )
 
     def make_encoder(self, cfg: AudioConfig) -> VoxtralEncoder:
-        return VoxtralEncoder(cfg.encoder, cfg.n_mels)
+        return VoxtralEncoder(cfg.need_encoder, cfg.need_n_mels)
 
     def token_count(self, n_valid: int) -> int:
         """All tokens of a window, however little of it is audio."""
-        return self.cfg.encoder.n_ctx // self.frames_per_token
+        return self.cfg.need_encoder.need_n_ctx // self.frames_per_token
 
     def valid_count(self, n_valid: int) -> int:
         """The tokens that hold any audio."""
@@ -143,7 +144,7 @@ class HookedVoxtral(StackedAudioLLM):
         self, clips: list[Float[Any, " _"]]
     ) -> tuple[Tensor, Bool[Tensor, "segments frames"], tuple[int, ...]]:
         """The features of whole clips (the loudest frame sets their floor), cut into windows."""
-        n_frames, features, masks = self.cfg.n_frames, [], []
+        n_frames, features, masks = self.cfg.need_n_frames, [], []
         for clip in clips:
             made = self.feature_extractor(
                 clip,

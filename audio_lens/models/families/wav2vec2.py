@@ -37,6 +37,7 @@ from audio_lens.models.layers import (
     PostNormBlock,
     PreNormBlock,
     Stack,
+    needed,
     padding_mask,
 )
 from audio_lens.models.parts.conformer import FrozenBatchNorm
@@ -165,6 +166,8 @@ class SpeechEncoder(Stack):
     pre-norm, behind the last (`ln_final`).
     """
 
+    cfg: SpeechEncoderConfig
+
     def __init__(self, cfg: SpeechEncoderConfig):
         super().__init__(cfg, self.block_type(cfg))
         self.hook_embed = HookPoint(borrowed=True)  # what the stem gave
@@ -210,6 +213,8 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
     holds: load another language there (``hf_model.load_adapter``) before `from_hf`.
     """
 
+    cfg: SpeechConfig
+    encoder: SpeechEncoder
     lends_encoder = True
     features_key = "input_values"
     model_types = ("wav2vec2", "hubert", "data2vec-audio", "unispeech", "unispeech-sat")
@@ -249,9 +254,12 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
         self.frontend = WaveStem(cfg.stem, cfg.encoder.d_model)
         self.encoder = self.encoder_type(cfg.encoder)
         if cfg.output_kind == "ctc":
-            self.encoder.unembed = nn.Linear(cfg.encoder.d_model, cfg.encoder.d_vocab)
+            self.encoder.unembed = nn.Linear(cfg.encoder.d_model, cfg.encoder.need_d_vocab)
         elif cfg.output_kind == "classes":
-            self.head = PooledClassifier(cfg.encoder.d_model, cfg.d_classifier, cfg.encoder.d_vocab)
+            d_classifier = needed(cfg.d_classifier, "a classifier needs a width to pool in")
+            self.head = PooledClassifier(
+                cfg.encoder.d_model, d_classifier, cfg.encoder.need_d_vocab
+            )
         self.setup()
 
     @classmethod
@@ -269,8 +277,8 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
         for old, new in _WEIGHT_NORMS:
             if f"{_POSITIONS}.{old}" in bare:
                 gain, direction = bare.pop(f"{_POSITIONS}.{old}"), bare.pop(f"{_POSITIONS}.{new}")
-                bare[f"{_POSITIONS}.weight"] = torch._weight_norm(direction, gain, dim=2)
-        norm = "ln_final" if cfg.encoder.final_norm else "ln_embed"
+                bare[f"{_POSITIONS}.weight"] = torch.ops.aten._weight_norm(direction, gain, 2)
+        norm = "ln_final" if cfg.need_encoder.final_norm else "ln_embed"
         return {
             key.replace("encoder.layer_norm.", f"encoder.{norm}."): x for key, x in bare.items()
         }
@@ -345,7 +353,11 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what `Wav2Vec2FeatureExtractor` returns, and ``labels``."""
         given = self._mapping_tensors(mapping, ("input_values", "attention_mask", "labels"))
-        waves, mask, labels = given.values()
+        waves, mask, labels = (
+            given["input_values"],
+            given.get("attention_mask"),
+            given.get("labels"),
+        )
         self.check_features(waves)
         if mask is not None:
             self._check_mask(mask.bool(), waves)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.models.config import AudioConfig, LoadingError, check_switches, declared
-from audio_lens.models.kinds.encoder_only import CTCConfig
-from audio_lens.models.layers import PartConfig
+from audio_lens.models.config import LoadingError, check_switches, declared
+from audio_lens.models.kinds.encoder_only import CTCConfig, EncoderOnlyConfig
+from audio_lens.models.layers import PartConfig, needed
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,27 @@ class SpeechEncoderConfig(PartConfig):
     n_buckets: int | None = None
     max_distance: int | None = None
 
+    @property
+    def need_distances(self) -> tuple[int, int]:
+        """Buckets, and the largest distance, of the relative position bias.
+
+        Raises:
+            InputError: where there is none.
+        """
+        none = "these blocks have no relative position bias: n_buckets or max_distance is None"
+        return needed(self.n_buckets, none), needed(self.max_distance, none)
+
 
 @dataclass(kw_only=True)
-class SpeechConfig(AudioConfig):
+class SpeechConfig(EncoderOnlyConfig):
     """Shape of a self-supervised speech model.
 
     Attributes:
-        ctc: how its CTC head is trained, if it has one.
         d_classifier: width in which its classifier pools, if it has one.
     """
 
     encoder: SpeechEncoderConfig
     stem: StemConfig
-    ctc: CTCConfig | None = None
     d_classifier: int | None = None
 
 

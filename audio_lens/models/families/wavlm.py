@@ -51,7 +51,7 @@ class WavLMEncoder(SpeechEncoder):
 
     def __init__(self, cfg: SpeechEncoderConfig):
         super().__init__(cfg)
-        self.distance_embed = nn.Embedding(cfg.n_buckets, cfg.n_heads)
+        self.distance_embed = nn.Embedding(cfg.need_distances[0], cfg.n_heads)
 
     @staticmethod
     def block_type(cfg: SpeechEncoderConfig) -> type[Block]:
@@ -68,10 +68,11 @@ class WavLMEncoder(SpeechEncoder):
 
         Later keys use the second half of the table.
         """
-        n_side = self.cfg.n_buckets // 2
+        n_buckets, max_distance = self.cfg.need_distances
+        n_side = n_buckets // 2
         n_near = n_side // 2
         size = distance.abs()
-        steps = math.log(self.cfg.max_distance / n_near)
+        steps = math.log(max_distance / n_near)
         far = n_near + (size.float() / n_near).log() / steps * (n_side - n_near)
         far = far.long().clamp(max=n_side - 1)
         return torch.where(size < n_near, size, far) + n_side * (distance > 0)

@@ -85,7 +85,7 @@ class WhisperEncoder(ConvEncoder):
 
     def __init__(self, cfg: PartConfig, n_mels: int):
         super().__init__(cfg, n_mels)
-        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.pos_embed = nn.Embedding(cfg.need_n_ctx, cfg.d_model)
         self.hook_pos_embed = HookPoint()
 
     def embed(self, features: Float[Tensor, "b mels frames"]) -> Float[Tensor, "b t d"]:
@@ -100,10 +100,10 @@ class WhisperDecoder(Stack):
 
     def __init__(self, cfg: PartConfig):
         super().__init__(cfg, CrossAttentionBlock)
-        self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
-        self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.token_embed = nn.Embedding(cfg.need_d_vocab, cfg.d_model)
+        self.pos_embed = nn.Embedding(cfg.need_n_ctx, cfg.d_model)
         self.hook_pos_embed = HookPoint()
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab, bias=False)
 
     def embed_tokens(
         self, tokens: Int[Tensor, "b t"], positions: Int[Tensor, "b t"]
@@ -116,6 +116,8 @@ class WhisperDecoder(Stack):
 class HookedWhisper(Ear, HookedAudioTransformer):
     """Whisper with every activation hooked."""
 
+    encoder: WhisperEncoder
+    decoder: WhisperDecoder
     lends_encoder = True
     model_types = ("whisper",)
     hf_class = "WhisperForConditionalGeneration"
@@ -142,7 +144,7 @@ class HookedWhisper(Ear, HookedAudioTransformer):
 
     def __init__(self, cfg: AudioConfig):
         super().__init__(cfg)
-        self.encoder = WhisperEncoder(cfg.encoder, cfg.n_mels)
+        self.encoder = WhisperEncoder(cfg.need_encoder, cfg.need_n_mels)
         if cfg.decoder is not None:  # else it is what hears, in a composed model
             self.decoder = WhisperDecoder(cfg.decoder)
         self.setup()
@@ -193,8 +195,9 @@ class HookedWhisper(Ear, HookedAudioTransformer):
     def _positions(self, inputs: AudioInputs, past: KVCache | None) -> Int[Tensor, "b t"]:
         earlier = past.length if past is not None else 0
         last = earlier + inputs.tokens.shape[1]
-        if last > self.cfg.decoder.n_ctx:
-            raise InputError(f"{last} tokens are more than the {self.cfg.decoder.n_ctx} it takes")
+        n_ctx = self.cfg.need_decoder.need_n_ctx
+        if last > n_ctx:
+            raise InputError(f"{last} tokens are more than the {n_ctx} it takes")
         if inputs.position_ids is not None:
             return inputs.position_ids
         mask = inputs.attention_mask
@@ -222,19 +225,19 @@ class HookedWhisper(Ear, HookedAudioTransformer):
             "decoder_position_ids",
         )
         given = self._mapping_tensors(mapping, known)
-        features, tokens = given["input_features"], given["decoder_input_ids"]
+        features, tokens = given["input_features"], given.get("decoder_input_ids")
         self.check_features(features)
         if tokens is None:
             tokens = torch.tensor([self.prompt()] * len(features), device=features.device)
         self.check_tokens(tokens)
-        mask, frames = given["decoder_attention_mask"], given["attention_mask"]
+        mask, frames = given.get("decoder_attention_mask"), given.get("attention_mask")
         return AudioInputs(
             features=features,
             tokens=tokens,
             clips_per_row=(1,) * len(tokens),
             attention_mask=None if mask is None else mask.bool(),
             feature_mask=None if frames is None else frames.bool(),
-            position_ids=self._positions_of(tokens, given["decoder_position_ids"]),
+            position_ids=self._positions_of(tokens, given.get("decoder_position_ids")),
         )
 
     def prepare(
@@ -338,7 +341,7 @@ class HookedWhisper(Ear, HookedAudioTransformer):
         rows = []
         for row in range(len(inputs)):
             n_mel = inputs.n_valid(row)
-            seconds = self.frame_seconds(self.cfg.encoder.n_ctx)
+            seconds = self.frame_seconds(self.cfg.need_encoder.need_n_ctx)
             tracks = {
                 "encoder": [Track.of_clip(seconds, self.frame_count(n_mel), clip=0)],
                 "decoder": [Track.of_tokens(inputs.attended[row].cpu())],

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import AudioPlaces, HookedAudioTransformer
+from audio_lens.models.base import AudioPlaces
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.kinds.ear import Ear
 from audio_lens.models.kinds.prompts import Prompts
@@ -42,19 +42,21 @@ class Segment(NamedTuple):
     n_valid: int
 
 
-class AudioLLM(Prompts, Ear, HookedAudioTransformer):
+class AudioLLM(Prompts, Ear):
     """An encoder, a connector and a language model into whose prompts the audio is merged.
 
+    Families define `token_count` and `token_seconds`.
+
     Attributes:
-        mask_key: name of the mask of feature steps in a processor's mapping.
         masks_padding: whether the encoder is kept from hearing the padding of a segment.
         frames_per_token: encoder positions that become one token.
     """
 
     takes_question = True
-    mask_key: ClassVar[str] = "feature_attention_mask"
     masks_padding: ClassVar[bool] = True
     frames_per_token: ClassVar[int] = 2
+    connector: nn.Module
+    decoder: LanguageModel
 
     def __init__(
         self, cfg: AudioConfig, encoder: Stack, connector: nn.Module, decoder: LanguageModel
@@ -68,30 +70,9 @@ class AudioLLM(Prompts, Ear, HookedAudioTransformer):
 
     # ---------------------------------------------------------------- what a family defines
 
-    @abstractmethod
-    def token_count(self, n_valid: int) -> int:
-        """Tokens that a segment with so many valid feature steps becomes."""
-
     def valid_count(self, n_valid: int) -> int:
         """How many of these hold audio and not padding: all, here."""
         return self.token_count(n_valid)
-
-    @abstractmethod
-    def token_seconds(self, count: int) -> Float[Tensor, " t"]:
-        """Centres of a segment's tokens in seconds from its start."""
-
-    def counts_of(self, lengths: Sequence[int], extra: Mapping[str, Tensor]) -> list[int]:
-        """Tokens of every segment, from its valid feature steps; what goes beside them is known."""
-        return [self.token_count(n) for n in lengths]
-
-    def extra_of(
-        self,
-        features: Tensor,
-        frames: Bool[Tensor, "segments frames"] | None,
-        extra: Mapping[str, Tensor],
-    ) -> Mapping[str, Tensor]:
-        """What goes beside the features of segments into inputs: what was given, here."""
-        return extra
 
     def frame_count(self, n_valid: int) -> int:
         """Encoder positions of a segment with so many valid feature steps."""
@@ -172,7 +153,7 @@ class AudioLLM(Prompts, Ear, HookedAudioTransformer):
         position: Int[Tensor, " m"],
     ) -> Float[Tensor, "m d"]:
         """The residual stream that audio becomes at positions of prompts, entering block 0."""
-        return multiplied(audio, self.cfg.decoder.embed_multiplier)
+        return multiplied(audio, self.cfg.need_decoder.embed_multiplier)
 
     def _lengths(self, inputs: AudioInputs) -> list[int]:
         return [inputs.n_valid(segment) for segment in range(len(inputs.features))]
@@ -266,7 +247,7 @@ class HookedAudioLLM(AudioLLM):
 
     def make_decoder(self, cfg: AudioConfig) -> LanguageModel:
         """The language model."""
-        return LanguageModel(cfg.decoder)
+        return LanguageModel(cfg.need_decoder)
 
 
 def check_encoder(ear: Any, known: str) -> None:

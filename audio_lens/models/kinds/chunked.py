@@ -52,7 +52,7 @@ class ChunkedAudioLLM(HookedAudioLLM):
         """
         if frames is None:
             frames = torch.ones_like(features[:, 0], dtype=torch.bool)
-        width = self.cfg.n_frames
+        width = self.cfg.need_n_frames
         per_clip = [-(-int(n) // width) for n in frames.sum(1)]
         if not all(per_clip):
             raise InputError(f"clip {per_clip.index(0)} holds no audio by its {self.mask_key}")

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, LoadingError
-from audio_lens.models.kinds.streams import UNKNOWN, CodecStack, CodecTime
+from audio_lens.models.kinds.streams import UNKNOWN, CodecStack, CodecTime, codes_in
 from audio_lens.models.layers import KVCache, PartConfig, Rotary, causal_mask
 from audio_lens.models.layers.norms import PreciseRMSNorm
 from audio_lens.models.parts.codecs import Speaking
@@ -134,7 +133,7 @@ class MoshiStack(CodecStack):
 # -------------------------------------------------------------------------------- the kind
 
 
-class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
+class HookedCodecLM(Speaking, CodecTime):
     """Language models of Moshi's kind: text and codes enter together, no encoder.
 
     `AudioInputs.tokens` (``b t``) is the text and `AudioInputs.further_tokens` (``b k t``) are the
@@ -142,6 +141,9 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
     the text: these codes lie ahead, and enter while text is written. Clips of unequal length are
     filled up with silence.
     """
+
+    cfg: CodecLMConfig
+    decoder: MoshiStack
 
     @classmethod
     def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> Mapping[str, Tensor]:
@@ -173,9 +175,7 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
         """The sum of the embeddings of text and codes."""
-        return self.decoder.embed(
-            inputs.tokens, inputs.further_tokens[..., : inputs.tokens.shape[1]]
-        )
+        return self.decoder.embed(inputs.tokens, codes_in(inputs)[..., : inputs.tokens.shape[1]])
 
     def decoder_mask(
         self, inputs: AudioInputs, past: KVCache | None
@@ -309,8 +309,8 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         """
         inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
         n_given = inputs.tokens.shape[1]
-        ahead = F.pad(inputs.further_tokens[..., n_given:], (0, max_new_tokens), value=UNKNOWN)
-        step = replace(inputs, further_tokens=inputs.further_tokens[..., :n_given])
+        ahead = F.pad(codes_in(inputs)[..., n_given:], (0, max_new_tokens), value=UNKNOWN)
+        step = replace(inputs, further_tokens=codes_in(inputs)[..., :n_given])
         ends = torch.tensor(self._end_tokens(), dtype=torch.long, device=inputs.device)
         done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         past, made = KVCache(), [step]
@@ -326,7 +326,7 @@ class HookedCodecLM(Speaking, CodecTime, HookedAudioTransformer):
         return replace(
             inputs,
             tokens=torch.cat([one.tokens for one in made], dim=1),
-            further_tokens=torch.cat([one.further_tokens for one in made], dim=2),
+            further_tokens=torch.cat([codes_in(one) for one in made], dim=2),
             attention_mask=step.attention_mask,
             position_ids=None,
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.timeline import Track
 
 
-class Ear(ABC):
+class Ear(HookedAudioTransformer):
     """Positions of an encoder by the length of what it hears; mixed into models.
 
     Attributes:

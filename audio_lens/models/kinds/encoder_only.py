@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.config import AudioConfig
+from audio_lens.models.layers import needed
 from audio_lens.models.mixins.vocabulary import TokenError
 
 IGNORED = -100  # pads labels
@@ -66,6 +69,26 @@ class CTCConfig:
         return [[i for i, _ in itertools.groupby(path) if i != self.blank] for path in paths]
 
 
+@dataclass(kw_only=True)
+class EncoderOnlyConfig(AudioConfig):
+    """Shape of a model whose encoder makes the output.
+
+    Attributes:
+        ctc: how its CTC head is trained, if it has one.
+    """
+
+    ctc: CTCConfig | None = None
+
+    @property
+    def need_ctc(self) -> CTCConfig:
+        """How the CTC head is trained.
+
+        Raises:
+            InputError: where there is none.
+        """
+        return needed(self.ctc, f"{self.family} has no CTC head")
+
+
 class PooledClassifier(nn.Module):
     """Logits of a clip's class: a projection of every frame, their mean, a linear map."""
 
@@ -87,12 +110,14 @@ class PooledClassifier(nn.Module):
         return self.unembed(self.hook_pooled(pooled))
 
 
-class EncoderOutput:
+class EncoderOutput(HookedAudioTransformer):
     """Loss, labels and transcription of a model whose encoder makes the output; mixed into it.
 
     The model has the head that ``cfg.output_kind`` names; where that is "ctc", ``cfg.ctc`` says how
     it is trained.
     """
+
+    cfg: EncoderOnlyConfig
 
     def loss(self, logits: Float[Tensor, "b *t v"], inputs: AudioInputs) -> Float[Tensor, ""]:
         """CTC loss, or cross-entropy of the class.
@@ -104,7 +129,7 @@ class EncoderOutput:
             raise InputError("the loss compares with labels: prepare(audio, text=...) gives them")
         if self.cfg.output_kind == "ctc":
             lengths = self.output_attended(inputs).sum(-1)
-            return self.cfg.ctc.loss(logits, inputs.labels, lengths)
+            return self.cfg.need_ctc.loss(logits, inputs.labels, lengths)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(precise, inputs.labels[:, 0])
 
@@ -139,10 +164,10 @@ class EncoderOutput:
         if self.cfg.output_kind == "classes":
             best = logits.argmax(-1)
             return [self.cfg.labels[i] for i in best.tolist()] if is_text else best[:, None]
-        paths = self.cfg.ctc.best_path(logits, self.output_attended(batch))
+        paths = self.cfg.need_ctc.best_path(logits, self.output_attended(batch))
         if is_text:
             return [self.tokenizer.decode(path, group_tokens=False) for path in paths]
-        return padded_labels(paths, self.cfg.ctc.blank).to(logits.device)
+        return padded_labels(paths, self.cfg.need_ctc.blank).to(logits.device)
 
     def labels_of(self, texts: Sequence[str | Sequence[int]]) -> Int[Tensor, "b n"]:
         """Labels that say each text (a transcript or the name of a class), or these ids.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,10 +14,55 @@ from torch import Tensor
 
 from audio_lens.audio import AudioError
 from audio_lens.inputs import AudioInputs, InputError, padded
+from audio_lens.models.base import HookedAudioTransformer
 
 
-class Prompts:
-    """How an `AudioLLM` makes inputs of clips and what is asked about them; mixed into it."""
+class Prompts(HookedAudioTransformer):
+    """How an `AudioLLM` makes inputs of clips and what is asked about them; mixed into it.
+
+    Attributes:
+        mask_key: name of the mask of feature steps in a processor's mapping.
+        audio_token_id: the placeholder; None until a checkpoint or composition names it.
+    """
+
+    mask_key: ClassVar[str] = "feature_attention_mask"
+    audio_token_id: int | None
+
+    # ---------------------------------------------------------------- what the model tells
+
+    @abstractmethod
+    def token_count(self, n_valid: int) -> int:
+        """Tokens that a segment with so many valid feature steps becomes."""
+
+    @abstractmethod
+    def token_seconds(self, count: int) -> Float[Tensor, " t"]:
+        """Centres of a segment's tokens in seconds from its start."""
+
+    def counts_of(self, lengths: Sequence[int], extra: Mapping[str, Tensor]) -> list[int]:
+        """Tokens of every segment, from its valid feature steps; what goes beside them is known."""
+        return [self.token_count(n) for n in lengths]
+
+    def extra_of(
+        self,
+        features: Tensor,
+        frames: Bool[Tensor, "segments frames"] | None,
+        extra: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        """What goes beside the features of segments into inputs: what was given, here."""
+        return extra
+
+    @property
+    def need_audio_token(self) -> int:
+        """The placeholder's token id.
+
+        Raises:
+            InputError: if nothing named it.
+        """
+        if self.audio_token_id is None:
+            raise InputError("no token stands for audio: set model.audio_token_id")
+        return self.audio_token_id
+
+    # ---------------------------------------------------------------- inputs
 
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what the family's processor returns; single placeholders are expanded.
@@ -25,22 +71,22 @@ class Prompts:
             InputError: without tokens or features, or placeholders that do not fit the clips.
         """
         given = self._mapping_tensors(mapping, self.known_keys)
-        if given["input_ids"] is None:
+        if "input_ids" not in given:
             raise InputError("inputs hold no input_ids: an audio LLM needs a text prompt")
         self.check_tokens(given["input_ids"])
-        frames = given[self.mask_key]
+        frames = given.get(self.mask_key)
         features, frames, per_clip = self.cut(
             given[self.features_key], None if frames is None else frames.bool()
         )
         per_clip = self.segments_given(given) or per_clip
         return self._assembled(
             given["input_ids"],
-            given["attention_mask"],
+            given.get("attention_mask"),
             features,
             frames,
             per_clip,
             self.extra_given(given),
-            position_ids=given["position_ids"],
+            position_ids=given.get("position_ids"),
         )
 
     @property
@@ -48,11 +94,11 @@ class Prompts:
         """What a processor's mapping may hold."""
         return ("input_ids", "attention_mask", self.features_key, self.mask_key, "position_ids")
 
-    def extra_given(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def extra_given(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a processor's mapping holds beside the features of segments: nothing, here."""
         return {}
 
-    def segments_given(self, given: Mapping[str, Tensor | None]) -> tuple[int, ...] | None:
+    def segments_given(self, given: Mapping[str, Tensor]) -> tuple[int, ...] | None:
         """How many segments each clip has, where a processor's mapping says so: not here."""
         return None
 
@@ -154,7 +200,7 @@ class Prompts:
 
     def placeholders(self, count: int) -> list[int]:
         """The tokens a clip of so many audio tokens takes in a prompt: placeholders only, here."""
-        return [self.audio_token_id] * count
+        return [self.need_audio_token] * count
 
     def _clips_per_row(self, tokens: Int[Tensor, "b t"], counts: Sequence[int]) -> tuple[int, ...]:
         """How many clips each prompt holds, from its number of placeholders."""
@@ -247,7 +293,7 @@ class Prompts:
     @property
     def placeholder(self) -> str:
         """What stands for a clip in the text of a prompt."""
-        return self.tokenizer.convert_ids_to_tokens(self.audio_token_id)
+        return self.tokenizer.convert_ids_to_tokens(self.need_audio_token)
 
     def _prompt_of(self, text: Any, n_clips: int) -> str:
         placeholder = self.placeholder

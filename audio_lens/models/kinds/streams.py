@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.layers import Block, PartConfig, Stack
 from audio_lens.timeline import NO_CLIP, Row, Timeline, Track
 
@@ -86,7 +87,8 @@ class CodecStack(Stack, ABC):
     def summed_codes(self, codes: Int[Tensor, "b k t"]) -> Float[Tensor, "b t d"]:
         """The sum over codebooks."""
         vectors = zip(self.hook_code_embed, self.code_vectors(codes), strict=True)
-        return sum(hook(vector) for hook, vector in vectors)
+        hooked = [hook(vector) for hook, vector in vectors]
+        return sum(hooked, torch.zeros_like(hooked[0]))
 
 
 class CodeTables(nn.ModuleList):
@@ -102,7 +104,7 @@ class CodeTables(nn.ModuleList):
 # -------------------------------------------------------------------------------- time
 
 
-class CodecTime(ABC):
+class CodecTime(HookedAudioTransformer):
     """Where the positions of a codec language model lie; mixed into a `HookedAudioTransformer`.
 
     A position is where codes *enter*; what its logits predict enters at the next one. The timeline
@@ -121,7 +123,7 @@ class CodecTime(ABC):
 
     def first_codes(self, inputs: AudioInputs) -> Int[Tensor, "b ahead"]:
         """The codes of the first codebook that enter, those that lie ahead included."""
-        return inputs.further_tokens[:, 0]
+        return codes_in(inputs)[:, 0]
 
     def entering_steps(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """The step of the codec whose first code enters each position; negative before the first.
@@ -185,6 +187,17 @@ class CodecTime(ABC):
     ) -> dict[str, list[Track]]:
         """The positions of every part of one prompt: of the decoder alone, here."""
         return {"decoder": [code_track(self.seconds_of(steps, FIRST), attended)]}
+
+
+def codes_in(inputs: AudioInputs) -> Int[Tensor, "b k ahead"]:
+    """The codes that enter, those that lie ahead included.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if inputs.further_tokens is None:
+        raise InputError("inputs hold no codes (further_tokens): model.prepare makes them")
+    return inputs.further_tokens
 
 
 def code_track(seconds: Float[Tensor, " t"], attended: Bool[Tensor, " t"]) -> Track:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -212,8 +212,9 @@ def _check(config: Mapping[str, Any], source: str) -> None:
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The last pieces of the names of all modules that are adapted, where the config lists them."""
     targets = config.get("target_modules")
-    is_plain = isinstance(targets, list) and config.get("layers_to_transform") is None
-    return tuple(targets) if is_plain else ()
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None:
+        return ()
+    return tuple(targets)
 
 
 # -------------------------------------------------------------------------------- in memory
@@ -243,7 +244,7 @@ def is_adapted(hf_model: nn.Module) -> bool:
     return any(hasattr(module, "base_layer") for module in hf_model.modules())
 
 
-def taken_apart(hf_model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Adapter]:
+def taken_apart(hf_model: Any) -> tuple[nn.Module, dict[str, Tensor], Adapter]:
     """A model that carries a live adapter, as the model, its own weights and the adapter.
 
     All tensors are shared, none is copied.
@@ -275,11 +276,11 @@ def taken_apart(hf_model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], Adap
     return base, state, Adapter(low_rank, saved, enabled)
 
 
-def _active(hf_model: nn.Module) -> str:
+def _active(hf_model: Any) -> str:
     """The one adapter that is active."""
     with refusal_told():
         active = hf_model.active_adapters
-        names = active() if callable(active) else active
+        names = active if isinstance(active, Sequence) else active()
     if len(names) != 1:
         raise LoadingError(
             f"{len(names)} adapters are active ({', '.join(names)}): set_adapter(one of them)"

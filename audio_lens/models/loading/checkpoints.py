@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.adapters import (
@@ -78,16 +79,16 @@ def load_pretrained(
     family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
     found = None if adapter is None else read_adapter(adapter)
     hf_model = _read(hf_class, source, dtype, family.outdated_names)
-    state = hf_model.state_dict()
+    base, state = hf_model, hf_model.state_dict()
     if is_adapted(hf_model):  # transformers reads the adapter that lies beside a model
         if found is not None:
             raise LoadingError(f"{source} brings an adapter of its own: adapter= would be a second")
-        hf_model, state, found = taken_apart(hf_model)
+        base, state, found = taken_apart(hf_model)
     elif found is not None:
         found = found.renamed(lambda key: _name_in_memory(key, hf_model))
     if merge and found is None:
         raise LoadingError("merge=True merges an adapter: pass adapter=, or its directory as name")
-    model = _built(family, hf_model, state, found, merge, devices if device is None else device)
+    model = _built(family, base, state, found, merge, devices if device is None else device)
     processor, problem = processor_of(source)
     _attach(model, processor)
     model.tokenizer_problem = model.tokenizer_problem or problem
@@ -99,7 +100,7 @@ def read_model(
     name: str | Path,
     hf_class_of: Callable[[Any], Any],
     dtype: torch.dtype | None = None,
-) -> nn.Module:
+) -> transformers.PreTrainedModel:
     """A Hugging Face model from a hub id or a local directory, with every weight from there.
 
     Args:
@@ -127,10 +128,10 @@ def take_over(
         base, state, adapter = taken_apart(hf_model)
     if not isinstance(base, transformers.PreTrainedModel):
         raise LoadingError(f"not a Hugging Face model, but a {type(base).__name__}")
-    if merge and adapter is None:
-        raise LoadingError("merge=True merges an adapter, and the model carries none")
     state = dict(base.state_dict() if state is None else state)
     if merge:  # the weights are shared with the Hugging Face model, which stays as it is
+        if adapter is None:
+            raise LoadingError("merge=True merges an adapter, and the model carries none")
         state |= {f"{m}.weight": state[f"{m}.weight"].clone() for m in adapter.low_rank}
     model = _built(family_of(base.config, kind), base, state, adapter, merge, None)
     _attach(model, processor)
@@ -139,8 +140,9 @@ def take_over(
 
 def _thinker_of(hf_model: nn.Module) -> nn.Module:
     """Of a whole Omni model what hears and writes; other models as they are."""
-    is_omni = isinstance(hf_model, transformers.PreTrainedModel) and hasattr(hf_model, "thinker")
-    return hf_model.thinker if is_omni else hf_model
+    thinker = getattr(hf_model, "thinker", None)
+    is_omni = isinstance(hf_model, transformers.PreTrainedModel)
+    return thinker if is_omni and isinstance(thinker, nn.Module) else hf_model
 
 
 def _built(
@@ -197,7 +199,7 @@ def _make_live(model: Family, adapter: Adapter) -> None:
         )
     low_rank = {}
     for module, one in adapter.low_rank.items():
-        weight = model.get_submodule(module).weight
+        weight = model.get_parameter(f"{module}.weight")
         dtype = torch.promote_types(one.down.dtype, weight.dtype)
         low_rank[module] = one.to(weight.device, dtype)
     own = {key: own.to(model.get_parameter(key)) for key, own in adapter.saved.items()}
@@ -211,7 +213,7 @@ def _named_here(key: str, state: Mapping[str, Tensor], ours: Mapping[int, str]) 
     return ours[id(state[key])]
 
 
-def _name_in_memory(key: str, hf_model: nn.Module) -> str:
+def _name_in_memory(key: str, hf_model: transformers.PreTrainedModel) -> str:
     """The name a weight has in the Hugging Face model, from one that older versions gave it."""
     state = hf_model.state_dict()
     if key in state:
@@ -298,7 +300,7 @@ def _config(source: str) -> Any:
 
 def _read(
     hf_class: Any, source: str, dtype: torch.dtype | None, outdated: tuple[str, ...] = ()
-) -> nn.Module:
+) -> transformers.PreTrainedModel:
     """The Hugging Face model, with every weight from the checkpoint but the outdated."""
     try:
         with refusal_told():
@@ -337,11 +339,23 @@ def _corrupt_file(source: str) -> Path:
     return Path(source)
 
 
+def stored_file(source: str, name: str) -> Path:
+    """A file of a hub id, in its local copy, or of a local directory.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    path = cached_file(source, name)
+    if path is None:
+        raise OSError(f"{source} holds no {name}")
+    return Path(path)
+
+
 def _check_stored(source: str) -> None:
     """Raise on files that hold packed numbers: transformers may take them for plain ones."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = Path(transformers.utils.cached_file(source, "config.json")).parent
+        folder = stored_file(source, "config.json").parent
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
@@ -395,7 +409,7 @@ def _attach(model: Family, processor: Any) -> None:
     model.tokenizer = tokenizer
     model.processor = processor if hasattr(processor, "apply_chat_template") else tokenizer
     inner = (getattr(processor, name, None) for name in ("feature_extractor", "audio_processor"))
-    extractor = processor if is_extractor else next(filter(None, inner), None)
+    extractor: Any = processor if is_extractor else next(filter(None, inner), None)
     cfg = model.cfg
     if extractor is None:
         extractor = model.make_feature_extractor()

@@ -130,7 +130,7 @@ class Lora:
                 "this model carries no live adapter: load one with from_pretrained(base, "
                 "adapter=directory), or from_hf(peft_model)"
             )
-        self.replaced: Replaced = model.replaced
+        self.replaced: Replaced = vars(model)["replaced"]
 
     @property
     def enabled(self) -> bool:
@@ -149,7 +149,7 @@ class Lora:
         return f"Lora({len(self.linears)} linear maps of rank {ranks}, {state})"
 
 
-class Adaptable:
+class Adaptable(nn.Module):
     """What a `HookedAudioTransformer` can do with a live adapter; mixed into it."""
 
     @property
@@ -189,7 +189,10 @@ def attach(model: HookedRoot, low_rank: Mapping[str, LowRank], own: Mapping[str,
     """
     for name, added in low_rank.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(model.get_submodule(name), added))
-    model.replaced = Replaced(model, own)
+        base = model.get_submodule(name)
+        if not isinstance(base, nn.Linear):
+            raise LoraError(f"{name} is no linear map, so LoRA adds nothing to it")
+        setattr(model.get_submodule(parent), child, LoraLinear(base, added))
+    vars(model)["replaced"] = Replaced(model, own)
     model.setup()
     return Lora(model)

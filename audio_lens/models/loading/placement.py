@@ -131,7 +131,7 @@ def _n_cuda() -> int:
 # -------------------------------------------------------------------------------- in the model
 
 
-class Placed:
+class Placed(nn.Module):
     """Where a `HookedAudioTransformer` lies; mixed into it."""
 
     def place(self, devices: Devices) -> Placed:
@@ -181,10 +181,12 @@ class Placed:
 
 def guard_borders(model: nn.Module) -> None:
     """Let activations follow the weights from now on, if those lie on several devices."""
-    for handle in model.__dict__.get("_borders", ()):
+    for handle in vars(model).get("_borders", ()):
         handle.remove()
     units = _receivers(model) if _is_split(model) else []
-    model._borders = [u.register_forward_pre_hook(_bring, with_kwargs=True) for u in units]
+    vars(model)["_borders"] = [
+        unit.register_forward_pre_hook(_bring, with_kwargs=True) for unit in units
+    ]
 
 
 def _is_split(model: nn.Module) -> bool:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import KVCache
+from audio_lens.models.mixins.hearing import Hearing
+from audio_lens.models.mixins.vocabulary import Vocabulary
+from audio_lens.models.mixins.writing import Writing
 
 
-class GreedyDecoding:
+class GreedyDecoding(Hearing, Writing, Vocabulary):
     """How a `HookedAudioTransformer` writes; mixed into it."""
 
     @torch.no_grad()
@@ -53,10 +56,10 @@ class GreedyDecoding:
 
     def _continuable(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs:
         """The inputs, with positions that count attended tokens only; checked."""
-        cfg, last = self.cfg.decoder, inputs.tokens.shape[1] + max_new_tokens - 1
+        cfg, last = self.cfg.need_decoder, inputs.tokens.shape[1] + max_new_tokens - 1
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if cfg.rotary_base is None and last > cfg.n_ctx:
+        if cfg.rotary_base is None and last > cfg.need_n_ctx:
             raise InputError(
                 f"{inputs.tokens.shape[1]} prompt tokens and {max_new_tokens} new ones are more "
                 f"than the {cfg.n_ctx} positions of the decoder"

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from audio_lens import audio as audio_io
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.models.mixins.host import Host
 
 
-class Hearing:
+class Hearing(Host):
     """How a `HookedAudioTransformer` takes what it hears; mixed into it."""
 
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
@@ -21,11 +22,10 @@ class Hearing:
 
     def as_inputs(
         self,
-        inputs: AudioInputs | Mapping[str, Any] | None,
+        inputs: object,
         mapping: Mapping[str, Any] | None = None,
-        optional: bool = False,
-    ) -> AudioInputs | None:
-        """`AudioInputs` from whatever stands for them.
+    ) -> AudioInputs:
+        """`AudioInputs` from whatever stands for them, with keywords beside it (``mapping``).
 
         Raises:
             InputError: if it is neither `AudioInputs` nor a mapping of a Hugging Face processor.
@@ -39,15 +39,18 @@ class Hearing:
                 f"inputs must be AudioInputs (model.prepare) or a processor's mapping, got "
                 f"{type(inputs).__name__}"
             )
-        merged = {**(inputs or {}), **(mapping or {})}
-        if not merged and optional:
-            return None
-        return self.inputs_from_mapping(merged)
+        return self.inputs_from_mapping({**(inputs or {}), **(mapping or {})})
 
     def _mapping_tensors(
         self, mapping: Mapping[str, Any], known: Sequence[str]
-    ) -> dict[str, Tensor | None]:
-        """The known entries of a processor's mapping on the model's device; others raise."""
+    ) -> dict[str, Tensor]:
+        """What a processor's mapping holds of the known entries, on the model's device.
+
+        The features are among it.
+
+        Raises:
+            InputError: for other entries, and for features that are missing or not finite.
+        """
         unknown = [key for key in mapping if key not in known]
         if unknown:
             raise InputError(
@@ -57,8 +60,9 @@ class Hearing:
             raise InputError(f"inputs hold no {self.features_key}: pass audio")
         device = self.device
         given = {
-            key: None if mapping.get(key) is None else torch.as_tensor(mapping[key]).to(device)
+            key: torch.as_tensor(mapping[key]).to(device)
             for key in known
+            if mapping.get(key) is not None
         }
         if not given[self.features_key].isfinite().all():
             raise InputError(f"{self.features_key} hold NaN or infinite values")
@@ -105,7 +109,7 @@ class Hearing:
             clips,
             sampling_rate=self.cfg.sampling_rate,
             padding="max_length",
-            max_length=self.cfg.n_frames * self.cfg.hop,
+            max_length=self.cfg.need_n_frames * self.cfg.hop,
             truncation=False,
             return_attention_mask=True,
             return_tensors="pt",

@@ -10,13 +10,14 @@ from torch import Tensor
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
+from audio_lens.models.mixins.host import Host
 
 
 class TokenError(AudioLensError, ValueError):
     """Text that does not give the tokens that are needed."""
 
 
-class Vocabulary:
+class Vocabulary(Host):
     """What a `HookedAudioTransformer` knows of tokens; mixed into it."""
 
     def check_tokens(self, tokens: Tensor) -> None:
@@ -25,7 +26,7 @@ class Vocabulary:
         Raises:
             InputError: naming the first that is not.
         """
-        n = self.cfg.output.d_vocab
+        n = self.cfg.output.need_d_vocab
         unknown = tokens[(tokens < 0) | (tokens >= n)]
         if len(unknown):
             raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
@@ -69,7 +70,7 @@ class Vocabulary:
         return labels.index(name)
 
     def _checked_token(self, token: int) -> int:
-        n = self.cfg.output.d_vocab
+        n = self.cfg.output.need_d_vocab
         if not 0 <= token < n:
             raise TokenError(f"no token {token}: the vocabulary (d_vocab) has {n} tokens")
         return token

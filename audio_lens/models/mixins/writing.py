@@ -13,11 +13,12 @@ from torch import Tensor
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import TEXT
 from audio_lens.models.layers import Stack
+from audio_lens.models.mixins.host import Host
 
 ReturnType = Literal["logits", "loss", "both", None]
 
 
-class Writing:
+class Writing(Host):
     """The output of a `HookedAudioTransformer`; mixed into it."""
 
     writes_behind: ClassVar[bool] = (

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import transformers
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from audio_lens import audio as audio_io
 from audio_lens.hooks import HookedRoot, HookPoint
 from audio_lens.inputs import InputError
 from audio_lens.models.config import LoadingError
+from audio_lens.models.layers import needed
 from audio_lens.models.loading.checkpoints import read_model
 
 
@@ -262,6 +264,7 @@ class HookedEncodec(HookedCodec):
     """
 
     hf_class = "EncodecModel"
+    hf: transformers.EncodecModel
 
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> CodecConfig:
@@ -290,6 +293,7 @@ class HookedMimi(HookedCodec):
     """Mimi (Défossez et al. 2024, arXiv:2410.00037): the first codebook is distilled from WavLM."""
 
     hf_class = "MimiModel"
+    hf: transformers.MimiModel
 
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> CodecConfig:
@@ -301,7 +305,8 @@ class HookedMimi(HookedCodec):
         return _config(hf_config, hop, hf_config.num_quantizers)
 
     def hear(self, audio: Float[Tensor, "b samples"]) -> Float[Tensor, "b d t"]:
-        return self.hf.encoder(audio[:, None], use_streaming=False).latents
+        encoder = needed(self.hf.encoder, "half a Mimi (without its encoder) hears nothing")
+        return encoder(audio[:, None], use_streaming=False).latents
 
     def choose(self, latent: Float[Tensor, "b d t"]) -> Int[Tensor, "b k t"]:
         return rearrange(self.hf.quantizer.encode(latent), "k b t -> b k t")
@@ -310,13 +315,14 @@ class HookedMimi(HookedCodec):
         return self.hf.quantizer.decode(codes)
 
     def speak(self, quantized: Float[Tensor, "b d t"]) -> Float[Tensor, "b samples"]:
-        return self.hf.decoder(quantized).audio_values[:, 0]
+        decoder = needed(self.hf.decoder, "half a Mimi (without its decoder) says nothing")
+        return decoder(quantized).audio_values[:, 0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> HookedMimi:
         """As `nn.Module`; Mimi keeps its codebooks a second time, outside of its buffers."""
         for module in self.hf.quantizer.modules():
             if hasattr(module, "_embed"):
-                module._embed = None
+                vars(module)["_embed"] = None
         return super()._apply(fn, recurse)
 
 
@@ -328,6 +334,7 @@ class HookedDac(HookedCodec):
     """
 
     hf_class = "DacModel"
+    hf: transformers.DacModel
     fills_steps = True
 
     @classmethod
@@ -343,7 +350,8 @@ class HookedDac(HookedCodec):
         return self.hf.quantizer(latent)[1]
 
     def look_up(self, codes: Int[Tensor, "b k t"]) -> Float[Tensor, "b d t"]:
-        return self.hf.quantizer.from_codes(codes)[0]
+        quantized: Any = self.hf.quantizer.from_codes(codes)[0]  # said to be a number, by its type
+        return quantized
 
     def speak(self, quantized: Float[Tensor, "b d t"]) -> Float[Tensor, "b samples"]:
         return self.hf.decoder(quantized)[:, 0]
@@ -358,9 +366,11 @@ class Speaking(ABC):
 
     Attributes:
         codec_name: of the codec in the Hugging Face model.
+        device: of the model.
     """
 
     codec_name: ClassVar[str]
+    device: torch.device
 
     @property
     @abstractmethod

@@ -63,9 +63,9 @@ class ShawAttention(WindowedAttention):
         distances = self.distance_embed(index[:, None] - index + self.max_distance)
         return einsum("w q h e, q k e -> w h q k", q, distances) * self.scale
 
-    def whole_bias(self, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b h q k"]:
-        n = q.shape[1]
-        return self.hook_pos_bias(super().whole_bias(q)[..., :n, :n])
+    def whole_bias(self, q: Float[Tensor, "b q h e"]) -> Float[Tensor, "b h q k"] | None:
+        n, bias = q.shape[1], super().whole_bias(q)
+        return None if bias is None else self.hook_pos_bias(bias[..., :n, :n])
 
     def _is_watched(self) -> bool:
         return self.hook_pos_bias.has_hooks()
@@ -73,6 +73,9 @@ class ShawAttention(WindowedAttention):
 
 class FrozenBatchNorm(nn.Module):
     """Batch norm over ``b t f`` with the statistics of training, whatever mode the model is in."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, d: int, eps: float):
         super().__init__()

@@ -178,6 +178,8 @@ class DepthDecoder(Stack):
     code of the codebook before for the others. There are no positions and no final norm.
     """
 
+    cfg: DepthConfig
+
     def __init__(self, cfg: DepthConfig):
         super().__init__(cfg, DepthBlock)
         n_codebooks = cfg.n_codebooks

@@ -38,10 +38,10 @@ class LanguageModel(Stack):
 
     def __init__(self, cfg: PartConfig, block: type[Block] = PreNormBlock):
         super().__init__(cfg, block)
-        self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.token_embed = nn.Embedding(cfg.need_d_vocab, cfg.d_model)
         self.rotary = Rotary(cfg)
         self.hook_token_embed, self.hook_audio_embed = HookPoint(), HookPoint()
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self.unembed = nn.Linear(cfg.d_model, cfg.need_d_vocab, bias=False)
 
     def merge(
         self,
@@ -57,7 +57,7 @@ class LanguageModel(Stack):
         return self.hook_embed(multiplied(embed, self.cfg.embed_multiplier))
 
 
-def language_model_config(text: Any, model_name: str) -> PartConfig:
+def language_model_config(text: Any, model_name: str | None) -> PartConfig:
     """The shape of a transformers text config.
 
     Raises:
@@ -79,7 +79,7 @@ def language_model_config(text: Any, model_name: str) -> PartConfig:
         act_fn=text.hidden_act,
         eps=text.rms_norm_eps,
         normalization_type="RMS",
-        model_name=model_name,
+        model_name=model_name or "",
         d_vocab=text.vocab_size,
         causal=True,
         gated_mlp=True,

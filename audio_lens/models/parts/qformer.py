@@ -96,6 +96,8 @@ class QFormer(Stack):
     zero outside the window) tells which of them a query listens to.
     """
 
+    cfg: QFormerConfig
+
     def __init__(self, cfg: QFormerConfig):
         super().__init__(cfg, QueryBlock)
         for layer in range(0, cfg.n_layers, cfg.cross_every):

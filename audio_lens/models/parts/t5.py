@@ -69,7 +69,7 @@ class T5Attention(Attention):
         self.hook_pos_bias = HookPoint(borrowed=True)  # of all blocks and rows
 
     def bias(self, x: Float[Tensor, "b q d"], context: Context) -> Float[Tensor, "b h q k"]:
-        return self.hook_pos_bias(context.position_bias.expand(len(x), -1, -1, -1))
+        return self.hook_pos_bias(context.need_position_bias.expand(len(x), -1, -1, -1))
 
 
 class T5Block(PreNormBlock):
@@ -99,10 +99,12 @@ def _off_infinity(resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
 class T5Encoder(Stack):
     """Embedded tokens without positions, and blocks that share a bias by distance."""
 
+    cfg: T5Config
+
     def __init__(self, cfg: T5Config):
         super().__init__(cfg, T5Block)
         self.ln_final = T5Norm(cfg.d_model, cfg.eps)
-        self.token_embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.token_embed = nn.Embedding(cfg.need_d_vocab, cfg.d_model)
         self.distance_embed = nn.Embedding(cfg.n_buckets, cfg.n_heads)
 
     def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
