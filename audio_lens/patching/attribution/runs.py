@@ -18,8 +18,7 @@ from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, pre
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims, check_finite
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.engine.routes import heard
-from audio_lens.patching.engine.trace import blocks_of, stack_of
+from audio_lens.patching.engine.trace import blocks_of, heard, stack_of
 from audio_lens.patching.sites import Site, in_blocks, parts_from
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track

@@ -23,7 +23,7 @@ from audio_lens.patching.engine.changes import KEYS, BlockEntry, Changes, LanePa
 from audio_lens.patching.engine.key_changes import KeyChanges
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.row_changes import RowChanges, UnitChanges
-from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, keeping
+from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, heard, keeping
 from audio_lens.patching.sites import Site, in_blocks
 
 if TYPE_CHECKING:
@@ -113,17 +113,6 @@ class Run:
         traces = [t.n_bytes for t in (self.encoder, self.decoder) if t is not None]
         others = (self.encoded, *self.connector.values())
         return sum(traces) + sum(x.nbytes for x in others if x is not None)
-
-
-def heard(encoded: Float[Tensor, "b s d"] | None) -> Float[Tensor, "b s d"]:
-    """What an encoder gave, of a model that has one.
-
-    Raises:
-        ValueError: for None.
-    """
-    if encoded is None:
-        raise ValueError("nothing is heard without an encoder")
-    return encoded
 
 
 class Route(ABC):

@@ -236,6 +236,17 @@ class Trace:
         self.context = replace(self.context, past=KVCache(kept))
 
 
+def heard(encoded: Float[Tensor, "b s d"] | None) -> Float[Tensor, "b s d"]:
+    """What an encoder gave, of a model that has one.
+
+    Raises:
+        ValueError: for None.
+    """
+    if encoded is None:
+        raise ValueError("nothing is heard without an encoder")
+    return encoded
+
+
 def encoder_context(model: HookedAudioTransformer, inputs: AudioInputs) -> Context:
     """What the encoder's blocks need beside the residual stream, cut to what can matter."""
     reach, context = model.encoder_reach(inputs), model.encoder_context(inputs)
