@@ -206,6 +206,16 @@ class HookedAudioTransformer(
         """Where each connector position enters the decoder's residual stream (audio LLMs)."""
         raise NotImplementedError(f"{self.cfg.family} reads its audio by cross-attention")
 
+    def enter_audio(
+        self,
+        audio: Float[Tensor, "m d"],
+        inputs: AudioInputs,
+        prompt: Int[Tensor, " m"],
+        position: Int[Tensor, " m"],
+    ) -> Float[Tensor, "m d"]:
+        """The residual stream that audio becomes at positions of prompts (audio LLMs)."""
+        raise NotImplementedError(f"{self.cfg.family} reads its audio by cross-attention")
+
     @abstractmethod
     def prepare(
         self, audio: Any, text: Any = None, sampling_rate: int | None = None, **options: Any
