@@ -378,8 +378,7 @@ class AbsorbedMemory(Context):
     def read(self, attn: Attention, q: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
         if q.shape[1] >= attn.d_head or attn.group > 1:
             return super().read(attn, q)
-        if self.memory is None:
-            raise ValueError("a context without memory has nothing to read")
+        memory = self.need_memory
         asked = einsum(
             "batch query head d_head, head d_model d_head -> batch query head d_model",
             q * attn.scale,
@@ -388,14 +387,14 @@ class AbsorbedMemory(Context):
         scores = einsum(
             "batch query head d_model, batch key d_model -> batch query head key",
             asked,
-            self.memory,
+            memory,
         )
         if self.memory_allowed is not None:
             scores = scores.masked_fill(~self.memory_allowed, -torch.inf)
         found = einsum(
             "batch query head key, batch key d_model -> batch query head d_model",
             attn.pattern_of(scores),
-            self.memory,
+            memory,
         )
         z = einsum(
             "batch query head d_model, head d_model d_head -> batch query head d_head",
