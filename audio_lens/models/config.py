@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
@@ -169,7 +168,6 @@ _OF_TRAINING = """
 """Switches of Hugging Face configs that matter to training, decoding and bookkeeping only."""
 
 
-@cache
 def _declared_by(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     """The switches that a class of configs declares, and their defaults."""
     return vars(kind())
