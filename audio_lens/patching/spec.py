@@ -24,6 +24,7 @@ Windows = float | tuple[float, ...] | Sequence[Span | tuple[float, float]] | Lit
 Bands = Sequence[Band | tuple] | Literal["patch"]
 Direction = Literal["denoise", "noise"]
 Precision = Literal["exact", "tf32", "bf16"]
+_HOW = ("verify", "checkpoint", "progress", "method", "steps")  # how it is done, not what is asked
 _NO_MATTER = ("cells_per_forward", "memory_gb")  # no value depends on them: not recorded
 
 
@@ -73,13 +74,17 @@ class SweepSpec:
         """The spec of these arguments.
 
         Args:
-            options: further fields; what is none (``progress``, ``method`` ...) is left out, so
-                that a function can hand on all that it was given: ``SweepSpec.of(**locals())``.
+            options: further fields. What says how it is done (``progress``, ``method`` ...) is
+                left out, so that a function can hand on all that it was given:
+                ``SweepSpec.of(**locals())``.
 
         Raises:
+            TypeError: an argument that sweeps do not have.
             SiteError, InputError, ValueError: as `sweep`, but for what a `CellTable` checks.
         """
-        given = {name: options[name] for name in options if name in _options()}
+        given = {name: value for name, value in options.items() if name not in _HOW}
+        if unknown := given.keys() - set(_options()):
+            raise TypeError(f"a sweep takes no {', '.join(sorted(unknown))}")
         if given.get("refine") is None:
             given.pop("refine", None)
         asked = {"site": site, "axes": axes, "metric": metric, **given}

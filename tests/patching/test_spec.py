@@ -59,6 +59,8 @@ def test_a_spec_keeps_what_was_asked_and_records_what_matters(asked):
     assert again.windows == spec.windows and again.sites == spec.sites
     with pytest.raises(AttributeError):
         spec.layers = 0
+    with pytest.raises(TypeError, match="a sweep takes no layer, window"):
+        SweepSpec.of(model, **asked, metric=METRIC, layer=1, window=0.1)
 
 
 def test_results_keep_the_record_of_the_spec(asked):
