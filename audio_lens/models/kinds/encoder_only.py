@@ -113,8 +113,8 @@ class PooledClassifier(nn.Module):
 class EncoderOutput(HookedAudioTransformer):
     """Loss, labels and transcription of a model whose encoder makes the output; mixed into it.
 
-    The model has the head that ``cfg.output_kind`` names; where that is "ctc", ``cfg.ctc`` says how
-    it is trained.
+    The model has the head that ``cfg.output_kind`` names; where that is "ctc", ``cfg.ctc`` (of an
+    `EncoderOnlyConfig`) says how it is trained.
     """
 
     cfg: EncoderOnlyConfig
