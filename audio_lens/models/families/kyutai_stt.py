@@ -259,7 +259,10 @@ class HookedKyutaiSTT(HookedCodecLM):
             InputError: if there are not as many.
         """
         inputs = self.as_inputs(inputs, mapping)
-        return super().generate(inputs, self._n_ahead(inputs, max_new_tokens), return_type)
+        n_new = self._n_ahead(inputs, max_new_tokens)
+        if return_type == "tokens":
+            return super().generate(inputs, n_new, return_type=return_type)
+        return super().generate(inputs, n_new, return_type)
 
     def continued(
         self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int | None = None

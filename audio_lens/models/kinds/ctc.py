@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 from audio_lens.inputs import InputError
 from audio_lens.models.config import AudioConfig
-from audio_lens.models.kinds.encoder_only import CTCConfig
-
-
-@runtime_checkable
-class _MaySpell(Protocol):
-    """What configs of families have whose checkpoints may have a CTC head."""
-
-    ctc: CTCConfig | None
+from audio_lens.models.kinds.encoder_only import CTCConfig, EncoderOnlyConfig
 
 
 def ctc_of(cfg: AudioConfig) -> CTCConfig:
@@ -22,7 +13,6 @@ def ctc_of(cfg: AudioConfig) -> CTCConfig:
     Raises:
         InputError: a model without a CTC head.
     """
-    ctc = cfg.ctc if isinstance(cfg, _MaySpell) else None
-    if ctc is None:
-        raise InputError(f"{cfg.model_name} has no CTC head")
-    return ctc
+    if not isinstance(cfg, EncoderOnlyConfig):
+        raise InputError(f"{cfg.family} has no CTC head")
+    return cfg.need_ctc

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,25 @@ from audio_lens.models.mixins.writing import Writing
 
 class GreedyDecoding(Hearing, Writing, Vocabulary):
     """How a `HookedAudioTransformer` writes; mixed into it."""
+
+    @overload
+    def generate(
+        self,
+        inputs: AudioInputs | Mapping[str, Any] | None = None,
+        max_new_tokens: int = 64,
+        return_type: Literal["text"] = "text",
+        **mapping: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: AudioInputs | Mapping[str, Any] | None = None,
+        max_new_tokens: int = 64,
+        *,
+        return_type: Literal["tokens"],
+        **mapping: Any,
+    ) -> Int[Tensor, "b t"]: ...
 
     @torch.no_grad()
     def generate(
