@@ -92,9 +92,7 @@ class AudioConfig:
         Raises:
             InputError: where the decoder itself reads the audio.
         """
-        if self.encoder is None:
-            raise InputError(f"{self.family} has no encoder")
-        return self.encoder
+        return needed(self.encoder, f"{self.family} has no encoder")
 
     @property
     def need_decoder(self) -> PartConfig:
@@ -103,9 +101,7 @@ class AudioConfig:
         Raises:
             InputError: where the encoder itself makes the output.
         """
-        if self.decoder is None:
-            raise InputError(f"{self.family} has no decoder")
-        return self.decoder
+        return needed(self.decoder, f"{self.family} has no decoder")
 
     @property
     def need_n_mels(self) -> int:
