@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ class MusicgenDecoder(CodecStack):
         embed = self.hook_embed(self.summed_codes(codes))
         index = torch.arange(first, first + codes.shape[-1], device=codes.device)
         positions = sinusoids(index, self.cfg.d_model).to(embed.dtype)
-        return embed + self.hook_pos_embed(repeat(positions, "t d -> b t d", b=len(codes)))
+        return embed + self.hook_pos_embed(positions.repeat(len(codes), 1, 1))
 
 
 def sinusoids(positions: Int[Tensor, " t"], d_model: int) -> Float[Tensor, "t d"]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens.hooks import HookPoint
 from audio_lens.models.layers.attention import Attention
 from audio_lens.models.layers.blocks import PreNormBlock
 from audio_lens.models.layers.config import PartConfig
@@ -21,6 +22,7 @@ class LoneAttention(Attention):
     def __init__(self, cfg: PartConfig, causal: bool):
         super().__init__(cfg, causal)
         del self.q_proj, self.k_proj, self.hook_q, self.hook_k, self.hook_attn_scores
+        self.hook_z = HookPoint(borrowed=True)  # the values themselves, where no pattern is
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
         v = self.hook_v(self._split(self.v_proj(x)))
