@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from audio_lens import AudioInputs, HookedAudioTransformer, HookPoint
+from audio_lens.models.compose.shrinking import ShrinkingConnector
+from audio_lens.models.parts.connectors import Connector
 from families import FAMILIES
 from families.base import Family
 
@@ -102,3 +104,33 @@ def test_an_element_written_in_place_is_one_element(family: Family, batch: str, 
     torch.testing.assert_close(in_place, of_copies)
     for name, (_, left) in writing.left.items():
         torch.testing.assert_close(left, keeping.left[name], msg=name)
+
+
+class HandingOn(Connector):
+    """Tokens that are the frames themselves."""
+
+    def carry(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Shrinking(ShrinkingConnector):
+    """The same, of frames that are labelled."""
+
+    def adapt(self, x: Tensor) -> Tensor:
+        return x
+
+    def label_logits(self, frames: Tensor) -> Tensor:
+        return frames
+
+
+@pytest.mark.parametrize("connector", [HandingOn(), Shrinking()], ids=["plain", "shrinking"])
+def test_connectors_of_ones_own_may_hand_on_what_they_are_given(connector: Connector) -> None:
+    writing, heard = Writing(), torch.arange(24.0).reshape(2, 3, 4)
+    for name, point in connector.named_modules():
+        if isinstance(point, HookPoint):
+            point.name = name
+            point.add_hook(writing)
+    tokens = connector(heard)
+    assert not writing.wrong and len(writing.left) >= 2
+    assert torch.equal(heard, torch.arange(24.0).reshape(2, 3, 4))
+    assert tokens[0, 0, 0] == len(writing.left)

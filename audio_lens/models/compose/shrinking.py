@@ -37,7 +37,8 @@ class ShrinkingConnector(Connector):
 
     def __init__(self, *arguments: Any, frames_per_token: int = 1):
         super().__init__(*arguments, frames_per_token=frames_per_token)
-        self.hook_frames, self.hook_kept = HookPoint(), HookPoint()
+        self.hook_frames = HookPoint(borrowed=True)  # adapt may hand on what it was given
+        self.hook_kept = HookPoint()
 
     @abstractmethod
     def adapt(self, x: Float[Tensor, "b frames d_in"]) -> Float[Tensor, "b t d"]:

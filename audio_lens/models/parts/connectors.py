@@ -59,7 +59,7 @@ class Connector(nn.Module, ABC):
         super().__init__(*arguments)
         self.frames_per_token = frames_per_token
         self.hook_in = HookPoint(borrowed=True)  # the encoder's hook_out
-        self.hook_out = HookPoint()
+        self.hook_out = HookPoint(borrowed=True)  # carry may hand on what it was given
 
     def forward(
         self, x: Float[Tensor, "segments frames d_in"], *others: Tensor
