@@ -25,6 +25,10 @@ from audio_lens.hooks import (
 )
 
 Stack = Float[Tensor, "components *batch_pos d_model"]
+_STAGES_WITHIN = (
+    *("resid_mid1", "resid_mid", "normalized_resid_mid"),
+    *("resid_mid_cross", "normalized_resid_mid_cross", "resid_conv", "resid_mlp"),
+)
 
 
 @runtime_checkable
@@ -90,6 +94,21 @@ class AudioCache(ActivationCache):
         return AudioCache(local, {name: part}, name, self.has_batch_dim, prefixed=False)
 
     # ---------------------------------------------------------------- batch axis
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> AudioCache:
+        """The same without its batch axis of one prompt, in place; flat entries stay as they are.
+
+        Raises:
+            ValueError: if there are several prompts.
+        """
+        if not self.has_batch_dim:
+            return self
+        size = self._batch_size() if batch_size is None else batch_size
+        if size != 1:
+            raise ValueError(f"the batch axis holds {size} prompts: choose one of them first")
+        kept = {name: x if is_flat(name) else x[0] for name, x in self.items()}
+        self.cache_dict, self.has_batch_dim = kept, False
+        return self
 
     def _batch_size(self) -> int:
         sizes = {len(tensor) for name, tensor in self.items() if not is_flat(name)}
@@ -164,6 +183,18 @@ class AudioCache(ActivationCache):
     def _has_cross(self, layer: int) -> bool:
         return hasattr(self.model.blocks[layer], "cross_attn")
 
+    def _stages_within(self, layer: int, up_to_mlp: bool) -> list[str]:
+        """The stages of a block between what it reads and what it leaves."""
+        block = self.model.blocks[layer]
+        stages = [name for name in _STAGES_WITHIN if hasattr(block, f"hook_{name}")]
+        return stages[: stages.index(block.mlp_stage) + 1] if up_to_mlp else stages
+
+    def _mlps(self, layer: int) -> list[str]:
+        """The sublayers of a block that have neurons, the MLP first."""
+        names = [name.removesuffix("_out") for name in self.model.blocks[layer].writes]
+        further = [name for name in names if name.startswith(("mlp", "adapter")) and name != "mlp"]
+        return ["mlp", *further]
+
     def _check_adds_up(self) -> None:
         if not all(block.adds_up for block in self.model.blocks):
             raise ValueError(
@@ -171,8 +202,12 @@ class AudioCache(ActivationCache):
                 "every block norms it. Use accumulated_resid, or patching"
             )
 
-    def _layer(self, layer: int | None) -> int:
-        return self.model.cfg.n_layers if layer is None or layer == -1 else layer
+    def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
+        n_layers = self.model.cfg.n_layers
+        layer = n_layers if layer is None or layer == -1 else layer
+        if mlp_input and layer >= n_layers:
+            raise ValueError(f"no MLP reads layer {layer}: mlp_input needs one below {n_layers}")
+        return layer
 
     def _stream_into(self, layer: int, mlp_input: bool = False) -> Float[Tensor, "*batch_pos d"]:
         """The residual stream that the first norm of a block reads, or its MLP's, or the last."""
@@ -201,7 +236,7 @@ class AudioCache(ActivationCache):
             ValueError: where the stream is no such sum (post-norm blocks).
         """
         self._check_adds_up()
-        layer, positions = self._layer(layer), as_slice(pos_slice)
+        layer, positions = self._layer(layer, mlp_input), as_slice(pos_slice)
         found = []
         if incl_embeds:
             found += [("embed", self["hook_embed"])] if self.has_embed else []
@@ -227,18 +262,17 @@ class AudioCache(ActivationCache):
     ) -> Stack | tuple[Stack, list[str]]:
         """The residual stream entering each layer up to ``layer``; see TransformerLens.
 
-        ``incl_mid`` adds the streams between sublayers (after cross-attention too), and
-        ``mlp_input`` those of ``layer`` itself.
+        ``incl_mid`` adds the streams between sublayers (after cross-attention and norms too), and
+        ``mlp_input`` those of ``layer`` itself up to what its MLP reads.
         """
-        layer, positions = self._layer(layer), as_slice(pos_slice)
+        layer, positions = self._layer(layer, mlp_input), as_slice(pos_slice)
         n_layers = self.model.cfg.n_layers
         found = []
         for l in range(min(layer, n_layers - 1) + 1):
             found.append((f"{l}_pre", self["resid_pre", l]))
             if (incl_mid and l < layer) or (mlp_input and l == layer):
-                cross = ["resid_mid_cross"] if self._has_cross(l) else []
-                mids = ["resid_mid", *cross]
-                found += [(f"{l}_{name.removeprefix('resid_')}", self[name, l]) for name in mids]
+                mids = self._stages_within(l, up_to_mlp=l == layer)
+                found += [(f"{l}_{name.replace('resid_', '')}", self[name, l]) for name in mids]
         if layer == n_layers:
             found.append(("final_post", self._stream_into(n_layers)))
         stack = torch.stack([positions.apply(tensor, dim=-2) for _, tensor in found])
@@ -257,7 +291,12 @@ class AudioCache(ActivationCache):
             key = f"{self.main_part}.{name}" if self.prefixed else name
             weights = getattr(self.model.blocks[layer], sublayer).W_O
             z = self["z", layer, sublayer]
-            self.cache_dict[key] = einsum("... h e, h e d -> ... h d", z, weights)
+            if weights.ndim == 4:
+                weights = _of_positions(weights, z.shape[-3])
+                result = einsum("... p h e, p h e d -> ... p h d", z, weights)
+            else:
+                result = einsum("... h e, h e d -> ... h d", z, weights)
+            self.cache_dict[key] = result
         return self[name]
 
     def _ensure_head_results(self) -> bool:
@@ -279,9 +318,14 @@ class AudioCache(ActivationCache):
         """What each head added to the residual stream entering ``layer``.
 
         Self-attention heads are labelled ``L0H3``, cross-attention heads ``L0H3_cross``, in the
-        order in which they write.
+        order in which they write. Where blocks norm the stream, they are given as they wrote.
+
+        Raises:
+            ValueError: of a remainder or norm where the stream is no sum of what is written.
         """
         layer, positions = self._layer(layer), as_slice(pos_slice)
+        if incl_remainder:
+            self._check_adds_up()
         results, labels = [], []
         for l in range(layer):
             for sublayer in self._attentions(l):
@@ -301,6 +345,68 @@ class AudioCache(ActivationCache):
             stack = self.apply_ln_to_stack(stack, layer, pos_slice=positions)
         return (stack, labels) if return_labels else stack
 
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: PosSlice = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, list[str]]:
+        """The stream by heads, neurons (or MLPs), embeddings and biases; see TransformerLens.
+
+        Raises:
+            ValueError: where the stream is no such sum (post-norm blocks, conformers), or where
+                neurons are asked for and what writes has none (experts).
+        """
+        self._check_adds_up()
+        return super().get_full_resid_decomposition(
+            self._layer(layer, mlp_input),
+            mlp_input,
+            expand_neurons,
+            apply_ln,
+            as_slice(pos_slice),
+            return_labels,
+            project_output_onto,
+        )
+
+    def _neurons(
+        self, layer: int, sublayer: str, positions: Slice, neurons: Slice
+    ) -> tuple[Float[Tensor, "*batch_pos f"], Float[Tensor, "*pos f d"]]:
+        """What neurons are, and what each writes where it is 1."""
+        mlp = getattr(self.model.blocks[layer], sublayer)
+        if not hasattr(mlp, "W_out"):
+            raise ValueError(
+                f"the {sublayer} of the {self.main_part}'s block {layer} is a mixture of experts, "
+                "whose neurons are not kept one by one: use decompose_resid, or expand_neurons="
+                "False"
+            )
+        acts, weights = self[f"blocks.{layer}.{sublayer}.hook_post"], mlp.W_out
+        if weights.ndim == 3:
+            weights = positions.apply(_of_positions(weights, acts.shape[-2]), dim=0)
+        acts = positions.apply(acts, dim=-2)
+        return neurons.apply(acts, dim=-1), neurons.apply(weights, dim=-2)
+
+    def get_neuron_results(
+        self,
+        layer: int,
+        neuron_slice: PosSlice = None,
+        pos_slice: PosSlice = None,
+        project_output_onto: Tensor | None = None,
+    ) -> Tensor:
+        """What each neuron of a block's MLP wrote, ``*batch_pos neurons d``; see TransformerLens.
+
+        Raises:
+            ValueError: where the MLP is a mixture of experts.
+        """
+        acts, weights = self._neurons(layer, "mlp", as_slice(pos_slice), as_slice(neuron_slice))
+        if project_output_onto is not None:
+            weights = weights @ project_output_onto
+        is_vector = project_output_onto is not None and project_output_onto.ndim == 1
+        return acts * weights if is_vector else acts[..., None] * weights
+
     def stack_neuron_results(
         self,
         layer: int,
@@ -314,24 +420,56 @@ class AudioCache(ActivationCache):
     ) -> Tensor | tuple[Tensor, list[str]]:
         """What each neuron added to the residual stream entering ``layer``; see TransformerLens.
 
-        The remainder is of what ``layer`` (or its MLP, with ``mlp_input``) reads.
+        Neurons of adapters stand behind those of the MLP, as ``L0N3_adapter``, unless
+        ``neuron_slice`` chooses among the MLP's. The remainder is of what ``layer`` (or its MLP,
+        with ``mlp_input``) reads. Where blocks norm the stream, neurons are given as they wrote.
+
+        Raises:
+            ValueError: of a remainder or norm where the stream is no sum of what is written, and
+                where an MLP is a mixture of experts.
         """
-        layer, positions = self._layer(layer), as_slice(pos_slice)
-        options = {"apply_ln": apply_ln, "mlp_input": mlp_input, "return_labels": True}
-        neurons = slice_input(neuron_slice)
-        found = super().stack_neuron_results(
-            layer, positions, neurons, project_output_onto=project_output_onto, **options
-        )
-        stack, labels = cast("tuple[Tensor, list[str]]", found)  # by return_labels
+        layer, positions = self._layer(layer, mlp_input), as_slice(pos_slice)
         if incl_remainder:
-            whole = positions.apply(self._stream_into(layer, mlp_input), dim=-2)[None]
-            if apply_ln:
-                whole = self.apply_ln_to_stack(whole, layer, mlp_input, positions)
-            if project_output_onto is not None:
-                whole = whole @ project_output_onto
+            self._check_adds_up()
+        neurons, onto = _kept_axis(neuron_slice), project_output_onto
+        onto = onto[:, None] if onto is not None and onto.ndim == 1 else onto
+        found, labels = [], []
+        for l in range(layer):
+            for sublayer in self._mlps(l) if neurons.mode == "identity" else ["mlp"]:
+                acts, weights = self._neurons(l, sublayer, positions, neurons)
+                indices = torch.arange(getattr(self.model.blocks[l], sublayer).W_out.shape[-2])
+                mark = "" if sublayer == "mlp" else f"_{sublayer}"
+                labels += [f"L{l}N{n}{mark}" for n in neurons.apply(indices, dim=0).tolist()]
+                if apply_ln:
+                    acts, weights = self._under_norm(acts, weights, layer, mlp_input, positions)
+                weights = weights if onto is None else weights @ onto
+                found.append(acts[..., None] * weights)
+        whole = positions.apply(self._stream_into(layer, mlp_input), dim=-2)[None]
+        if apply_ln:
+            whole = self.apply_ln_to_stack(whole, layer, mlp_input, positions)
+        whole = whole if onto is None else whole @ onto
+        stack = rearrange(torch.cat(found, dim=-2), "... n d -> n ... d") if found else whole[:0]
+        if incl_remainder:
             stack = torch.cat([stack, whole - stack.sum(0)])
             labels.append("remainder")
+        if project_output_onto is not None and project_output_onto.ndim == 1:
+            stack = stack.squeeze(-1)
         return (stack, labels) if return_labels else stack
+
+    def _under_norm(
+        self,
+        acts: Float[Tensor, "*batch_pos f"],
+        weights: Float[Tensor, "*pos f d"],
+        layer: int,
+        mlp_input: bool,
+        positions: Slice,
+    ) -> tuple[Float[Tensor, "*batch_pos f"], Float[Tensor, "*pos f d"]]:
+        """Neurons and what they write as the norm that reads ``layer`` leaves them."""
+        self._check_norm(layer)
+        if self._uses_ln_centering(layer):
+            weights = weights - weights.mean(-1, keepdim=True)
+        scale = self._get_cached_ln_scale(layer, mlp_input, positions)
+        return acts / scale, weights * self._gain(layer, mlp_input)
 
     # ---------------------------------------------------------------- norm gains
 
@@ -342,6 +480,20 @@ class AudioCache(ActivationCache):
             return self.model.ln_final.weight
         block = self.model.blocks[layer]
         return (block.ln2 if mlp_input else block.ln1).weight
+
+    def _check_norm(self, layer: int | None) -> None:
+        """Raise unless what reads ``layer`` is a norm of the stream's positions."""
+        self._check_adds_up()
+        if self._layer(layer) != self.model.cfg.n_layers:
+            return
+        instead = "use apply_ln=False, or a layer before the last"
+        if hasattr(self._module, "pool"):
+            raise ValueError(
+                f"the {self.main_part} pools pairs of frames before its final norm, so frames "
+                f"cannot be normed by it: {instead}"
+            )
+        if not hasattr(self._module, "ln_final"):
+            raise ValueError(f"the {self.main_part} has no final norm: {instead}")
 
     def apply_ln_to_stack(
         self,
@@ -360,16 +512,11 @@ class AudioCache(ActivationCache):
         (``recompute_ln`` applies the whole norm, bias included).
 
         Raises:
-            ValueError: where the model pools positions between the blocks and that norm, or where
+            ValueError: where there is no final norm, the model pools positions before it, or
                 blocks norm the stream itself.
         """
-        self._check_adds_up()
-        is_final = self._layer(layer) == self.model.cfg.n_layers
-        if is_final and hasattr(self._module, "pool"):
-            raise ValueError(
-                f"the {self.main_part} pools pairs of frames before its final norm, so frames "
-                "cannot be normed by it: use apply_ln=False, or a layer before the last"
-            )
+        self._check_norm(layer)
+        is_final = self._layer(layer, mlp_input) == self.model.cfg.n_layers
         rows, positions = slice_input(batch_slice), slice_input(pos_slice)
         normed = super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, positions, rows, has_batch_dim, recompute_ln
@@ -377,15 +524,25 @@ class AudioCache(ActivationCache):
         is_whole_norm = recompute_ln and is_final
         return normed if is_whole_norm else normed * self._gain(layer, mlp_input)
 
-    def _stack_neuron_results_apply_ln_projected(
-        self,
-        layer: int,
-        pos_slice: Slice,
-        neuron_slice: Slice,
-        project_2d: Float[Tensor, "d outs"],
-        mlp_input: bool = False,
-    ) -> Any:
-        gain = self._gain(layer, mlp_input)
-        return super()._stack_neuron_results_apply_ln_projected(
-            layer, pos_slice, neuron_slice, gain[:, None] * project_2d, mlp_input
+
+def _of_positions(
+    weights: Float[Tensor, "k *own d"], n_positions: int
+) -> Float[Tensor, "t *own d"]:
+    """Weights at every position, where each of the ``k`` positions of a step has its own.
+
+    Raises:
+        ValueError: if the positions are no whole steps.
+    """
+    n_steps, rest = divmod(n_positions, len(weights))
+    if rest:
+        raise ValueError(
+            f"{n_positions} positions are no whole steps of {len(weights)}, which have weights of "
+            "their own each: cache all positions"
         )
+    return weights.repeat(n_steps, *[1] * (weights.ndim - 1))
+
+
+def _kept_axis(wanted: PosSlice) -> Slice:
+    """A slice that never drops its axis."""
+    chosen = as_slice(wanted)
+    return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
