@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -10,11 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import h5netcdf
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
+from xarray.backends import H5NetCDFStore
 
+from audio_lens.files import write
 from audio_lens.timeline import Band, Span, describe_span
 
 if TYPE_CHECKING:
@@ -244,10 +248,19 @@ class Result:
         return xr.Dataset({"value": (self.dims, array(self.values))}, coords, attrs)
 
     def save(self, path: str | Path) -> Path:
-        """Write the result as netCDF; `load` reads the same back (bfloat16 as float32)."""
-        path = Path(path)
-        self.to_xarray().to_netcdf(path, engine="h5netcdf")
-        return path
+        """Write the result as netCDF; `load` reads the same back (bfloat16 as float32).
+
+        An old file stays until the new one is whole.
+
+        Raises:
+            OutputError: a path that cannot be written, or a full disk; the old file stays.
+            ValueError: for a label that netCDF cannot hold, such as one with a zero byte.
+        """
+        try:
+            data = _netcdf(self.to_xarray())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"netCDF cannot hold this {self.kind}: {error}") from error
+        return write(path, data)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -338,6 +351,7 @@ class Result:
 
         Raises:
             ImportError: without matplotlib.
+            OutputError: a path that cannot be written; the old file stays.
             ValueError: for three axes (select one first), several metrics and none named, words
                 without audio, or audio that the windows do not fit.
         """
@@ -346,6 +360,17 @@ class Result:
         windows = self.coords.get("time", [])
         clip = clips.clip_above(windows, audio, words, phones, sampling_rate)
         return paper.map_figure(self.of_metric(metric), path, quantity, clip, width_in)
+
+
+# -------------------------------------------------------------------------------- files
+
+
+def _netcdf(data: xr.Dataset) -> bytes:
+    """The Dataset as a netCDF file holds it, made in memory: HDF5 does not survive a full disk."""
+    memory = io.BytesIO()
+    with h5netcdf.File(memory, "w") as file:
+        data.dump_to_store(H5NetCDFStore(file))
+    return memory.getvalue()
 
 
 # -------------------------------------------------------------------------------- coordinates

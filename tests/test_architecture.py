@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
-GROUND = ("progress", "espeak", "audio", "timeline", "inputs", "hooks", "errors")
+GROUND = ("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "errors")
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
 HOUSE: dict[str, tuple[str, ...]] = {
@@ -37,8 +37,9 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cache": GROUND,
     "synthesis": GROUND,
     "corruptions": GROUND,
-    "inputs": ("audio", "timeline", "hooks", "errors"),
+    "inputs": ("audio", "timeline", "hooks", "files", "errors"),
     "hooks": ("errors",),
+    "files": ("errors",),
     "audio": ("errors",),
     "timeline": ("errors",),
     "espeak": ("errors",),

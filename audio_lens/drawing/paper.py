@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import Axis, Map, draw_map, shown_quantity
 from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import BACKGROUND, DIVERGING, SAID_COLOURS, SECONDS, WAVE_COLOUR
+from audio_lens.files import write
 from audio_lens.timeline import Span
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ def map_figure(
     Raises:
         ImportError: without matplotlib.
         ValueError: as of `draw_map`.
+        OutputError: a path that cannot be written; the old file stays.
     """
     matplotlib = _matplotlib()
     quantity = shown_quantity(result, quantity)
@@ -46,8 +49,17 @@ def map_figure(
     with matplotlib.rc_context(STYLE):
         figure = _figure(drawn, quantity, clip, width_in)
         if path is not None:
-            figure.savefig(path, dpi=DPI)
+            _save(figure, path)
     return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format of the suffix; without one, in matplotlib's, which it adds."""
+    path = Path(path)
+    suffix = path.suffix or f".{figure.canvas.get_default_filetype()}"
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, format=suffix.removeprefix("."))
+    write(path.with_name(f"{path.stem}{suffix}"), drawn.getvalue())
 
 
 def _matplotlib() -> Any:

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from audio_lens.drawing.clips import flac
 from audio_lens.drawing.rows import Rows
+from audio_lens.files import write
 
 
 def write_page(
@@ -51,9 +52,7 @@ def write_page(
             **shown,
         )
     )
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write(path, page.encode())
 
 
 def traces_json(traces: Sequence[BaseTraceType]) -> list[dict[str, Any]]:
