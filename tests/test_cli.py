@@ -13,7 +13,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from audio_lens import HookedAudioTransformer, Span, cli, patching, report
+from audio_lens import HookedAudioTransformer, Span, cli, files, patching, report, results
 from audio_lens.cli import complete, shared
 from audio_lens.models import embedded as shipped
 from audio_lens.patching.clip_pair import ClipPair
@@ -234,6 +234,16 @@ def unloadable(monkeypatch, run):
         (["--out", "no_folder/map.html"], "no folder"),
         (["--out", "."], "is a folder"),
         (["--save", "."], "is a folder"),
+        (["--checkpoint", "."], "is a folder"),
+        (["--save", "/dev/null"], "is a device"),
+        (["--checkpoint", "/dev/full"], "is a device"),
+        (["--out", "/proc/map.html"], "/proc/map.html cannot be written"),
+        (["--save", "/proc/map.nc"], "/proc/map.nc cannot be written"),
+        (["--out", "one", "--save", "./one"], "--out and --save are one file"),
+        (["--save", "one", "--checkpoint", "one"], "--save and --checkpoint are one file"),
+        (["--out", "clean.wav"], "--out would overwrite clean.wav, which is read"),
+        (["--save", "corrupted.wav"], "--save would overwrite corrupted.wav"),
+        (["--checkpoint", "link.ckpt"], "--checkpoint would overwrite link.ckpt"),
         (["--answer", ""], "--answer is empty"),
         (["--question", ""], "--question is empty"),
     ],
@@ -242,7 +252,31 @@ def test_what_needs_no_model_is_said_before_it_is_loaded(
     run, clips, unloadable, options, complaint, tmp_path
 ):
     (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "link.ckpt").symlink_to(clips.clean)
+    sound = clips.clean.read_bytes()
     assert_one_red_line(run(*own(clips, *options)), complaint)
+    assert clips.clean.read_bytes() == sound
+
+
+def test_a_checkpoint_of_a_model_is_not_overwritten(run, clips, unloadable, whisper):
+    over = ["--model", whisper, "--save", whisper / "model.safetensors"]
+    assert_one_red_line(run(*own(clips, *over)), "--save would overwrite")
+
+
+def test_an_output_that_fails_costs_no_other(run, clips, monkeypatch, tmp_path):
+    """The disk of --save fills up while the map is made; the page is written all the same."""
+    honest = files.write
+
+    def write(path, data):
+        if path.suffix == ".nc":
+            raise files.OutputError(f"{path} cannot be written (No space left on device)")
+        return honest(path, data)
+
+    monkeypatch.setattr(results, "write", write)
+    result = run(*own(clips, *QUICK, "--save", "map.nc"))
+    assert_one_red_line(result, "map.nc cannot be written (No space left on device)")
+    assert "html written to map.html" in result.stdout and "netcdf" not in result.stdout
+    assert (tmp_path / "map.html").is_file() and not (tmp_path / "map.nc").exists()
 
 
 @pytest.mark.parametrize("command", [["ask", "-q", "what?"], ["transcribe"]])
@@ -473,6 +507,13 @@ def test_a_map_is_reproduced_from_its_file(run, clips, tmp_path):
     torch.testing.assert_close(again[0].values, again[1].values)
     told = json.loads(run("reproduce", "map.nc", "--json").stdout)
     assert told["agrees"] and told["n_cells"] == 3 and told["changed"] == {}
+
+
+def test_reproduce_overwrites_nothing_it_reads(run, clips, monkeypatch):
+    run(*own(clips, *QUICK, "--save", "map.nc"))
+    monkeypatch.setattr(shared, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for path in ("map.nc", "clean.wav"):
+        assert_one_red_line(run("reproduce", "map.nc", "--save", path), "--save would overwrite")
 
 
 def test_changed_clips_are_noticed(run, clips, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -142,8 +143,9 @@ def map_command(
     """
     with plain_errors(debug, verbose, checkpoint):
         shared.check_there(clean, corrupted)
-        shared.check_outputs(html, save, checkpoint)
         case = _case(clean, corrupted, question, answer, against, language)
+        outputs = {"--out": html, "--save": save, "--checkpoint": checkpoint}
+        shared.check_outputs(outputs, [case.clips.clean, case.clips.corrupted], model)
         wanted, sites = _wanted_axes(axes), _listed(site)
         directions = _DIRECTIONS[direction]
         if len(sites) * len(directions) > 1 and (save or checkpoint):
@@ -191,10 +193,9 @@ def map_command(
         for result in results:
             result.meta = _told(case, before) | result.meta
             result.recipe["clips"] = case.clips.record()
-        written = {"html": str(html)}
-        if save is not None:
-            written["netcdf"] = str(results[0].save(save))
-        report.map_page(
+        writers = {} if save is None else {"netcdf": partial(results[0].save, save)}
+        writers["html"] = partial(
+            report.map_page,
             results,
             pair[0].need_audio[0],
             html,
@@ -204,6 +205,7 @@ def map_command(
             title=f"What decides {case.answer.strip()!r} against {case.against.strip()!r}",
             sampling_rate=listener.cfg.sampling_rate,
         )
+        written, failures = shared.write_each(writers)
         if as_json:
             maps = [_as_data(result) for result in results]
             told = maps[0] if len(maps) == 1 else {"maps": maps}
@@ -212,6 +214,7 @@ def map_command(
             for result in results:
                 _print_map(result)
             _print_written(written)
+        shared.raise_first(failures)
 
 
 def _check_answers(model: Any, name: str) -> None:

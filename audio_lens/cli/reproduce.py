@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from audio_lens.cli import complete, shared
 from audio_lens.cli.shared import AsJson, Debug, ShowProgress, Verbose, app, out, plain_errors
 
 if TYPE_CHECKING:
-    from audio_lens.patching import Rerun
+    from audio_lens.patching import Rerun, SweepResult
 
 
 @app.command()
@@ -52,23 +53,32 @@ def reproduce(
     """
     with plain_errors(debug, verbose):
         shared.check_there(saved, clean, corrupted)
-        shared.check_outputs(save)
+        shared.check_outputs({"--save": save}, [saved, clean, corrupted], model)
         from audio_lens import patching
         from audio_lens.patching.rerun import how_loaded
 
         result = patching.load(saved)
         name, options = how_loaded(result, model)
+        shared.check_outputs({"--save": save}, _recorded_clips(result), name)
         listener = shared.load(name, **options)
         rerun = patching.rerun(
             result, listener, clean=clean, corrupted=corrupted, progress=progress
         )
-        written = {} if save is None else {"netcdf": str(rerun.result.save(save))}
+        writers = {} if save is None else {"netcdf": partial(rerun.result.save, save)}
+        written, failures = shared.write_each(writers)
         if as_json:
             shared.print_json(rerun.to_dict() | {"written": written})
         else:
             _print_rerun(rerun, written)
+        shared.raise_first(failures)
         if not rerun.agrees:
             raise typer.Exit(shared.FAILED)
+
+
+def _recorded_clips(result: SweepResult) -> list[Path]:
+    """Where the clips of a saved map lay."""
+    clips = result.recipe.get("clips", {})
+    return [Path(clips[name]["path"]) for name in ("clean", "corrupted") if name in clips]
 
 
 def _print_rerun(rerun: Rerun, written: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,7 @@ from audio_lens.cli import complete
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 ANSWER_TOKENS = 16
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 
 app = typer.Typer(
     name="audio-lens",
@@ -201,16 +202,50 @@ def check_audio(*paths: Path) -> None:
         audio.check(path)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Raise before the work if what it gives could not be written."""
-    for path in filter(None, paths):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: name the file to write")
-        if not path.parent.is_dir():
-            raise ValueError(
-                f"there is no folder {path.parent} to write {path.name} to: make it, or name "
-                "another"
-            )
+def check_outputs(
+    outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], model: str | None = None
+) -> None:
+    """Raise before the work if what it gives could not be written, or over what it reads.
+
+    Args:
+        outputs: files to write by the option that names them.
+        inputs: files that the command reads.
+        model: its name; the checkpoint in a folder of that name is an input too.
+    """
+    from audio_lens import files
+
+    named = {option: path for option, path in outputs.items() if path is not None}
+    folder = Path(model) if model else None
+    there = folder.iterdir() if folder is not None and folder.is_dir() else ()
+    checkpoint = [path for path in there if path.suffix in CHECKPOINT_SUFFIXES]
+    files.check_apart(named, [*filter(None, inputs), *checkpoint])
+    for path in named.values():
+        files.try_out(path)
+
+
+def write_each(
+    writers: Mapping[str, Callable[[], Path]],
+) -> tuple[dict[str, str], list[Exception]]:
+    """Write every output, also where another fails.
+
+    Returns:
+        The paths that were written, by kind, and what went wrong with the others.
+    """
+    written, failures = {}, []
+    for kind, write in writers.items():
+        try:
+            written[kind] = str(write())
+        except (OSError, ValueError) as error:
+            failures.append(error)
+    return written, failures
+
+
+def raise_first(failures: Sequence[Exception]) -> None:
+    """Raise the first of several errors; the others are told before it."""
+    for error in failures[1:]:
+        log.error("%s", error)
+    if failures:
+        raise failures[0]
 
 
 def print_json(data: Any) -> None:

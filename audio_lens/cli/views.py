@@ -169,7 +169,7 @@ def attention(
     """
     with plain_errors(debug, verbose):
         asked = Asked.of(audio, question, text, language, textgrid)
-        pages = _pages(asked.clips, html, "attention")
+        pages = _pages(asked.clips, html, "attention", textgrid, model)
         listener = shared.load(model, device, dtype)
         from audio_lens.analysis.attention import read_attention, sites_of
         from audio_lens.report.attention_page import prompt_shown, write_attention
@@ -255,7 +255,7 @@ def lens(
     """
     with plain_errors(debug, verbose):
         asked = Asked.of(audio, question, text, language, textgrid)
-        pages = _pages(asked.clips, html, "lens")
+        pages = _pages(asked.clips, html, "lens", textgrid, model)
         listener = shared.load(model, device, dtype)
         from audio_lens.report.cache_page import layer_lines, streams_shown, write_streams
 
@@ -295,12 +295,19 @@ def _print_layers(parts: dict[str, list[dict[str, Any]]], page: Path) -> None:
 # -------------------------------------------------------------------------------- both
 
 
-def _pages(clips: Sequence[Path], html: Path | None, name: str) -> list[Path]:
+def _pages(
+    clips: Sequence[Path], html: Path | None, name: str, textgrid: Path | None, model: str
+) -> list[Path]:
     """Where to write the page of each clip; checked."""
+    pages = _places(clips, html, name)
+    options = {"--out": pages[0]} if len(pages) == 1 else {str(page): page for page in pages}
+    shared.check_outputs(options, [*clips, textgrid], model)
+    return pages
+
+
+def _places(clips: Sequence[Path], html: Path | None, name: str) -> list[Path]:
     if len(clips) == 1:
-        page = html or Path(f"{name}.html")
-        shared.check_outputs(page)
-        return [page]
+        return [html or Path(f"{name}.html")]
     folder = html or Path()
     if not folder.is_dir():
         raise ValueError(f"{len(clips)} clips need a folder to write to, and {folder} is none")

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from audio_lens.errors import AudioLensError
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims
 from audio_lens.patching.engine.baselines import State, literally, prepared
-from audio_lens.patching.engine.checkpoint import Checkpoint
+from audio_lens.patching.engine.checkpoint import EVERY_S, Checkpoint
 from audio_lens.patching.engine.heap import freed_memory_kept
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.schedule import Schedule
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 PLURALS = {"frequency": "frequencies"}
 _GIGA = 1e9
-_SAVE_EVERY_S = 20.0
 log = logging.getLogger(__name__)
 
 
@@ -127,12 +125,13 @@ class Plan:
         progress: bool | None = None,
         checkpoint: str | Path | None = None,
         verify: int = 0,
+        checkpoint_every_s: float | int = EVERY_S,
     ) -> SweepResult:
         """Compute the cells.
 
         Args:
             only: some of them, by their places in the flattened axes; the rest is NaN.
-            progress, checkpoint, verify: as in `sweep`.
+            progress, checkpoint, verify, checkpoint_every_s: as in `sweep`.
 
         Raises:
             ValueError: cells that do not exist, a metric of another shape or not finite, or a
@@ -142,7 +141,9 @@ class Plan:
         """
         wanted = range(len(self)) if only is None else [int(cell) for cell in only]
         self._check(wanted, verify)
-        file = None if checkpoint is None else Checkpoint(checkpoint, self.request.identity)
+        file = None
+        if checkpoint is not None:
+            file = Checkpoint(checkpoint, self.request.identity, checkpoint_every_s)
         if log.isEnabledFor(logging.INFO):
             log.info("%s", self.explain())
         with self._in_force():
@@ -151,7 +152,8 @@ class Plan:
             if len(todo) < len(wanted):
                 log.info("%d of %d cells were done before", len(wanted) - len(todo), len(wanted))
             self._compute(state, todo, progress, file)
-            notes = [self._verified(state, wanted, verify)] if verify else []
+            notes = [file.failure] if file is not None and file.failure is not None else []
+            notes += [self._verified(state, wanted, verify)] if verify else []
         return self._result(state, wanted, notes)
 
     def values(self, progress: bool | None = None) -> Float[Tensor, "metrics *batch cells"]:
@@ -212,19 +214,18 @@ class Plan:
         self, state: State, todo: list[int], progress: bool | None, file: Checkpoint | None
     ) -> None:
         queue = self.schedule.queue(todo)
-        saved_at, work = time.monotonic(), self.schedule.flops(todo)
+        work = self.schedule.flops(todo)
         try:
             with track(self.table.site_name, len(todo), "cells", work, progress) as advance:
                 while queue:
                     cells = self.schedule.next(queue, state.free_bytes)
                     if self._run_together(state, cells, queue):
                         advance(self.schedule.flops(cells), len(todo) - len(queue))
-                    if file is not None and time.monotonic() - saved_at > _SAVE_EVERY_S:
-                        file.save(state.values, state.done, state.baselines)
-                        saved_at = time.monotonic()
+                    if file is not None:
+                        file.keep(state.values, state.done, state.baselines)
         finally:
             if file is not None:
-                file.save(state.values, state.done, state.baselines)
+                file.keep(state.values, state.done, state.baselines, at_once=True)
 
     def _run_together(self, state: State, cells: list[int], queue: collections.deque[int]) -> bool:
         """Compute cells in one go; out of memory puts them back for smaller goes."""

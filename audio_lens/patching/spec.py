@@ -24,7 +24,8 @@ Windows = float | tuple[float, ...] | Sequence[Span | tuple[float, float]] | Lit
 Bands = Sequence[Band | tuple] | Literal["patch"]
 Direction = Literal["denoise", "noise"]
 Precision = Literal["exact", "tf32", "bf16"]
-_HOW = ("verify", "checkpoint", "progress", "method", "steps")  # how it is done, not what is asked
+# how it is done, not what is asked
+_HOW = ("verify", "checkpoint", "checkpoint_every_s", "progress", "method", "steps")
 _NO_MATTER = ("cells_per_forward", "memory_gb")  # no value depends on them: not recorded
 
 

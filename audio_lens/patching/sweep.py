@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformer_lens import ActivationCache
 
+from audio_lens.patching.engine.checkpoint import EVERY_S
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
@@ -37,6 +38,7 @@ def sweep(
     refine: float | int | None = None,
     verify: int = 0,
     checkpoint: str | Path | None = None,
+    checkpoint_every_s: float | int = EVERY_S,
     progress: bool | None = None,
 ) -> SweepResult:
     """Patch every cell of a site and measure what it does to the answer.
@@ -73,7 +75,9 @@ def sweep(
             baseline gap, down to single positions; ``result.widths`` says how wide a window each
             value was measured with.
         verify: compare so many random cells with whole forwards.
-        checkpoint: a file that keeps what is done; the same call goes on from there.
+        checkpoint: a file that keeps what is done; the same call goes on from there. Where it
+            cannot be written, the sweep goes on, and the log and ``report`` say so.
+        checkpoint_every_s: seconds between two saves; the first comes after the first batch.
         progress: show progress with the time left: None where somebody looks (terminals and
             notebooks), True everywhere, False nowhere.
 
@@ -94,7 +98,12 @@ def sweep(
         CheckpointError: a file that belongs to another sweep.
     """
     spec = SweepSpec.of(**locals())
-    options = {"verify": verify, "checkpoint": checkpoint, "progress": progress}
+    options = {
+        "verify": verify,
+        "checkpoint": checkpoint,
+        "checkpoint_every_s": checkpoint_every_s,
+        "progress": progress,
+    }
     return Plan.of(model, spec).run(**options) if refine is None else refined(model, spec, options)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.patching.engine import heap, hooked, routes
+from audio_lens.patching.engine.checkpoint import Checkpoint
 from families import FAMILIES
 from tiny import hf_inputs
 from toys import Cue, copy_toy, prompt
@@ -281,6 +285,85 @@ def test_a_file_that_is_no_checkpoint_is_refused(llm, tmp_path):
         run(llm, pair("qwen2_audio"), checkpoint=path)
     with pytest.raises(patching.CheckpointError, match="no file can be written"):
         run(llm, pair("qwen2_audio"), checkpoint=tmp_path / "missing" / "x")
+
+
+@pytest.fixture
+def full_disk(monkeypatch) -> list:
+    """No checkpoint can be written; a list of the attempts."""
+    attempts = []
+
+    def fsync(_) -> None:
+        attempts.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return attempts
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(llm, tmp_path, full_disk, caplog):
+    given, path = pair("qwen2_audio"), tmp_path / "sweep.ckpt"
+    whole = run(llm, given, cells_per_forward=2)
+    result = run(llm, given, checkpoint=path, checkpoint_every_s=0, cells_per_forward=2)
+    assert torch.equal(result.values.nan_to_num(), whole.values.nan_to_num())
+    said = "what is done could not be kept"
+    assert len(full_disk) > 2 and sum(said in line for line in caplog.messages) == 1
+    (note,) = [note for note in result.report if said in note]
+    assert "sweep.ckpt cannot be written (No space left on device)" in note
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_was_written_in_the_end_is_no_note(llm, tmp_path, monkeypatch):
+    honest, attempts = os.fsync, []
+
+    def fsync(file) -> None:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise OSError(28, "No space left on device")
+        honest(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = run(llm, pair("qwen2_audio"), checkpoint=tmp_path / "x", cells_per_forward=2)
+    assert not any("could not be kept" in note for note in result.report)
+
+
+def test_a_checkpoint_that_cannot_be_written_hides_no_error(llm, tmp_path, full_disk, monkeypatch):
+    stop_after(monkeypatch, 1)
+    with pytest.raises(Stop):
+        run(llm, pair("qwen2_audio"), checkpoint=tmp_path / "x", cells_per_forward=2)
+    assert len(full_disk) == 2
+
+
+def test_a_checkpoint_replaces_no_device(llm, tmp_path):
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in ("/dev/null", "/dev/full", tmp_path / "link"):
+        with pytest.raises(patching.CheckpointError, match="no file can be written"):
+            run(llm, pair("qwen2_audio"), checkpoint=path)
+
+
+@pytest.mark.parametrize(("every_s", "finished"), [(0, [1, 2, 3]), (1e6, [1]), (math.inf, [1])])
+def test_checkpoints_are_saved_from_the_first_batch_on(
+    llm, tmp_path, monkeypatch, every_s, finished
+):
+    """Whatever kills the process between two batches costs no more than the interval."""
+    path, honest, saves = tmp_path / "sweep.ckpt", Checkpoint.save, []
+
+    def save(self, values, done, baselines) -> None:
+        honest(self, values, done, baselines)
+        saves.append(int(load_file(path)["done"].sum()))
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    stop_after(monkeypatch, 3)
+    options = {"cells_per_forward": 1, "checkpoint_every_s": every_s}
+    with pytest.raises(Stop):
+        run(llm, pair("qwen2_audio"), checkpoint=path, **options)
+    assert saves == [*finished, 3]
+
+
+@pytest.mark.parametrize("every_s", [-1, math.nan])
+def test_the_interval_of_checkpoints_is_a_number_of_seconds(llm, tmp_path, every_s):
+    options = {"checkpoint": tmp_path / "x", "checkpoint_every_s": every_s}
+    with pytest.raises(patching.CheckpointError, match="number of seconds"):
+        run(llm, pair("qwen2_audio"), **options)
 
 
 # -------------------------------------------------------------------------------- memory

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
+import math
+import time
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from audio_lens import files
 from audio_lens.errors import AudioLensError
+
+EVERY_S = 2.0
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(AudioLensError, ValueError):
@@ -23,17 +29,28 @@ class Checkpoint:
     """A file that holds the values of finished cells.
 
     Args:
-        path: where; its folder must exist.
+        path: where; its folder must exist, and no device stand there.
         identity: what makes the sweep this one and no other; values of a file that says otherwise
             are never mixed in.
+        every_s: seconds from one save to the next that `keep` makes.
+
+    Attributes:
+        failure: why the last save failed; None if it did not.
 
     Raises:
-        CheckpointError: if there is no folder to write to.
+        CheckpointError: if there is no folder to write to, or ``every_s`` is no number of seconds.
     """
 
-    def __init__(self, path: str | Path, identity: dict[str, str]):
-        self.path, self.identity = Path(path), identity
-        if self.path.is_dir() or not self.path.parent.is_dir():
+    def __init__(self, path: str | Path, identity: dict[str, str], every_s: float | int = EVERY_S):
+        self.path, self.identity, self.every_s = Path(path), identity, every_s
+        self.failure: str | None = None
+        self._due = -math.inf
+        if not every_s >= 0:
+            raise CheckpointError(
+                f"checkpoint_every_s is a number of seconds from 0 on, got {every_s}"
+            )
+        is_other = self.path.exists() and not self.path.is_file()
+        if is_other or not self.path.parent.is_dir():
             raise CheckpointError(f"no file can be written at {self.path}")
 
     def load(
@@ -74,12 +91,38 @@ class Checkpoint:
         done: Bool[Tensor, " cells"],
         baselines: Float[Tensor, "runs ..."],
     ) -> None:
-        """Write everything; the old file stays until the new one is whole."""
+        """Write everything; the old file stays until the new one is whole.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
         tensors = {"values": values, "done": done, "baselines": baselines}
-        beside = self.path.with_name(self.path.name + ".part")
-        save_file(
+        data = save(
             {name: x.contiguous() for name, x in tensors.items()},
-            beside,
             metadata={"identity": json.dumps(self.identity)},
         )
-        os.replace(beside, self.path)
+        files.write(self.path, data)
+
+    def keep(
+        self,
+        values: Float[Tensor, "..."],
+        done: Bool[Tensor, " cells"],
+        baselines: Float[Tensor, "runs ..."],
+        at_once: bool = False,
+    ) -> None:
+        """`save` if it is time to: the first call always is, and ``at_once``.
+
+        A file that cannot be written stops no sweep: the log says so the first time, and
+        `failure` does.
+        """
+        if not at_once and time.monotonic() < self._due:
+            return
+        failed_before = self.failure is not None
+        try:
+            self.save(values, done, baselines)
+            self.failure = None
+        except files.OutputError as error:
+            self.failure = f"what is done could not be kept: {error}"
+            if not failed_before:
+                log.warning("%s; the sweep goes on", self.failure)
+        self._due = time.monotonic() + self.every_s
