@@ -14,7 +14,9 @@ from .alignment import align as align
 from .alignment import read_textgrid as read_textgrid
 from .audio import AudioError as AudioError
 from .cache import AudioCache as AudioCache
+from .cache import NoModelError as NoModelError
 from .errors import AudioLensError as AudioLensError
+from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
 from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
 from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.serialization import add_safe_globals
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from audio_lens.errors import AudioLensError
 from audio_lens.hooks import (
     HookNameError,
     PosSlice,
@@ -23,6 +27,7 @@ from audio_lens.hooks import (
     slice_input,
     suggest,
 )
+from audio_lens.pickles import all_alone
 
 Stack = Float[Tensor, "components *batch_pos d_model"]
 _STAGES_WITHIN = (
@@ -49,6 +54,67 @@ class CachedPart(Protocol):
     def local(self, name: str) -> str: ...
 
 
+class NoModelError(AudioLensError, RuntimeError):
+    """A saved cache was asked for what only its model knows."""
+
+
+class NoModel:
+    """Stands where a model stood when its cache was saved; whatever it is asked for raises."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python asks every object for
+            raise AttributeError(name)
+        raise NoModelError(
+            f"a saved cache holds no model, and {name!r} is of the model: give it one, by "
+            "cache.with_model(model)"
+        )
+
+    def __getitem__(self, place: Any) -> NoReturn:
+        self.__getattr__("blocks")
+
+    def __iter__(self) -> NoReturn:
+        self.__getattr__("blocks")
+
+
+class SavedShape(NoModel, SimpleNamespace):
+    """What a saved cache knows of a part's configuration."""
+
+    n_layers: int
+
+
+@dataclass(frozen=True)
+class SavedPart(NoModel):
+    """What a saved cache knows of a part: what its activations are called."""
+
+    name: str
+    n_layers: int
+
+    @property
+    def cfg(self) -> Any:
+        return SavedShape(n_layers=self.n_layers)
+
+    @property
+    def module(self) -> Any:
+        return NoModel()
+
+    @property
+    def blocks(self) -> Any:
+        return NoModel()
+
+    def owns(self, name: str) -> bool:
+        return name.startswith(f"{self.name}.")
+
+    def local(self, name: str) -> str:
+        return name.removeprefix(f"{self.name}.")
+
+
+@runtime_checkable
+class ModelOfParts(Protocol):
+    """What a saved cache asks of a model; `HookedAudioTransformer` is one."""
+
+    def part(self, name: str) -> CachedPart: ...
+
+
 class AudioCache(ActivationCache):
     """Activations of a run.
 
@@ -56,6 +122,9 @@ class AudioCache(ActivationCache):
     "cross_attn"]``) or shorthands of a part (``cache["encoder", "z", 3]``). Unprefixed names and
     the decomposing methods (`decompose_resid`, `stack_head_results` ...) mean the part that makes
     the output; `part("encoder")` gives the same for another.
+
+    Pickles (``torch.save(cache, path)``) hold the activations and no model. Names work on what
+    ``torch.load`` gives; methods that need weights raise `NoModelError` until `with_model`.
     """
 
     def __init__(
@@ -68,14 +137,57 @@ class AudioCache(ActivationCache):
     ):
         super().__init__(cache_dict, parts[main_part], has_batch_dim)
         self.parts, self.main_part, self.prefixed = parts, main_part, prefixed
-        self.has_embed = hasattr(self._module, "hook_embed")
-        self.has_pos_embed = hasattr(self._module, "hook_pos_embed")
+        has_model = not isinstance(self._module, NoModel)
+        self.has_embed = has_model and hasattr(self._module, "hook_embed")
+        self.has_pos_embed = has_model and hasattr(self._module, "hook_pos_embed")
 
     def __repr__(self) -> str:
         return f"AudioCache of {len(self)} activations of {', '.join(self.parts)}"
 
+    def __copy__(self) -> AudioCache:
+        return self._of_same_run(dict(self.cache_dict))
+
+    def __deepcopy__(self, memo: dict) -> AudioCache:
+        """Other activations of the same model: that is not copied."""
+        copied = {name: tensor.detach().clone() for name, tensor in self.items()}
+        return self._of_same_run(copied)
+
+    def _of_same_run(self, cache_dict: dict[str, Tensor]) -> AudioCache:
+        return AudioCache(cache_dict, self.parts, self.main_part, self.has_batch_dim, self.prefixed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles hold: activations, and of the parts their names and numbers of layers."""
+        return {
+            "cache_dict": all_alone({name: x.detach() for name, x in self.items()}),
+            "n_layers": {name: part.cfg.n_layers for name, part in self.parts.items()},
+            "main_part": self.main_part,
+            "has_batch_dim": self.has_batch_dim,
+            "prefixed": self.prefixed,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        held = dict(state)
+        n_layers = held.pop("n_layers")
+        parts = {name: SavedPart(name, count) for name, count in n_layers.items()}
+        AudioCache.__init__(self, parts=parts, **held)
+
+    def with_model(self, model: ModelOfParts) -> AudioCache:
+        """The same activations, beside the model that they were saved without.
+
+        Raises:
+            ValueError: if the model lacks one of the parts, or has other numbers of layers.
+        """
+        parts = {name: model.part(name) for name in self.parts}
+        for name, part in parts.items():
+            held, found = self.parts[name].cfg.n_layers, part.cfg.n_layers
+            if held != found:
+                raise ValueError(
+                    f"the cache is of another model: its {name} has {held} layers, this one {found}"
+                )
+        return AudioCache(self.cache_dict, parts, self.main_part, self.has_batch_dim, self.prefixed)
+
     @property
-    def _module(self) -> nn.Module:
+    def _module(self) -> Any:
         """The main part as it stands in the model."""
         return self.parts[self.main_part].module
 
@@ -546,3 +658,6 @@ def _kept_axis(wanted: PosSlice) -> Slice:
     """A slice that never drops its axis."""
     chosen = as_slice(wanted)
     return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
+
+
+add_safe_globals([AudioCache])  # inert: torch.load takes it without weights_only=False

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from audio_lens.errors import AudioLensError
+from audio_lens.pickles import all_alone
 
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
 
@@ -81,7 +82,7 @@ class AudioInputs:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: everything but `remake`, behind which is a whole model."""
-        return {**vars(self), "remake": None}
+        return {**all_alone(vars(self)), "extra": all_alone(dict(self.extra)), "remake": None}
 
     @property
     def shape(self) -> torch.Size:

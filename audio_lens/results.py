@@ -19,6 +19,7 @@ from torch import Tensor
 from xarray.backends import H5NetCDFStore
 
 from audio_lens.files import write
+from audio_lens.pickles import all_alone
 from audio_lens.timeline import Band, Span, describe_span
 
 if TYPE_CHECKING:
@@ -92,6 +93,10 @@ class Result:
 
     def __post_init__(self) -> None:
         self._check()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: of a selection, no more than it."""
+        return all_alone(vars(self))
 
     def _check(self) -> None:
         if any(dim not in BATCH_DIMS for dim in self._batch_dims):

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
-GROUND = ("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "errors")
+GROUND = (
+    *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
+    "errors",
+)
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
 HOUSE: dict[str, tuple[str, ...]] = {
@@ -37,9 +40,10 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cache": GROUND,
     "synthesis": GROUND,
     "corruptions": GROUND,
-    "inputs": ("audio", "timeline", "hooks", "files", "errors"),
+    "inputs": ("audio", "timeline", "hooks", "pickles", "errors"),
     "hooks": ("errors",),
     "files": ("errors",),
+    "pickles": ("errors",),
     "audio": ("errors",),
     "timeline": ("errors",),
     "espeak": ("errors",),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 import tiny
-from audio_lens import AudioCache, HookedAudioTransformer, HookNameError
+from audio_lens import AudioCache, HookedAudioTransformer, HookNameError, NoModelError
+from audio_lens.cache import SavedPart
 from families import FAMILIES
 
 PARTS = ("encoder", "decoder")
@@ -449,3 +455,111 @@ def test_what_adapters_write_is_a_component() -> None:
     stack, labels = cache.decompose_resid(return_labels=True)
     assert "0_adapter_out" in labels
     close(stack.sum(0), cache["resid_post", -1])
+
+
+# -------------------------------------------------------------------------------- pickles
+
+
+def saved_and_loaded(cache: AudioCache) -> tuple[AudioCache, int]:
+    """What `torch.load` gives by its own defaults, and the size of the file in bytes."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    size = file.tell()
+    file.seek(0)
+    return torch.load(file), size
+
+
+def n_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("reload", [lambda c: saved_and_loaded(c)[0], lambda c: through_pickle(c)])
+def test_a_saved_cache_is_indexed_by_the_same_names(cache, family, reload) -> None:
+    loaded = reload(cache)
+    assert list(loaded) == list(cache) and len(loaded) == len(cache)
+    keys = [("resid_post", -1), ("z", 1), ("encoder", "z", 1), ("encoder", "resid_post", -1)]
+    keys += [("z", 1, "cross_attn")] if family == "whisper" else []
+    for key in keys:
+        assert torch.equal(loaded[key], cache[key])
+    local = loaded.part("encoder")
+    assert torch.equal(local["blocks.1.attn.hook_z"], cache["encoder", "z", 1])
+    assert "blocks.1.attn.hook_z" in local and repr(loaded) == repr(cache)
+    assert torch.equal(loaded.stack_activation("mlp_out"), cache.stack_activation("mlp_out"))
+    with pytest.raises(HookNameError, match="no part named"):
+        loaded.part("encodr")
+
+
+def through_pickle(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+def test_a_saved_cache_is_as_large_as_what_it_holds(model, inputs) -> None:
+    _, cache = model.run_with_cache(inputs, names_filter="decoder.blocks.1.hook_resid_post")
+    weights, held = n_bytes(model.parameters()), n_bytes(cache.values())
+    assert saved_and_loaded(cache)[1] < held + 4000 < weights
+
+
+def test_a_saved_cache_is_apart_from_the_graph(cache) -> None:
+    grown = {"decoder.hook_out": 2 * cache["decoder.hook_out"].requires_grad_()}
+    live = AudioCache(grown, cache.parts, cache.main_part)
+    assert not through_pickle(live)["hook_out"].requires_grad
+    assert not copy.deepcopy(live)["hook_out"].requires_grad and live["hook_out"].requires_grad
+
+
+def test_a_saved_slice_holds_no_more_than_the_slice(cache) -> None:
+    first = AudioCache(
+        {name: tensor[:1, :1] for name, tensor in cache.items()}, cache.parts, cache.main_part
+    )
+    loaded, _ = saved_and_loaded(first)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in loaded.values()}
+    assert sum(s.nbytes() for s in storages.values()) <= n_bytes(first.values())
+    assert all(torch.equal(loaded[name], first[name]) for name in first)
+
+
+WITHOUT_A_MODEL = {
+    "decompose_resid": lambda c: c.decompose_resid(),
+    "accumulated_resid": lambda c: c.accumulated_resid(),
+    "logit_attrs": lambda c: c.logit_attrs(c["resid_post", -1], 3),
+    "logit_lens": lambda c: c.logit_lens(),
+    "stack_head_results": lambda c: c.stack_head_results(),
+    "compute_head_results": lambda c: c.compute_head_results(),
+    "stack_neuron_results": lambda c: c.stack_neuron_results(1),
+    "get_neuron_results": lambda c: c.get_neuron_results(0),
+    "get_full_resid_decomposition": lambda c: c.get_full_resid_decomposition(),
+    "apply_ln_to_stack": lambda c: c.apply_ln_to_stack(c["resid_post", -1][None]),
+    "of a part": lambda c: c.part("encoder").decompose_resid(),
+    "weights": lambda c: c.model.W_U,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_MODEL)
+def test_what_needs_weights_says_that_a_saved_cache_has_none(cache, name) -> None:
+    with pytest.raises(NoModelError, match=r"holds no model.*cache\.with_model\(model\)"):
+        WITHOUT_A_MODEL[name](through_pickle(cache))
+
+
+def test_a_saved_cache_takes_its_model_back(cache, model) -> None:
+    again = through_pickle(cache).with_model(model)
+    close(again.decompose_resid(), cache.decompose_resid())
+    close(again.part("encoder").accumulated_resid(), cache.part("encoder").accumulated_resid())
+    local = through_pickle(cache.part("encoder")).with_model(model)
+    close(local.stack_head_results(), cache.part("encoder").stack_head_results())
+
+
+def test_a_saved_cache_takes_no_other_model(cache) -> None:
+    other = HookedAudioTransformer.from_hf(FAMILIES["wav2vec2"].build())
+    with pytest.raises(ValueError, match=r"decoder|layers"):
+        through_pickle(cache).with_model(other)
+    with pytest.raises(ValueError, match=r"of another model: its encoder has \d layers"):
+        through_pickle(cache.part("encoder")).with_model(
+            SimpleNamespace(part=lambda name: SavedPart(name, 9))
+        )
+
+
+def test_copies_of_a_cache_keep_their_model(cache) -> None:
+    for copied in (copy.copy(cache), copy.deepcopy(cache)):
+        assert copied.model is cache.model and copied.parts is cache.parts
+        assert copied.cache_dict is not cache.cache_dict
+        close(copied.decompose_resid(), cache.decompose_resid())
+    name = next(iter(cache))
+    assert copied[name] is not cache[name] and torch.equal(copied[name], cache[name])

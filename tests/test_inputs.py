@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -314,6 +315,16 @@ def test_a_pickle_holds_no_model(batch: AudioInputs) -> None:
     assert same(kept, batch)
     assert kept.remake is None
     assert len(pickle.dumps(batch)) < 2e6
+
+
+def test_a_pickle_of_views_holds_no_more_than_they_show(batch: AudioInputs) -> None:
+    wide = torch.zeros(len(batch), 1_000_000, dtype=torch.long)
+    n = batch.tokens.shape[1]
+    wide[:, :n] = batch.tokens
+    further = torch.zeros(len(batch.features), 1_000_000)
+    view = replace(batch, tokens=wide[:, :n], extra={"more": further[:, :3]})
+    assert len(pickle.dumps(view)) < 2e6
+    assert torch.equal(pickle.loads(pickle.dumps(view)).tokens, batch.tokens)
 
 
 def test_only_prepared_inputs_can_be_remade(embedded: HookedAudioTransformer) -> None:

@@ -1,6 +1,7 @@
 """Labelled values that are no sweep: free axes, selection, averages, files and figures."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def test_saved_results_load_unchanged(make, tmp_path):
     assert torch.equal(loaded.values.nan_to_num(9e9), result.values.nan_to_num(9e9))
     for name in ("dims", "coords", "report", "meta", "recipe"):
         assert getattr(loaded, name) == getattr(result, name)
+
+
+def test_a_pickle_of_a_selection_holds_no_more_than_it():
+    wide = torch.zeros(1000, 1000)
+    assert len(pickle.dumps(Result(wide[3, :2], ("head",), {"head": [0, 1]}))) < 2000
+    kept = pickle.loads(pickle.dumps(shares()))
+    assert torch.equal(kept.values, shares().values) and kept.coords == shares().coords
 
 
 def test_several_metrics_must_be_named():

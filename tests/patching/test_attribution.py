@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -214,6 +215,16 @@ def test_linear_paths_are_exact(site, axes, direction, method):
 def test_top_finds_the_copying_head():
     strongest = attribute(copy_toy(), site="attn.z", axes=("layer", "head"), **HEARD).top(1)[0]
     assert (strongest.layer, strongest.head, strongest.effect) == (2, 1, 1.0)
+
+
+def test_a_pickle_holds_the_estimates_and_not_what_was_asked():
+    asked = {**HEARD, "metric": lambda logits: logits[:, -1, 1]}  # which no pickle takes
+    toy = copy_toy()
+    found = attribute(toy, site="attn.z", axes=("layer", "head"), **asked)
+    kept = pickle.loads(pickle.dumps(found))
+    assert torch.equal(kept.values, found.values) and kept.meta == found.meta
+    with pytest.raises(ValueError, match="before it is pickled"):
+        kept.confirm(toy)
 
 
 # -------------------------------------------------------------------------------- the cells

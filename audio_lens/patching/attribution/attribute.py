@@ -43,11 +43,15 @@ class Attribution(SweepResult):
     estimated effect. A saved attribution loads as a `SweepResult` whose report says what it is.
 
     Attributes:
-        request: the arguments it was asked with, as `plan` takes them; None for a part or a mean
-            of an attribution.
+        request: the arguments it was asked with, as `plan` takes them; None for a part, a mean
+            or a pickle of an attribution.
     """
 
     request: dict[str, Any] | None = field(init=False, default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: no inputs and no metric, which may be any function."""
+        return super().__getstate__() | {"request": None}
 
     @property
     def method(self) -> str:

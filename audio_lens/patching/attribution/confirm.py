@@ -255,7 +255,8 @@ class _Sweeps:
     ):
         if request is None:
             raise ValueError(
-                "confirm takes an attribution as attribute gave it: call it before select or mean"
+                "confirm takes an attribution as attribute gave it: call it before select or mean, "
+                "and before it is pickled"
             )
         self.model, self.site, self.progress = model, site, progress
         self.request = dict(request)
