@@ -187,3 +187,30 @@ def test_a_sweep_measures_several_streams(name):
         wanted = own[:, 3] - own[:, 5]
         found = result.select(metric=stream).clean
         torch.testing.assert_close(torch.as_tensor(found).float(), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("site", ["decoder.attn.z", "depth.attn.z", "attribute"])
+def test_both_baselines_are_read_with_their_own_next_tokens(site, direction):
+    """Each run by the text and codes that follow in its own inputs, which here all differ."""
+    model = built("moshi")
+    runs = {"clean": given("moshi"), "corrupted": given("moshi", 1)}
+    streams = [s for s in streams_of(model) if s != "text" or not site.startswith("depth")]
+    asked = {s: metrics.of_stream(s, metrics.logit_diff(3, 5, position=-3)) for s in streams}
+    asked["distance"] = metrics.of_stream("audio.2", metrics.kl(position=-3))
+    options = {"metric": asked, "axes": "layer", "direction": direction, **runs}
+    if site == "attribute":
+        method = "ig" if direction == "noise" else "atp"  # KL is flat at the clean run
+        result = patching.attribute(model, site="decoder.attn.z", method=method, **options)
+    else:
+        result = patching.sweep(model, site=site, **options)
+    logits = {run: model(inputs) for run, inputs in runs.items()}
+    for run, found in (("clean", result.clean), ("corrupted", result.corrupted)):
+        for stream, measured in zip(streams, found, strict=False):
+            own = model.stream(logits[run], stream)[:, -3]
+            torch.testing.assert_close(measured, own[:, 3] - own[:, 5], rtol=1e-4, atol=1e-6)
+    p, q = (model.stream(logits[run], "audio.2")[:, -3].softmax(-1) for run in runs)
+    assert result.clean[-1].abs().max() < 1e-6
+    expected = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(result.corrupted[-1], expected, rtol=1e-3, atol=1e-6)

@@ -7,15 +7,27 @@ the mask.
 """
 
 from audio_lens.metrics.answers import forced_choice, kl, log_prob, logit_diff, prob, read_at
-from audio_lens.metrics.reading import Metric, MetricFn, Reading, at_positions, bound, named
+from audio_lens.metrics.reading import (
+    Metric,
+    MetricError,
+    MetricFn,
+    Reading,
+    at_positions,
+    blamed,
+    bound,
+    measured,
+    named,
+)
 from audio_lens.metrics.streams import of_stream, streams_read
 from audio_lens.metrics.transcripts import ctc_diff, ctc_log_prob, sequence_log_prob, wer
 
 __all__ = [
     "Metric",
+    "MetricError",
     "MetricFn",
     "Reading",
     "at_positions",
+    "blamed",
     "bound",
     "ctc_diff",
     "ctc_log_prob",
@@ -23,6 +35,7 @@ __all__ = [
     "kl",
     "log_prob",
     "logit_diff",
+    "measured",
     "named",
     "of_stream",
     "prob",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,12 +13,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs, InputError
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 MetricFn = Callable[[Float[Tensor, "b t v"]], Tensor]
+
+
+class MetricError(AudioLensError, ValueError):
+    """A metric that fails, or gives no number; the message says of which run."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +115,65 @@ def bound(
     inputs: AudioInputs,
     reference: Float[Tensor, "b *t v"] | None = None,
 ) -> MetricFn:
-    """The metric as a function of logits; plain functions are one already.
+    """The metric as a function of logits.
+
+    A plain function is one already; it gets a copy, since it may edit what others read too.
 
     Raises:
         TypeError: if it is neither.
     """
     if isinstance(metric, Metric):
         return metric.bind(model, inputs, reference)
+    if isinstance(metric, Reading):  # takes a copy of what it reads
+        return metric
     if not callable(metric):
         raise TypeError(f"a metric maps logits to numbers, got {type(metric).__name__}")
-    return metric
+    return functools.partial(_of_copy, metric)
+
+
+def _of_copy(metric: MetricFn, logits: Float[Tensor, "b *t v"]) -> Any:
+    return metric(logits.clone())
+
+
+def measured(
+    name: str, measure: MetricFn, logits: Float[Tensor, "b *t v"], batch: int, run: str
+) -> Float[Tensor, "*b"]:
+    """What a bound metric gives of a run: a scalar or one value per row.
+
+    Truth values and whole numbers are counted as numbers of the logits' precision.
+
+    Args:
+        run: which one, for errors: "the clean run", "cell 3 ..." .
+
+    Raises:
+        MetricError: a metric that fails, or gives something else.
+    """
+    with blamed(name, run):
+        value = torch.as_tensor(measure(logits))
+        if value.is_complex():
+            raise MetricError(f"metric {name!r} must give real numbers, got {value.dtype}")
+        if value.shape not in ((), (batch,)):
+            raise MetricError(
+                f"metric {name!r} must give a scalar or one value per row ([{batch}]), got shape "
+                f"{tuple(value.shape)}"
+            )
+    return value if value.is_floating_point() else value.to(logits.dtype)
+
+
+@contextmanager
+def blamed(name: str, run: str) -> Iterator[None]:
+    """Whatever fails here is the metric's doing, and says of which run.
+
+    Raises:
+        MetricError: for every exception.
+    """
+    try:
+        yield
+    except MetricError as error:
+        raise MetricError(f"{error} (on {run})") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise MetricError(f"metric {name!r} fails on {run}: {kind}: {error}") from error
 
 
 def named(metric: Any) -> dict[str, Any]:

@@ -117,8 +117,9 @@ class _SequenceLogProb(Metric):
         has_room = 0 < len(ids) < inputs.tokens.shape[1]
         if not (has_room and read.all() and (ends == wanted).all()):
             raise InputError(
-                f"the prompts must end with the tokens scored ({list(ids)}), behind at least one "
-                f"other token and without padding; they end with {ends.tolist()}"
+                f"the prompts (of a sweep: clean and corrupted) must end with the tokens scored "
+                f"({list(ids)}), behind at least one other token and without padding; these end "
+                f"with {ends.tolist()}"
             )
         width = inputs.tokens.shape[1]
         before = torch.arange(width - len(ids) - 1, width - 1, device=inputs.device)

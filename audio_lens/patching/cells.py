@@ -18,6 +18,7 @@ from torch import Tensor
 
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
+from audio_lens.results import in_words
 from audio_lens.timeline import Band, Seconds, Span, Timeline, Track
 
 if TYPE_CHECKING:
@@ -122,6 +123,13 @@ class CellTable:
     def to(self, device: torch.device) -> CellTable:
         """The same table with its positions on a device."""
         return replace(self, positions=self.positions.to(device))
+
+    def described(self, cell: int) -> str:
+        """A cell by its number and its place on every axis, for people."""
+        sizes = [len(self.coords[axis]) for axis in self.axes]
+        at = torch.unravel_index(torch.tensor(cell), sizes)
+        places = zip(self.axes, map(int, at), strict=True)
+        return f"cell {cell} ({in_words({axis: self.coords[axis][i] for axis, i in places})})"
 
     def hook_names(self, cells: Sequence[int]) -> list[str]:
         """The hook points that some cells patch."""

@@ -62,14 +62,14 @@ def check_finite(values: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise where a metric is NaN or infinite before anything is patched.
 
     Raises:
-        ValueError: naming metric and run.
+        MetricError: naming metric and run.
     """
     for run, of_metrics in values.items():
         broken = [
             n for n, value in zip(names, of_metrics, strict=True) if not value.isfinite().all()
         ]
         if broken:
-            raise ValueError(f"metric {', '.join(broken)} is not finite on the {run} run")
+            raise metrics.MetricError(f"metric {', '.join(broken)} is not finite on the {run} run")
 
 
 def batch_dims(

@@ -118,12 +118,8 @@ def _measured(
     reached: Bool[Tensor, " b"],
 ) -> Float[Tensor, "*b"]:
     """The metric of the patched run; NaN for prompts that no patch reaches."""
-    value = torch.as_tensor(measure(logits.to(torch.promote_types(logits.dtype, torch.float32))))
-    if value.shape not in ((), reached.shape):
-        raise ValueError(
-            f"metric {name!r} must give a scalar or one value per row ([{len(reached)}]), got "
-            f"shape {tuple(value.shape)}"
-        )
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    value = metrics.measured(name, measure, precise, len(reached), "the patched run")
     return value.where(reached.to(value.device), torch.nan) if value.ndim else value
 
 

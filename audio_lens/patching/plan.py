@@ -241,7 +241,8 @@ class Plan:
                 ) from error
         else:
             for cell, of_cell in zip(cells, rows, strict=True):
-                state.values[..., cell] = state.readout.measure(of_cell)
+                run = self.table.described(cell)
+                state.values[..., cell] = state.readout.measure(of_cell, run)
                 state.done[cell] = True
             return True
         queue.extendleft(reversed(cells))
@@ -269,12 +270,13 @@ class Plan:
         worst = 0.0
         for cell in cells:
             exact, found = literally(self.request, state.readout, cell), state.values[..., cell]
-            error = (found - exact).abs().masked_fill(found.isnan() & exact.isnan(), 0.0)
-            is_close = error <= small * exact.abs().clamp(min=1) + 10 * small * largest
-            if not is_close.all():  # NaN on one side is not close either
+            is_same = (found == exact) | (found.isnan() & exact.isnan())
+            error = (found - exact).abs().masked_fill(is_same, 0.0)
+            allowed = small * exact.abs().clamp(min=1) + 10 * small * largest
+            if not (is_same | (error <= allowed)).all():  # NaN on one side is neither
                 raise VerificationError(
-                    f"cell {cell} ({self.table.cells[cell]}) is {found.tolist()} and a whole "
-                    f"forward gives {exact.tolist()}: please report this"
+                    f"{self.table.described(cell)} is {found.tolist()} and a whole forward gives "
+                    f"{exact.tolist()}: please report this"
                 )
             worst = max(worst, float(error.max()))
         return f"{len(cells)} random cells verified by whole forwards: off by {worst:.1e} at most"

@@ -179,7 +179,7 @@ class _Call:
     def _unpatched(self) -> Float[Tensor, " metrics *batch"]:
         model, inputs = self.part.model, self.inputs.inputs
         readout = Readout(model, self.measures, inputs)
-        return readout.measure(readout.of_logits(model(inputs)))
+        return readout.measure(readout.of_logits(model(inputs)), "the corrupted run")
 
 
 def _checked(
@@ -191,12 +191,12 @@ def _checked(
     def check(value: Any) -> Tensor:
         value = torch.as_tensor(value)
         if reduce == "scalar" and value.ndim:
-            raise ValueError(
+            raise metrics.MetricError(
                 f"metric {name!r} must give a scalar under reduce='scalar', got shape "
                 f"{tuple(value.shape)}: pass reduce='mean' or 'none' for one value per prompt"
             )
         if reduce != "scalar" and value.shape != (batch,):
-            raise ValueError(
+            raise metrics.MetricError(
                 f"metric {name!r} must give one value per prompt of the batch ([{batch}]) under "
                 f"reduce={reduce!r}, got shape {tuple(value.shape)}"
             )

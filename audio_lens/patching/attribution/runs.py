@@ -95,12 +95,16 @@ class Estimate:
         }
         self.entrances = [Entrance(name) for name in self._entrances()] if method == "ig" else []
         taps = [*self.entrances, *self.taps.values()]
-        self.reader = _MetricReader(model, self.base, spec.metric, {tap.name for tap in taps})
-        source_hidden = self._run_source(spec.other, kept)
+        tapped = {tap.name for tap in taps}
+        self.reader, its_reader = (
+            _MetricReader(model, inputs, spec.metric, tapped) for inputs in (spec.base, spec.other)
+        )
+        source_hidden = self._run_source(its_reader, kept)
         self.run = _BaseRun(model, self.base, taps, self.reader.hooks, method in UNSIGNED)
         with torch.set_grad_enabled(method != "ig"):  # that one has its gradients elsewhere
             base_hidden = self.run.hidden()
-        self._measure(source_hidden, base_hidden.detach(), spec.direction == "denoise")
+        runs = (its_reader, source_hidden), (self.reader, base_hidden.detach())
+        self._measure(*(runs if spec.direction == "denoise" else runs[::-1]))
         self._differentiate(base_hidden, progress)
 
     def _tap(self, table: CellTable, layer: int | None, source: dict[str, Tensor]) -> Tap:
@@ -126,7 +130,7 @@ class Estimate:
     # ---------------------------------------------------------------- the two runs
 
     @torch.no_grad()
-    def _run_source(self, source: AudioInputs, kept: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
+    def _run_source(self, reader: _MetricReader, kept: dict[str, Tensor]) -> Float[Tensor, "b t d"]:
         """Final hidden states of the source run; fills ``kept`` with what is needed of it."""
         named = {tap.name for tap in (*self.taps.values(), *self.entrances)}
         needed = {name for tap in self.taps.values() for name in tap.reads} | named
@@ -138,26 +142,34 @@ class Estimate:
         hooks = [(name, keep) for name in sorted(named)]
         if needed > named:  # of rotated queries and keys, whatever runs
             hooks.append((lambda name: name in needed, keep))
-        with self.model.hooks([*hooks, *self.reader.hooks]):
-            hidden = _hidden(self.model, source, self.model.encode(source))
+        with self.model.hooks([*hooks, *reader.hooks]):
+            hidden = _hidden(self.model, reader.inputs, self.model.encode(reader.inputs))
         for entrance in self.entrances:
             entrance.source = kept[entrance.name]
         return hidden
 
     @torch.no_grad()
     def _measure(
-        self, source: Float[Tensor, "b t d"], base: Float[Tensor, "b t d"], is_denoise: bool
+        self,
+        clean: tuple[_MetricReader, Float[Tensor, "b t d"]],
+        corrupted: tuple[_MetricReader, Float[Tensor, "b t d"]],
     ) -> None:
-        """Measure both runs."""
-        self.reader.bind(source if is_denoise else base)
+        """Measure both runs, each by its own inputs."""
+        if self.reader.compares:
+            reader, hidden = clean
+            reference = reader.logits(hidden)
+            for reader, _ in (clean, corrupted):
+                reader.compare_with(reference)
+        both = {
+            run: reader.measure(hidden, f"the {run} run")
+            for run, (reader, hidden) in {"clean": clean, "corrupted": corrupted}.items()
+        }
         self.names = self.reader.names
-        self.source_values, self.base_values = map(self.reader.measure, (source, base))
-        pair = (self.source_values, self.base_values)
-        self.clean, self.corrupted = pair if is_denoise else pair[::-1]
-        both = {"clean": self.clean, "corrupted": self.corrupted}
         check_finite(both, self.names)
-        metric = self.reader.metric
-        names, coords = batch_dims(metric, self.names, len(self.base), self.base_values)
+        self.clean, self.corrupted = both["clean"], both["corrupted"]
+        pair = (self.corrupted, self.clean)
+        self.base_values, self.source_values = pair if corrupted[0] is self.reader else pair[::-1]
+        names, coords = batch_dims(self.reader.metric, self.names, len(self.base), self.base_values)
         self.dims = {name: coords[name] for name in names}
         self.n_rows = 1 if self.base_values.ndim == 1 else len(self.base)
 
@@ -240,7 +252,8 @@ class Estimate:
             ValueError: if there is none, or a row's value depends on another row.
         """
         leaf = hidden.detach().requires_grad_()
-        value = self.reader.value(name, leaf)
+        with metrics.blamed(name, "the run that is patched"):
+            value = self.reader.value(name, leaf)
         if not (isinstance(value, Tensor) and value.requires_grad):
             raise ValueError(
                 f"metric {name!r} has no gradient, which attribution needs: use one that is "
@@ -327,32 +340,32 @@ class Estimate:
 
 
 class _MetricReader:
-    """The metrics, as functions of a run's final hidden states.
+    """The metrics, as functions of the final hidden states of a run of some inputs.
 
     Where every metric says which positions it reads, and nobody looks at what comes later than the
     last block's attention, that runs for those positions alone, as its only `hooks` see to.
     """
 
     def __init__(
-        self, model: HookedAudioTransformer, base: AudioInputs, metric: Any, tapped: set[str]
+        self, model: HookedAudioTransformer, inputs: AudioInputs, metric: Any, tapped: set[str]
     ):
-        self.model, self.base, self.metric = model, base, metric
+        self.model, self.inputs, self.metric = model, inputs, metric
         self._wanted = metrics.named(metric)
         self.names = list(self._wanted)
-        self._compares = any(getattr(m, "needs_reference", False) for m in self._wanted.values())
+        self.compares = any(getattr(m, "needs_reference", False) for m in self._wanted.values())
         self._is_narrow = False
-        if not self._compares:
+        if not self.compares:
             self._set({name: self._bound(one, None) for name, one in self._wanted.items()})
             busy = tapped | set(model.list_hooks(dir="fwd"))
             is_opaque = self._readout.reads_all or model.cfg.decoder is None or model.writes_behind
             self._is_narrow = not (is_opaque or any(map(self._is_late, busy)))
 
     def _bound(self, metric: Any, reference: Float[Tensor, "b *t v"] | None) -> Callable:
-        return metrics.bound(metric, self.model, self.base, reference)
+        return metrics.bound(metric, self.model, self.inputs, reference)
 
     def _set(self, measures: dict[str, Callable]) -> None:
         self._measures = measures
-        self._readout = Readout(self.model, measures, self.base)
+        self._readout = Readout(self.model, measures, self.inputs)
 
     @property
     def _last_block(self) -> str:
@@ -377,29 +390,28 @@ class _MetricReader:
         rows = self._readout.positions
         return [(name, lambda x, hook: metrics.at_positions(x, rows))]
 
-    def bind(self, clean: Float[Tensor, "b t d"]) -> None:
-        """Bind metrics that compare with the clean run to what it gave."""
-        if self._compares:
-            reference = self._logits(clean)
-            self._set({name: self._bound(one, reference) for name, one in self._wanted.items()})
+    def compare_with(self, clean: Float[Tensor, "b *t v"]) -> None:
+        """Bind metrics that compare with the clean run to its logits."""
+        self._set({name: self._bound(one, clean) for name, one in self._wanted.items()})
 
-    def _logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b *t v"]:
-        logits = self.model.read_out(hidden, self.base)
+    def logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b *t v"]:
+        """The output of the run."""
+        logits = self.model.read_out(hidden, self.inputs)
         return logits if self.model.cfg.output_kind is None else self.model.hook_logits(logits)
 
-    def measure(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, " metrics *batch"]:
-        """Every metric of a run: a scalar or one value per row each."""
+    def measure(self, hidden: Float[Tensor, "b t d"], run: str) -> Float[Tensor, " metrics *batch"]:
+        """Every metric of a run: a scalar or one value per row each. ``run`` says which it is."""
         read = self._readout
         if not self._is_narrow:
-            return read.measure(read.of_logits(self._logits(hidden)))
+            return read.measure(read.of_logits(self.logits(hidden)), run)
         prompts = torch.arange(len(hidden), device=hidden.device)
         prompts = prompts.repeat_interleave(hidden.shape[1])
         rows = read.logits(hidden.flatten(0, 1), prompts, read.positions.flatten())
-        return read.measure(rows.unflatten(0, hidden.shape[:2]))
+        return read.measure(rows.unflatten(0, hidden.shape[:2]), run)
 
     def value(self, name: str, hidden: Float[Tensor, "b t d"]) -> Any:
         """One metric of a run, to differentiate."""
-        logits = self._logits(hidden)
+        logits = self.logits(hidden)
         logits = logits.to(precise(logits))
         measure = self._measures[name]
         if not self._is_narrow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -70,10 +71,11 @@ def _without_hooks(request: Request, schedule: Schedule, kind: type[FromBase]) -
     if not (isinstance(given, Mapping) and spec.other is spec.base):
         other = Run.of(model, spec.other, part, of_source if given is None else (), heard=base)
     clean_run = other if spec.direction == "denoise" else base
-    measures = request.measures(lambda: model.read_out(clean_run.hidden, clean_run.inputs))
-    readout = Readout(model, measures, spec.base)
+    clean_logits = functools.cache(lambda: model.read_out(clean_run.hidden, clean_run.inputs))
+    readouts = [request.readout(run.inputs, clean_logits) for run in (base, other)]
     # before the source drops what it does not need: it may be the run that is measured here
-    values = [readout.measure(readout.of_run(run.hidden)) for run in (base, other)]
+    both = zip(readouts, (base, other), strict=True)
+    values = _measured(request, readouts, [one.of_run(run.hidden) for one, run in both])
     held = base.n_bytes
     if isinstance(given, Mapping):
         source = _given(request, given, base)
@@ -81,8 +83,8 @@ def _without_hooks(request: Request, schedule: Schedule, kind: type[FromBase]) -
         run = other if given is None else Run.of(model, given, part, of_source, heard=base)
         source, held = _of_run(run.keep(part), part), held + run.n_bytes
     free = schedule.free_beside(held)
-    route = kind(model, base, request.table, readout, source, free)
-    return _state(request, route, readout, values, free)
+    route = kind(model, base, request.table, readouts[0], source, free)
+    return _state(request, route, readouts[0], values, free)
 
 
 def _kept(request: Request) -> tuple[list[str], list[str]]:
@@ -118,11 +120,13 @@ def _with_hooks(request: Request, schedule: Schedule, kind: type[HookedRoute]) -
     elif given is not None:
         _, activations = request.kept(given, every)
     clean_logits = other_logits if spec.direction == "denoise" else base_logits
-    readout = Readout(model, request.measures(lambda: clean_logits), spec.base)
-    values = [readout.measure(readout.of_logits(x)) for x in (base_logits, other_logits)]
+    other = spec.base if other_logits is base_logits else spec.other
+    readouts = [request.readout(inputs, lambda: clean_logits) for inputs in (spec.base, other)]
+    both = zip(readouts, (base_logits, other_logits), strict=True)
+    values = _measured(request, readouts, [one.of_logits(logits) for one, logits in both])
     source = _given(request, activations, None)
-    route = kind(model, spec.base, request.table, readout, source, encoder_out)
-    state = _state(request, route, readout, values, schedule.free_beside(0))
+    route = kind(model, spec.base, request.table, readouts[0], source, encoder_out)
+    state = _state(request, route, readouts[0], values, schedule.free_beside(0))
     if request.hooked:
         note = f"your hooks were in force: {', '.join(request.hooked)}; so every cell was a whole"
         state.notes.append(f"{note} run of the decoder" if is_heard_once else f"{note} forward")
@@ -136,16 +140,42 @@ def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, " 
         _, given = request.kept(request.spec.other if given is None else given, [cell])
     source = _given(request, given, None)
     route = HookedRoute(request.model, request.spec.base, request.table, readout, source)
-    return readout.measure(route.run([cell])[0])
+    return readout.measure(route.run([cell])[0], f"{request.table.described(cell)}, run whole")
+
+
+def _measured(
+    request: Request, readouts: list[Readout], rows: list[Tensor]
+) -> dict[str, Float[Tensor, " metrics *batch"]]:
+    """The metrics of the clean and the corrupted run.
+
+    Args:
+        readouts: of the base run and of the other, each bound to its own inputs.
+        rows: what these read.
+
+    Raises:
+        MetricError: a metric that fails, or gives something else than finite numbers.
+    """
+    is_denoise = request.spec.direction == "denoise"
+    runs = ("corrupted", "clean") if is_denoise else ("clean", "corrupted")
+    values = {
+        run: readout.measure(read, f"the {run} run")
+        for run, readout, read in zip(runs, readouts, rows, strict=True)
+    }
+    check_finite(values, readouts[0].names)
+    return values
 
 
 def _state(
-    request: Request, route: Route, readout: Readout, values: list[Tensor], free: float | int
+    request: Request,
+    route: Route,
+    readout: Readout,
+    values: dict[str, Tensor],
+    free: float | int,
 ) -> State:
-    """Nothing done yet. ``values`` are those of the base run and of the other."""
-    clean, corrupted = reversed(values) if request.spec.direction == "denoise" else values
-    check_finite({"corrupted": corrupted, "clean": clean}, readout.names)
-    n_cells = len(request.table.cells)
+    """Nothing done yet. ``values`` are those of the clean and the corrupted run."""
+    clean, n_cells = values["clean"], len(request.table.cells)
     empty = torch.full((*clean.shape, n_cells), torch.nan, dtype=clean.dtype)
     done = torch.zeros(n_cells, dtype=torch.bool)
-    return State(route, readout, clean, corrupted, empty, done, free, request.notes)
+    return State(
+        route, readout, **values, values=empty, done=done, free_bytes=free, notes=request.notes
+    )

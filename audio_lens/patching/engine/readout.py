@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
-from audio_lens.metrics import Reading, at_positions
+from audio_lens.metrics import MetricError, Reading, at_positions, measured
 from audio_lens.models.base import HookedAudioTransformer
 
 
@@ -142,22 +142,22 @@ class Readout:
         rows = logits[:, None] if self.model.pools else at_positions(logits, self.positions)
         return self._columns(rows, torch.arange(self.batch, device=logits.device))
 
-    def measure(self, rows: Float[Tensor, "b r c"]) -> Float[Tensor, " metrics *batch"]:
+    def measure(self, rows: Float[Tensor, "b r c"], run: str) -> Float[Tensor, " metrics *batch"]:
         """Every metric of one run: a scalar or one value per row each, alike for all metrics.
 
+        Args:
+            run: which one, for errors: "the clean run", "cell 3 ..." .
+
         Raises:
-            ValueError: for a metric of another shape.
+            MetricError: a metric that fails, or gives something else.
         """
         precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        values = [torch.as_tensor(one(precise)).detach().cpu() for one in self._measures]
-        for name, value in zip(self.names, values, strict=True):
-            if value.shape not in ((), (self.batch,)):
-                raise ValueError(
-                    f"metric {name!r} must give a scalar or one value per row ([{self.batch}]), "
-                    f"got shape {tuple(value.shape)}"
-                )
+        named = zip(self.names, self._measures, strict=True)
+        values = [
+            measured(name, one, precise, self.batch, run).detach().cpu() for name, one in named
+        ]
         if len({value.shape for value in values}) > 1:
-            raise ValueError(
+            raise MetricError(
                 "metrics of one sweep must all give a scalar, or all one value per row"
             )
         return torch.stack(values)

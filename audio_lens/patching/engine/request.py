@@ -19,6 +19,7 @@ from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
+from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.routes import (
     ConnectorRoute,
     DecoderRoute,
@@ -121,17 +122,24 @@ class Request:
         )
         return self.model.dtype == torch.float64 and not any(rounding)
 
-    def measures(self, clean_logits: Callable[[], Float[Tensor, "b *t v"]]) -> dict[str, Callable]:
-        """Every metric, bound; logits of the clean run are made only where one needs them."""
-        return {
+    def readout(
+        self, inputs: AudioInputs, clean_logits: Callable[[], Float[Tensor, "b *t v"]]
+    ) -> Readout:
+        """What the metrics read of runs of these inputs.
+
+        Args:
+            clean_logits: makes the logits of the clean run, where a metric needs them.
+        """
+        measures = {
             name: metrics.bound(
                 one,
                 self.model,
-                self.spec.base,
+                inputs,
                 clean_logits() if getattr(one, "needs_reference", False) else None,
             )
             for name, one in metrics.named(self.spec.metric).items()
         }
+        return Readout(self.model, measures, inputs)
 
     def kept(
         self, inputs: AudioInputs, cells: Sequence[int]
