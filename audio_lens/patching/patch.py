@@ -22,6 +22,7 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers, unit_count
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
+from audio_lens.patching.shapes import check_shape, shape_of
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.timeline import Band, Span
 
@@ -88,9 +89,10 @@ def patch(
 
     Raises:
         SiteError: a site, head or neuron the model does not have, or a source without the site.
-        InputError: inputs as source that do not correspond to ``inputs``.
-        ValueError: no patches, two that overlap, a place that holds nothing, a source of another
-            shape, or a metric of another shape.
+        InputError: inputs as source that do not correspond to ``inputs``, or a source of another
+            shape.
+        ValueError: no patches, two that overlap, or a place that holds nothing.
+        MetricError: a metric that fails, or gives something else than numbers.
     """
     inputs = model.as_inputs(inputs)
     edits = [_Edit.lay_out(model, inputs, one) for one in patches]
@@ -144,7 +146,8 @@ class _Edit:
         site = Site.parse(patch.site, model)
         layers = chosen_layers(site, patch.layer, axes=(), layer_window=1)
         names = tuple(site.hook_name(layer) for layer in layers)
-        where = Positions(model.timeline(inputs), site)
+        timeline = model.timeline(inputs)
+        where = Positions(timeline, site)
         positions = _positions(where, patch)
         reached = where.covered(positions[None])[0]
         if not reached.any():
@@ -155,7 +158,7 @@ class _Edit:
             mask = mask & _spread(units, site, site.split[1])
         given = None if _is_inputs(patch.source, model) else _given(patch.source, names)
         for name, value in (given or {}).items():
-            check_shape(name, value, site, positions.shape, len(units))
+            _check_value(name, value, shape_of(model, site, timeline))
         return _Edit(patch, site, names, mask.to(inputs.device), reached, given)
 
     def hooks(self, runs: dict[int, ActivationCache]) -> list[tuple[str, Any]]:
@@ -165,8 +168,8 @@ class _Edit:
         def overwrite(activation: Tensor, hook: HookPoint) -> Tensor:
             name = str(hook.name)
             source = torch.as_tensor(values[name])
-            if source.shape not in ((), activation.shape):
-                raise ValueError(_misfit(name, source, tuple(activation.shape)))
+            if source.ndim:
+                check_shape(name, source, tuple(activation.shape))
             return torch.where(self.mask.to(activation.device), source.to(activation), activation)
 
         return [(name, overwrite) for name in self.names]
@@ -280,10 +283,8 @@ def _is_inputs(
     return isinstance(source, AudioInputs) or (is_mapping and model.features_key in source)
 
 
-def check_shape(
-    name: str, value: Any, site: Site, batch_positions: torch.Size, n_units: int
-) -> None:
-    """Raise where a tensor cannot have come from this site of such inputs."""
+def _check_value(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
+    """Raise for what is no value of an activation of this shape; a number is one."""
     if isinstance(value, (int, float)):
         return
     if not isinstance(value, torch.Tensor):
@@ -291,21 +292,7 @@ def check_shape(
             f"the source of {name} is a {type(value).__name__}: a patch takes a cache, inputs, a "
             "tensor or a number"
         )
-    axes = {0: batch_positions[0], site.position_dim: batch_positions[1]}
-    if site.unit is not None:
-        axes[site.split[1]] = n_units
-    expected = tuple(axes.get(dim, "any") for dim in range(4 if site.unit == "head" else 3))
-    fits = len(expected) == value.ndim and all(value.shape[dim] == n for dim, n in axes.items())
-    if not fits:
-        raise ValueError(_misfit(name, value, expected))
-
-
-def _misfit(name: str, source: Tensor, expected: tuple) -> str:
-    wanted = ", ".join(map(str, expected))
-    return (
-        f"the source of {name} has shape {tuple(source.shape)}, the activation ({wanted}): "
-        "patching needs equal shapes"
-    )
+    check_shape(name, value, expected)
 
 
 def _run_sources(

@@ -134,8 +134,8 @@ class Plan:
             progress, checkpoint, verify, checkpoint_every_s: as in `sweep`.
 
         Raises:
-            ValueError: cells that do not exist, a metric of another shape or not finite, or a
-                budget too small for one cell.
+            ValueError: cells that do not exist, or a budget too small for one cell.
+            MetricError: as `sweep`.
             VerificationError: a cell that a whole forward does not confirm.
             CheckpointError: a file that belongs to another sweep.
         """

@@ -66,7 +66,8 @@ def sweep(
         layers: the block or blocks to patch; None for all.
         layer_window: how many adjacent blocks a cell patches together, from its layer on.
         source: patch from this instead: the inputs of another run, or activations by full hook
-            name (an `AudioCache`, means over a data set ...).
+            name (an `AudioCache`, means over a data set ...), of the shape they have in the run
+            that is patched.
         cells_per_forward: at most so many cells run together; None leaves it to the budget.
         memory_gb: working memory, both unpatched runs included; None takes half of what is free.
             Running out of memory halves the batch and goes on.
@@ -89,10 +90,12 @@ def sweep(
 
     Raises:
         SiteError: a site or axis the model does not have.
-        InputError: inputs whose shapes differ, or whose audio lies at other positions.
-        ValueError: windows without positions, layers out of range, a metric of another shape, one
-            that is NaN on the unpatched runs or that the site cannot reach, or a budget too small
-            for one cell.
+        InputError: inputs whose shapes differ, or whose audio lies at other positions; a source
+            that lacks a patched site, or of another shape.
+        MetricError: a metric that fails, gives something else than numbers, or is NaN on the
+            unpatched runs; it names the run or the cell.
+        ValueError: windows without positions, layers out of range, a metric that the site cannot
+            reach, or a budget too small for one cell.
         PlacementError: a model that is split over devices.
         VerificationError: a cell that a whole forward does not confirm.
         CheckpointError: a file that belongs to another sweep.

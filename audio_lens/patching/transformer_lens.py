@@ -25,8 +25,8 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
 from audio_lens.patching.cells import CellTable, cells_of, unit_count
 from audio_lens.patching.engine.readout import Readout
-from audio_lens.patching.patch import check_shape
 from audio_lens.patching.plan import Plan
+from audio_lens.patching.shapes import check_shape, shape_of
 from audio_lens.patching.sites import Site
 from audio_lens.patching.spec import SweepSpec
 
@@ -65,8 +65,10 @@ _DOC = """Patch {what}.
     Raises:
         HookNameError: a cache without the activation.
         SiteError: a part without the activation.
-        ValueError: a cache of inputs of another shape, a metric of another shape or not finite
-            before patching, an empty mapping, or options that do not exist or exclude each other.
+        InputError: a cache of inputs of another shape.
+        MetricError: a metric that fails, or gives something else than finite numbers before
+            patching.
+        ValueError: an empty mapping, or options that do not exist or exclude each other.
     """
 _TABLE = """
         return_index_df: also give the table of indices; a `PatchingResult` holds it."""
@@ -123,10 +125,11 @@ class _Call:
     def source(self, site: Site) -> dict[str, Tensor]:
         """The clean activations of every block, by full name."""
         names = [site.hook_name(layer) for layer in range(self.part.cfg.n_layers)]
-        n_units = unit_count(self.part.model, site) if site.unit else 0
+        model = self.part.model
+        expected = shape_of(model, site, model.timeline(self.inputs.inputs))
         source = {name: self.cache[name] for name in names}
         for name, activation in source.items():
-            check_shape(name, activation, site, self.inputs.shape, n_units)
+            check_shape(name, activation, expected)
         return source
 
     def plan(self, activation: str, axes: Sequence[str]) -> Plan:

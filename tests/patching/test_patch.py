@@ -395,10 +395,9 @@ def test_what_cannot_work_raises_before_the_forward(llm, options, error, says):
 
 
 def test_a_source_of_another_width_is_refused(llm):
-    """Batch and positions fit; the width is known in the forward only."""
     inputs = llm.as_inputs(run_of("qwen2_audio", 100))
     wrong = torch.zeros(*inputs.shape, 7, dtype=torch.float64)
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(InputError, match="equal shapes"):
         patch(llm, inputs, [Patch("resid_pre", layer=1, source=wrong)])
 
 

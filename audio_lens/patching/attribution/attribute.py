@@ -158,7 +158,7 @@ def attribute(
         `Attribution`; of several sites, a mapping from site to result.
 
     Raises:
-        SiteError, InputError: as in `sweep`.
+        SiteError, InputError, MetricError: as in `sweep`.
         ValueError: as in `sweep`; a metric without gradient, or one that mixes rows; a method that
             does not fit the site or axes, ``steps`` without "ig"; sites in a second writing stack,
             or a metric of what such a stack writes beside the decoder (Kimi-Audio's speech).

@@ -54,7 +54,8 @@ def prepared(request: Request, schedule: Schedule) -> State:
     """Run both inputs unpatched and set up the route.
 
     Raises:
-        ValueError: a metric of another shape or not finite, or a budget too small.
+        MetricError: a metric that fails, or gives something else than finite numbers.
+        ValueError: a budget too small.
     """
     kind = request.route
     if issubclass(kind, HookedRoute):

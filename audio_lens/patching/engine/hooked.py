@@ -24,6 +24,7 @@ from audio_lens.patching.engine.trace import (
     crosses_of,
     encoder_context,
 )
+from audio_lens.patching.shapes import check_shape
 from audio_lens.patching.sites import Site, in_blocks
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Overwrites:
         length = activation.shape[site.position_dim]
         device = activation.device  # a model may be split over several
         source = source.narrow(site.position_dim, start, length).to(device)
+        check_shape(site.hook_name(layer), source, (len(source), *activation.shape[1:]))
         here = torch.tensor([layer in cell.layers for cell in self.cells], device=device)
         where = self.where[..., start : start + length].to(device)
         where = (where & here[:, None, None]).flatten(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from audio_lens import metrics
 from audio_lens.hooks import AttnMode
-from audio_lens.inputs import AudioInputs
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.changes import is_entered
@@ -27,6 +27,7 @@ from audio_lens.patching.engine.routes import (
     FromBase,
 )
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
+from audio_lens.patching.shapes import check_shape, shape_of
 from audio_lens.patching.sites import parts_from
 from audio_lens.patching.spec import SweepSpec
 
@@ -54,7 +55,7 @@ class Request:
         """The request of a spec for the cells of a table.
 
         Raises:
-            ValueError: activations as source that lack a patched site.
+            InputError: activations as source that lack a patched site, or of another shape.
         """
         source = spec.source
         if source is None or isinstance(source, AudioInputs):
@@ -63,8 +64,12 @@ class Request:
         missing = [name for name in names if name not in source]
         if missing:
             lacking = ", ".join(missing[:3])
-            raise ValueError(f"source holds no {lacking}: cache what is to be patched")
+            raise InputError(f"source holds no {lacking}: cache what is to be patched")
         given = {name: source[name] for name in names}
+        for site in table.sites:
+            expected = shape_of(model, site, spec.timeline)
+            for name in replace(table, sites=(site,)).hook_names(range(len(table.cells))):
+                check_shape(name, given[name], expected)
         return Request(model, spec, table.to(model.device), given)
 
     @cached_property

@@ -24,6 +24,7 @@ from audio_lens.patching.engine.key_changes import KeyChanges
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.row_changes import RowChanges, UnitChanges
 from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, heard, keeping
+from audio_lens.patching.shapes import check_shape
 from audio_lens.patching.sites import Site, in_blocks
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ class ConnectorRoute(_AudioRoute):
         super().__post_init__()
         name = self.table.site.local_hook
         self.given, self.old = self.source.at(None, name), self.base.connector[name]
+        check_shape(f"connector.{name}", self.given, tuple(self.old.shape))
         self.differs = (self.given != self.old).any(-1)
         self.is_local = self.table.site.positions_of == "connector"  # else positions become others
         segments = torch.arange(len(self.given), device=self.given.device)
