@@ -71,6 +71,8 @@ class Estimate:
         names: of the metrics.
         dims: the dims in front of the axes (several metrics, several stimuli) and their names.
         clean, corrupted: every metric of the two runs.
+        end_values: of "ig", where its way ends: all that enters is the source run's, and read with
+            the base run's next tokens, of models that write more than one at a time.
         report: what there is to know about the estimates.
         meta: method, and steps.
     """
@@ -168,7 +170,11 @@ class Estimate:
         check_finite(both, self.names)
         self.clean, self.corrupted = both["clean"], both["corrupted"]
         pair = (self.corrupted, self.clean)
-        self.base_values, self.source_values = pair if corrupted[0] is self.reader else pair[::-1]
+        is_denoise = corrupted[0] is self.reader
+        self.base_values, self.source_values = pair if is_denoise else pair[::-1]
+        if self.method == "ig":
+            _, hidden = clean if is_denoise else corrupted
+            self.end_values = self.reader.measure(hidden, "the base run with all of the other's")
         names, coords = batch_dims(self.reader.metric, self.names, len(self.base), self.base_values)
         self.dims = {name: coords[name] for name in names}
         self.n_rows = 1 if self.base_values.ndim == 1 else len(self.base)
@@ -321,7 +327,7 @@ class Estimate:
     @property
     def _unexplained(self) -> float:
         """What the inputs' cells lack to the metric's change, as a share of it; the worst row."""
-        moved = (self.source_values - self.base_values).reshape(self.explained.shape)
+        moved = (self.end_values - self.base_values).reshape(self.explained.shape)
         return float(((moved - self.explained).abs() / moved.abs()).max())
 
     @property
