@@ -5,6 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,6 +362,40 @@ def test_checkpoints_are_saved_from_the_first_batch_on(
     with pytest.raises(Stop):
         run(llm, pair("qwen2_audio"), checkpoint=path, **options)
     assert saves == [*finished, 3]
+
+
+SWEEPING = """
+    import sys
+    import tiny
+    from audio_lens import HookedAudioTransformer, patching
+    from test_engine import pair
+    model = HookedAudioTransformer.from_hf(tiny.tiny_qwen2_audio_hf())
+    print("ready", flush=True)
+    options = {"windows": 0.3, "cells_per_forward": 1, "checkpoint_every_s": 0, "progress": False}
+    patching.sweep(model, **pair("qwen2_audio"), **options, checkpoint=sys.argv[1])
+"""
+
+
+def test_a_killed_sweep_leaves_a_whole_checkpoint(llm, tmp_path):
+    """kill -9 at several times: what is on disk is a checkpoint that the same call goes on from."""
+    given, whole = pair("qwen2_audio"), run(llm, pair("qwen2_audio"), cells_per_forward=1)
+    here = os.pathsep.join([str(Path(tiny.__file__).parent), str(Path(__file__).parent)])
+    for after_s in (0.0, 0.01, 0.03):
+        path = tmp_path / f"{after_s}.ckpt"
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SWEEPING), str(path)],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{here}"},
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(after_s)
+        process.kill()
+        process.wait()
+        assert load_file(path)["done"].any()
+        result = run(llm, given, checkpoint=path, cells_per_forward=1)
+        torch.testing.assert_close(result.values, whole.values, equal_nan=True)
 
 
 @pytest.mark.parametrize("every_s", [-1, math.nan])
