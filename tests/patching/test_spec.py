@@ -20,7 +20,7 @@ from patching.subjects import batch, pair, tiny_model
 
 METRIC = metrics.logit_diff(5, 6)
 DERIVED = {"timeline", "sites", "record"}  # of a spec's fields; the others are arguments
-HOW = {"verify", "checkpoint", "progress"}  # arguments of how a sweep runs
+HOW = {"verify", "checkpoint", "checkpoint_every_s", "progress"}  # arguments of how a sweep runs
 
 
 def names_of(function) -> list[str]:
