@@ -14,7 +14,6 @@ from .alignment import align as align
 from .alignment import read_textgrid as read_textgrid
 from .audio import AudioError as AudioError
 from .cache import AudioCache as AudioCache
-from .cache import NoModelError as NoModelError
 from .errors import AudioLensError as AudioLensError
 from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
@@ -27,6 +26,7 @@ from .models import LoadingError as LoadingError
 from .models import TokenError as TokenError
 from .pairs import Pair as Pair
 from .pairs import minimal_pair as minimal_pair
+from .pickles import NoModelError as NoModelError
 from .synthesis import Spoken as Spoken
 from .synthesis import SynthesisError as SynthesisError
 from .synthesis import can_speak as can_speak

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal, NoReturn, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -17,7 +15,6 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from audio_lens.errors import AudioLensError
 from audio_lens.hooks import (
     HookNameError,
     PosSlice,
@@ -27,7 +24,7 @@ from audio_lens.hooks import (
     slice_input,
     suggest,
 )
-from audio_lens.pickles import all_alone
+from audio_lens.pickles import NoModel, SavedPart, all_alone
 
 Stack = Float[Tensor, "components *batch_pos d_model"]
 _STAGES_WITHIN = (
@@ -52,60 +49,6 @@ class CachedPart(Protocol):
     def owns(self, name: str) -> bool: ...
 
     def local(self, name: str) -> str: ...
-
-
-class NoModelError(AudioLensError, RuntimeError):
-    """A saved cache was asked for what only its model knows."""
-
-
-class NoModel:
-    """Stands where a model stood when its cache was saved; whatever it is asked for raises."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # what Python asks every object for
-            raise AttributeError(name)
-        raise NoModelError(
-            f"a saved cache holds no model, and {name!r} is of the model: give it one, by "
-            "cache.with_model(model)"
-        )
-
-    def __getitem__(self, place: Any) -> NoReturn:
-        self.__getattr__("blocks")
-
-    def __iter__(self) -> NoReturn:
-        self.__getattr__("blocks")
-
-
-class SavedShape(NoModel, SimpleNamespace):
-    """What a saved cache knows of a part's configuration."""
-
-    n_layers: int
-
-
-@dataclass(frozen=True)
-class SavedPart(NoModel):
-    """What a saved cache knows of a part: what its activations are called."""
-
-    name: str
-    n_layers: int
-
-    @property
-    def cfg(self) -> Any:
-        return SavedShape(n_layers=self.n_layers)
-
-    @property
-    def module(self) -> Any:
-        return NoModel()
-
-    @property
-    def blocks(self) -> Any:
-        return NoModel()
-
-    def owns(self, name: str) -> bool:
-        return name.startswith(f"{self.name}.")
-
-    def local(self, name: str) -> str:
-        return name.removeprefix(f"{self.name}.")
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from transformer_lens.utilities import Slice
 
 import tiny
 from audio_lens import AudioCache, HookedAudioTransformer, HookNameError, NoModelError
-from audio_lens.cache import SavedPart
+from audio_lens.pickles import SavedPart
 from families import FAMILIES
 
 PARTS = ("encoder", "decoder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from audio_lens import files
 from audio_lens.files import OutputError
+from audio_lens.patching.result import SweepResult
+from audio_lens.report import map_page
 from audio_lens.results import Result
+from audio_lens.timeline import Span
 
 UNWRITABLE = Path("/proc")  # even for root
 
@@ -87,6 +92,41 @@ def test_a_figure_that_fails_leaves_the_old_file(
 def test_a_figure_without_a_suffix_is_a_png(tmp_path: Path) -> None:
     result().figure(tmp_path / "map")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG") and len(left(tmp_path)) == 1
+
+
+@pytest.fixture
+def nearly_full() -> Iterator[None]:
+    """No file can grow beyond 2 kB: a write fails in its middle, as on a disk that fills up."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def page_of(path: Path) -> None:
+    map_page(sweep_of(), np.zeros(16_000), path)
+
+
+def sweep_of() -> SweepResult:
+    parts = torch.zeros(1), ("time",), {"time": [Span(0.0, 1.0)]}
+    return SweepResult(*parts, torch.tensor(1.0), torch.tensor(0.0), "decoder.resid_pre", "noise")
+
+
+WRITERS = {
+    "save": lambda path: result(n=1000).save(path),
+    "page": page_of,
+    "figure": lambda path: result().figure(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_fills_up_leaves_the_old_file(
+    name: str, tmp_path: Path, nearly_full: None
+) -> None:
+    path = files.write(tmp_path / "map.svg", b"old")
+    with pytest.raises(OutputError, match=r"map.svg cannot be written .*what was there is unchang"):
+        WRITERS[name](path)
+    assert path.read_bytes() == b"old" and left(tmp_path) == ["map.svg"]
 
 
 # -------------------------------------------------------------------------------- places
