@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,12 @@ from jaxtyping import Float
 
 from audio_lens.errors import AudioLensError
 
-AudioSource = str | Path | np.ndarray | torch.Tensor
-_MOST_CHANNELS = 8
+AudioSource = str | Path | np.ndarray | torch.Tensor | Mapping[str, Any] | io.BufferedIOBase
+Rates = int | Sequence[Any] | None
+_FIELDS = ("array", "bytes", "path", "sampling_rate")  # of a clip as data sets hold it
+_OVERSHOOT = 1.1  # what resampling and lossy codecs may add to full scale
+_LOUDEST = 8.0  # beyond this, full scale cannot be 1
+_16_BIT, _24_BIT = 2.0**15, 2.0**23
 
 
 class AudioError(AudioLensError, ValueError):
@@ -30,8 +37,25 @@ def read(path: str | Path, sampling_rate: int = 16_000) -> Float[np.ndarray, " s
         AudioError: if the file is missing, empty, not audio, or holds NaN or infinite samples.
     """
     with _opened(path) as file:
-        samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
-        return resample(_checked(samples, str(path)), file.samplerate, sampling_rate)
+        return _decoded(file, str(path), sampling_rate)
+
+
+def _decoded(
+    file: soundfile.SoundFile, name: str, sampling_rate: int
+) -> Float[np.ndarray, " samples"]:
+    samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
+    return resample(_checked(samples, name), file.samplerate, sampling_rate)
+
+
+def _read_bytes(content: Any, sampling_rate: int) -> Float[np.ndarray, " samples"]:
+    """The same of what a sound file holds."""
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        raise AudioError(f"bytes of a clip are bytes, got {type(content).__name__}")
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            return _decoded(file, "the clip", sampling_rate)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"the {len(content)} bytes cannot be read as audio: {error}") from error
 
 
 def check(path: str | Path) -> None:
@@ -75,35 +99,120 @@ def resample(
     return resampled
 
 
-def load(
-    source: Any, sampling_rate: int, source_rate: int | None = None
-) -> Float[np.ndarray, " samples"]:
-    """A clip from a path, array or tensor as mono float32 at ``sampling_rate`` Hz.
+def is_clip(source: Any) -> bool:
+    """Whether this is one clip: not a list of clips, but maybe a list of samples.
 
-    Args:
-        source: path to a sound file, or samples: ``[samples]``, ``[channels, samples]`` or
-            ``[samples, channels]`` (the short axis, at most 8, is taken as channels and averaged:
-            clips stacked into one array are not a batch).
-        sampling_rate: the rate wanted, in Hz.
-        source_rate: the rate of samples given as an array, in Hz. Files know their own, so it
-            does not concern them: a list of clips may mix both.
+    A tuple of samples and their rate, as torchaudio gives it, is one clip.
+    """
+    if not isinstance(source, (list, tuple)):
+        return True
+    return bool(source) and (_is_number(source[0]) or _is_rated(source))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_rated(source: Any) -> bool:
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    return is_pair and isinstance(source[0], (np.ndarray, torch.Tensor)) and _is_number(source[1])
+
+
+def sources_of(audio: Any) -> list[Any]:
+    """The clips of a batch; of one clip, itself alone."""
+    return [audio] if is_clip(audio) else list(audio)
+
+
+def with_rates(sources: Sequence[Any], sampling_rate: Any) -> Iterable[tuple[Any, Any]]:
+    """Each of the sources with its sampling rate, of which a single one serves all.
 
     Raises:
-        AudioError: empty, NaN or oddly shaped audio, or an array without ``source_rate``.
+        AudioError: if there are not as many rates as sources.
+    """
+    if sampling_rate is None or isinstance(sampling_rate, Real):
+        return [(source, sampling_rate) for source in sources]
+    rates = list(sampling_rate)
+    if len(rates) != len(sources):
+        raise AudioError(
+            f"{len(sources)} clip(s) need one sampling rate, or as many, got {len(rates)}"
+        )
+    return zip(sources, rates, strict=True)
+
+
+def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.ndarray, " samples"]:
+    """A clip from a path, array, tensor or mapping as mono float32 at ``sampling_rate`` Hz.
+
+    Whole numbers within 16 bits are taken as 16-bit samples whatever their dtype, with a warning
+    where it is another than int16. Other samples beyond full scale are warned of up to 8 times.
+
+    Args:
+        source: path to a sound file, or the open file (binary); or samples: ``[samples]``, or
+            ``[2, samples]`` or ``[samples, 2]``, whose two channels are averaged; or a clip as data
+            sets hold it, a mapping of ``array`` and ``sampling_rate``, of ``bytes`` (a sound
+            file's) or of ``path``; or a tuple of samples and their rate.
+        sampling_rate: the rate wanted, in Hz.
+        source_rate: the rate of samples given as an array, in whole Hz. Files and mappings know
+            their own, so it does not concern them: a list of clips may mix both.
+
+    Raises:
+        AudioError: empty, NaN or oddly shaped audio, samples far beyond full scale, or an array
+            without ``source_rate``.
     """
     if isinstance(source, (str, Path)):
         return read(source, sampling_rate)
+    if isinstance(source, Mapping):
+        return _load_mapping(source, sampling_rate, source_rate)
+    if isinstance(source, io.BufferedIOBase):
+        source.seek(0)
+        return _read_bytes(source.read(), sampling_rate)
+    if _is_rated(source):
+        source, source_rate = source
     if not isinstance(source, (np.ndarray, torch.Tensor)):
-        raise AudioError(f"a clip is a path, an array or a tensor, got {type(source).__name__}")
+        raise AudioError(
+            f"a clip is a path, an array or a tensor, got {type(source).__name__} (a mapping of "
+            "array and sampling_rate, of bytes, or of path will do too)"
+        )
     if source_rate is None:
         raise AudioError(
             "samples without a sampling rate: pass sampling_rate= (Hz) of the array; "
             f"it is resampled to {sampling_rate} Hz where they differ"
         )
-    if source_rate <= 0:
-        raise AudioError(f"sampling_rate must be a positive number of Hz, got {source_rate}")
+    if not (_is_number(source_rate) and 0 < source_rate < np.inf and source_rate % 1 == 0):
+        raise AudioError(
+            f"sampling_rate must be a positive number of Hz, got {source_rate} (whole, one per "
+            "clip or one for all)"
+        )
     array = _as_array(source) if isinstance(source, torch.Tensor) else source
-    return resample(_checked(_mono(array), "the clip"), source_rate, sampling_rate)
+    samples = _checked(_mono(_scaled(array)), "the clip")
+    return resample(samples, int(source_rate), sampling_rate)
+
+
+def _load_mapping(
+    clip: Mapping[str, Any], sampling_rate: int, source_rate: Any
+) -> Float[np.ndarray, " samples"]:
+    """A clip as data sets hold it: decoded samples, else the bytes of a file, else its path."""
+    unknown = [str(key) for key in clip if key not in _FIELDS]
+    if unknown:
+        raise AudioError(
+            f"a clip as a mapping holds {', '.join(_FIELDS)}; got unknown {', '.join(unknown)}"
+        )
+    if clip.get("array") is not None:
+        array = clip["array"]
+        samples = array if isinstance(array, torch.Tensor) else _numbers(array)
+        rate = clip.get("sampling_rate")
+        return load(samples, sampling_rate, source_rate if rate is None else rate)
+    if clip.get("bytes") is not None:
+        return _read_bytes(clip["bytes"], sampling_rate)
+    if isinstance(clip.get("path"), (str, Path)):
+        return read(clip["path"], sampling_rate)
+    raise AudioError("the mapping holds no audio: array and sampling_rate, bytes, or path")
+
+
+def _numbers(samples: Any) -> np.ndarray:
+    try:
+        return np.asarray(samples)
+    except ValueError as error:
+        raise AudioError(f"the samples are no array of numbers: {error}") from error
 
 
 def _as_array(samples: torch.Tensor) -> np.ndarray:
@@ -111,17 +220,58 @@ def _as_array(samples: torch.Tensor) -> np.ndarray:
     return (samples.float() if samples.is_floating_point() else samples).numpy()  # bfloat16 too
 
 
-def _mono(array: np.ndarray) -> Float[np.ndarray, " samples"]:
-    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+def _scaled(array: np.ndarray) -> np.ndarray:
+    """Samples whose full scale is 1.
+
+    Raises:
+        AudioError: for what is no number, or of a scale that cannot be told.
+    """
+    is_whole = np.issubdtype(array.dtype, np.integer)
+    if not (np.issubdtype(array.dtype, np.floating) or is_whole):
         raise AudioError(f"samples must be real numbers, got an array of {array.dtype}")
     if array.size == 0:
         raise AudioError("the clip holds no samples")
     if np.issubdtype(array.dtype, np.unsignedinteger):
         raise AudioError(f"unsigned samples ({array.dtype}) have no agreed zero; convert to float")
-    if np.issubdtype(array.dtype, np.integer):
-        array = array / (np.iinfo(array.dtype).max + 1.0)
-    if array.ndim == 2 and min(array.shape) <= _MOST_CHANNELS:
+    if array.dtype in (np.int8, np.int16):
+        return array / (np.iinfo(array.dtype).max + 1.0)
+    if not is_whole and not np.isfinite(array).all():
+        return array  # refused with its name, later
+    peak = float(np.abs(array.astype(np.float64)).max())
+    if peak == 0 or (not is_whole and peak <= _OVERSHOOT):
+        return array
+    if peak <= _16_BIT and (is_whole or (array == np.round(array)).all()):
+        warnings.warn(
+            f"samples of {array.dtype} reach {peak:.0f}: taken as 16-bit values and divided by "
+            "32768. Divide them by their full scale to say so",
+            stacklevel=2,
+        )
+        return array / _16_BIT
+    if not is_whole and peak <= _LOUDEST:
+        warnings.warn(
+            f"samples of {array.dtype} reach {peak:.3g}, and full scale is 1: taken as they are, "
+            "louder than models know. Divide them by their full scale",
+            stacklevel=2,
+        )
+        return array
+    if array.dtype == np.int32 and peak > _24_BIT:
+        return array / 2.0**31
+    raise AudioError(
+        f"samples of {array.dtype} reach {peak:g}, and full scale is 1 (int16 and int32: their "
+        "own): divide them by their full scale"
+    )
+
+
+def _mono(array: np.ndarray) -> Float[np.ndarray, " samples"]:
+    if array.ndim == 2 and min(array.shape) <= 2:
         array = array.mean(axis=int(np.argmin(array.shape)))
+    if array.ndim == 2:
+        n, length = min(array.shape), max(array.shape)
+        raise AudioError(
+            f"a clip is [samples] or [channels, samples], got shape {array.shape}: average the "
+            f"{n} channels first, array.mean({int(np.argmin(array.shape))}); if these are {n} "
+            f"clips of {length} samples, pass a list of them: a batch is a list of clips"
+        )
     if array.ndim != 1:
         raise AudioError(
             f"a clip is [samples] or [channels, samples], got shape {array.shape}; a batch is a "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import soundfile
 import torch
 
 from audio_lens import AudioError
-from audio_lens.audio import check, load, read, resample
+from audio_lens.audio import check, is_clip, load, read, resample, sources_of
 
 RATE = 16_000
 
@@ -90,6 +92,98 @@ def test_resampling_keeps_the_signal(tmp_path: Path, rate: int) -> None:
 def test_same_rate_is_untouched() -> None:
     assert resample(tone(), RATE, RATE) is not None
     assert np.array_equal(resample(tone(), RATE, RATE), tone())
+
+
+def test_clips_as_data_sets_hold_them(tmp_path: Path) -> None:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, tone(8_000), 8_000, subtype="FLOAT")
+    expected, content = read(path), path.read_bytes()
+    for clip in (
+        {"array": tone(8_000), "sampling_rate": 8_000},
+        {"array": tone(8_000).tolist(), "sampling_rate": np.int64(8_000), "path": None},
+        {"array": torch.from_numpy(tone(8_000)), "sampling_rate": 8_000, "path": "elsewhere.wav"},
+        {"bytes": content, "path": "elsewhere.wav"},
+        {"bytes": None, "path": str(path)},
+        {"path": path},
+        (torch.from_numpy(tone(8_000))[None], 8_000),
+        io.BytesIO(content),
+    ):
+        for said in (None, 8_000, 44_100):
+            assert close(load(clip, RATE, said), expected)
+    assert close(load({"array": tone(8_000)}, RATE, 8_000), expected)
+
+
+@pytest.mark.parametrize(
+    "clip, message",
+    [
+        ({}, "holds no audio: array and sampling_rate, bytes, or path"),
+        ({"path": None, "bytes": None}, "holds no audio"),
+        ({"array": tone()}, "pass sampling_rate="),
+        ({"array": [[0.1], [0.2, 0.3]], "sampling_rate": RATE}, "no array of numbers"),
+        ({"array": ["a"], "sampling_rate": RATE}, "must be real numbers"),
+        ({"array": tone(), "rate": RATE}, "got unknown rate"),
+        ({"bytes": b"RIFF"}, "4 bytes cannot be read as audio"),
+        ({"bytes": "RIFF"}, "bytes of a clip are bytes, got str"),
+        ({"path": "nothing.wav"}, "no audio file at nothing.wav"),
+        ({"array": tone(), "sampling_rate": [RATE]}, "positive number of Hz"),
+    ],
+)
+def test_mappings_that_are_no_clip(clip: dict, message: str) -> None:
+    with pytest.raises(AudioError, match=message):
+        load(clip, RATE)
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), 0.5, True, "16000"])
+def test_rates_that_are_none(rate: Any) -> None:
+    with pytest.raises(AudioError, match="positive number of Hz"):
+        load({"array": tone(), "sampling_rate": rate}, RATE)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32, np.float64])
+def test_16_bit_values_in_other_dtypes_are_scaled_and_said(dtype: type) -> None:
+    whole = np.round(tone() * 2**15).astype(np.int16)
+    with pytest.warns(UserWarning, match=r"reach 16384: taken as 16-bit values and divided"):
+        assert np.array_equal(load(whole.astype(dtype), RATE, RATE), load(whole, RATE, RATE))
+    silence = np.zeros(9, dtype)
+    assert not load(silence, RATE, RATE).any()
+
+
+@pytest.mark.parametrize(
+    "samples, said",
+    [
+        (tone() * 20, "float32 reach 10, and full scale is 1"),
+        (torch.from_numpy(tone() * 40_000), "reach 20000, and full scale is 1"),
+        (np.round(tone() * 2**20).astype(np.int32), "int32 reach 524288"),
+        (np.round(tone() * 2**31).astype(np.int64), "int64 reach"),
+        (np.round(tone() * 2**31), "float32 reach"),
+    ],
+)
+def test_samples_far_beyond_full_scale_are_refused(samples: Any, said: str) -> None:
+    with pytest.raises(AudioError, match=said):
+        load(samples, RATE, RATE)
+
+
+def test_samples_beyond_full_scale_are_said() -> None:
+    loud = tone() * 4
+    with pytest.warns(UserWarning, match="float32 reach 2, and full scale is 1: taken as they are"):
+        assert close(load(loud, RATE, RATE), loud)
+
+
+def test_what_resampling_overshoots_stays_as_it_is() -> None:
+    loud = tone() * 2.18
+    assert close(load(loud, RATE, RATE), loud)
+
+
+@pytest.mark.parametrize("shape", [(4, 800), (3, 800), (800, 4), (9, 800)])
+def test_stacked_clips_are_no_channels(shape: tuple[int, int]) -> None:
+    with pytest.raises(AudioError, match=r"average the \d channels first.*if these are \d clips"):
+        load(np.zeros(shape), RATE, RATE)
+
+
+def test_lists_of_samples_and_lists_of_clips() -> None:
+    assert is_clip([0.1, 0.2]) and is_clip((tone(), RATE)) and is_clip(np.array([tone()]))
+    assert not any(map(is_clip, ([], [tone()], (tone(), tone()), ["a.wav"], [[0.1, 0.2]])))
+    assert len(sources_of([tone(), tone()])) == 2 and len(sources_of((tone(), RATE))) == 1
 
 
 # -------------------------------------------------------------------------------- what it refuses

@@ -77,6 +77,43 @@ def test_any_sampling_rate(prepare: Callable, rate: int) -> None:
     assert inputs.sampling_rate == RATE
 
 
+def test_clips_as_data_sets_hold_them(prepare: Callable, tmp_path: Path) -> None:
+    clip = noise().astype(np.float32)
+    soundfile.write(tmp_path / "clip.wav", clip, RATE, subtype="FLOAT")
+    expected = prepare([clip, clip], sampling_rate=RATE)
+    held = {"array": clip, "sampling_rate": RATE}
+    content = {"bytes": (tmp_path / "clip.wav").read_bytes(), "path": None}
+    assert same(prepare([held, held]), expected)
+    assert same(prepare([content, {"path": str(tmp_path / "clip.wav")}]), expected)
+    assert same(prepare([(clip, RATE), clip.tolist()], sampling_rate=RATE), expected)
+    alone = prepare(clip, sampling_rate=RATE)
+    for one in (held, content, (torch.from_numpy(clip), RATE)):
+        assert same(prepare(one), alone)
+    assert same(prepare(clip.tolist(), sampling_rate=RATE), alone)
+
+
+def test_a_rate_per_clip(prepare: Callable) -> None:
+    slow, fast = noise(1.0, 8_000), noise(1.0, RATE)
+    inputs = prepare([slow, fast], sampling_rate=[8_000, RATE])
+    for row, (clip, rate) in enumerate(((slow, 8_000), (fast, RATE))):
+        alone = prepare(clip, sampling_rate=rate)
+        assert np.array_equal(inputs.audio[row], alone.audio[0])
+    with pytest.raises(AudioError, match=r"2 clip\(s\) need one sampling rate, or as many, got 3"):
+        prepare([slow, fast], sampling_rate=[1, 2, 3])
+
+
+def test_rates_of_several_clips_per_prompt(embedded: HookedAudioTransformer) -> None:
+    slow, fast = noise(1.0, 8_000), noise(1.0, RATE)
+    inputs = embedded.prepare([[slow, fast], [fast]], QUESTION, sampling_rate=[[8_000, RATE], RATE])
+    assert inputs.clips_per_row == (2, 1)
+    assert [len(clip) for clip in inputs.audio] == [RATE, RATE, RATE]
+
+
+def test_a_stacked_batch_is_refused(prepare: Callable) -> None:
+    with pytest.raises(AudioError, match="if these are 4 clips of 16000 samples, pass a list"):
+        prepare(np.stack([noise()] * 4), sampling_rate=RATE)
+
+
 def test_batches_of_unequal_clips_and_texts(prepare: Callable) -> None:
     clips, texts = [noise(1.0), noise(0.5)], [QUESTION, "how many ?"]
     inputs = prepare(clips, texts, sampling_rate=RATE)

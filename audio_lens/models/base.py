@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from audio_lens.audio import Rates
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookPoint, suggest
 from audio_lens.inputs import AudioInputs, InputError
@@ -218,7 +219,7 @@ class HookedAudioTransformer(
 
     @abstractmethod
     def prepare(
-        self, audio: Any, text: Any = None, sampling_rate: int | None = None, **options: Any
+        self, audio: Any, text: Any = None, sampling_rate: Rates = None, **options: Any
     ) -> AudioInputs:
         """Inputs from audio and text."""
 

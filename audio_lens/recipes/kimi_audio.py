@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from audio_lens.audio import Rates, sources_of
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.config import LoadingError
@@ -281,7 +282,7 @@ class HookedKimiAudio(StackedAudioLLM):
         self,
         audio: Any,
         text: str | list | None = None,
-        sampling_rate: int | None = None,
+        sampling_rate: Rates = None,
         audio_tokens: Any = None,
         answer: Answer = "text",
     ) -> AudioInputs:
@@ -293,7 +294,7 @@ class HookedKimiAudio(StackedAudioLLM):
             text: the question, which is put before the clips; None if they say all; or a whole
                 prompt with ``<|im_media_begin|><|im_media_end|>`` where each clip belongs; or a
                 conversation; or a list of these, one per prompt.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
             audio_tokens: the discrete tokens of every clip, one sequence each in the order of the
                 clips (a bare sequence for a single clip), numbered from 0 as the GLM-4 speech
                 tokenizer gives them: one per 80 ms. None asks `speech_tokenizer`.
@@ -370,11 +371,10 @@ class HookedKimiAudio(StackedAudioLLM):
         answer: Answer,
         audio: Any,
         text: Any,
-        sampling_rate: int | None,
+        sampling_rate: Rates,
     ) -> AudioInputs:
         """`prepare` of other clips or another text; clips that are known keep their tokens."""
-        prompts = audio if isinstance(audio, (list, tuple)) else [audio]
-        clips = [c for p in prompts for c in (p if isinstance(p, (list, tuple)) else [p])]
+        clips = [clip for prompt in sources_of(audio) for clip in sources_of(prompt)]
         codes = [codes for clip in clips for own, codes in known if own is clip]
         if len(codes) == len(clips):
             return self.prepare(audio, text, sampling_rate, codes, answer)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
+from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
@@ -289,24 +290,22 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
             **made,
         )
 
-    def prepare(
-        self, audio: Any, text: Any = None, sampling_rate: int | None = None
-    ) -> AudioInputs:
+    def prepare(self, audio: Any, text: Any = None, sampling_rate: Rates = None) -> AudioInputs:
         """Inputs from clips, one per prompt.
 
         Args:
-            audio: a path, array or tensor, or a list of them (a batch is a list, not an array).
+            audio: a path, array, tensor or mapping (see `audio.load`), or a list of them (a
+                batch is a list, not an array).
             text: what the loss compares with: the class of each clip, by name or as ``[id]``.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
             AudioError: unusable audio, or a clip that is too long.
             InputError: no clip, or one shorter than one mel frame (25 ms).
             TokenError: no such class.
         """
-        sources = audio if isinstance(audio, (list, tuple)) else [audio]
-        texts = texts_per_clip(text, len(sources))
-        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        clips = self.load_clips(audio, sampling_rate)
+        texts = texts_per_clip(text, len(clips))
         shortest = min(map(len, clips))
         if shortest < WINDOW:
             raise InputError(f"a clip of {shortest} samples: one mel frame reads {WINDOW}")

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
@@ -347,25 +348,23 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
         waves = pad_sequence([torch.as_tensor(clip) for clip in clips], batch_first=True)
         return self._heard(waves.to(self.device), [len(clip) for clip in clips])
 
-    def prepare(
-        self, audio: Any, text: Any = None, sampling_rate: int | None = None
-    ) -> AudioInputs:
+    def prepare(self, audio: Any, text: Any = None, sampling_rate: Rates = None) -> AudioInputs:
         """Inputs from clips, one per prompt.
 
         Args:
-            audio: a path, array or tensor, or a list of them (a batch is a list, not an array).
+            audio: a path, array, tensor or mapping (see `audio.load`), or a list of them (a
+                batch is a list, not an array).
             text: what the loss compares with: the class of each clip, by name, or the ids of its
                 classes.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
             AudioError: unusable audio.
             InputError: no clip, or one shorter than a patch.
             TokenError: no such class.
         """
-        sources = audio if isinstance(audio, (list, tuple)) else [audio]
-        texts = texts_per_clip(text, len(sources))
-        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        clips = self.load_clips(audio, sampling_rate)
+        texts = texts_per_clip(text, len(clips))
         return self._inputs(
             self.extract_features(clips),
             None if text is None else self.labels_of(texts),

@@ -21,6 +21,7 @@ import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.audio import Rates
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import LoadingError, check_switches
 from audio_lens.models.kinds.codec_lm import (
@@ -219,9 +220,7 @@ class HookedKyutaiSTT(HookedCodecLM):
         streams = delayed(codes, (0,) * self.cfg.n_codebooks, self.initial_code)
         return self.assembled(self.texts_before(text, len(values)), streams, text=text, **made)
 
-    def prepare(
-        self, audio: Any, text: Any = None, sampling_rate: int | None = None
-    ) -> AudioInputs:
+    def prepare(self, audio: Any, text: Any = None, sampling_rate: Rates = None) -> AudioInputs:
         """Inputs from clips, with silence about them, and what is written along.
 
         With audio alone no text is known: prompts are one position, behind which the codes lie
@@ -231,13 +230,13 @@ class HookedKyutaiSTT(HookedCodecLM):
             audio: a path, array or tensor, or a list of them (a batch is a list, not an array);
                 shorter ones are filled up with silence.
             text: the token ids of the steps of 80 ms from the first, in a list per clip.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
             AudioError: unusable audio.
             InputError: no clip, text that is no ids, or more text than steps.
         """
-        clips = self.clips(audio, sampling_rate)
+        clips = self.load_clips(audio, sampling_rate)
         rate = self.cfg.sampling_rate
         made = self.feature_extractor(clips, sampling_rate=rate, return_tensors="pt")
         return self.transcribed(

@@ -31,6 +31,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.audio import Rates
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import LoadingError, check_switches
 from audio_lens.models.kinds.codec_lm import (
@@ -309,7 +310,7 @@ class HookedMoshi(HookedCodecLM):
         return self.assembled(tokens, streams, text=text, **made)
 
     def prepare(
-        self, audio: Any, text: Any = None, sampling_rate: int | None = None, own: Any = None
+        self, audio: Any, text: Any = None, sampling_rate: Rates = None, own: Any = None
     ) -> AudioInputs:
         """Inputs from what the user says, and what Moshi says and writes along.
 
@@ -320,17 +321,17 @@ class HookedMoshi(HookedCodecLM):
             audio: what the user says: a path, array or tensor, or a list of them (a batch is a
                 list, not an array).
             text: token ids that Moshi writes, one per step of 80 ms, in a list per prompt.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
             own: what Moshi says, as ``audio``.
 
         Raises:
             AudioError: unusable audio.
             InputError: no clip, text without what Moshi says, or more text than audio.
         """
-        heard = self.clips(audio, sampling_rate)
+        heard = self.load_clips(audio, sampling_rate)
         return self.conversation(
             self.encoded(heard),
-            None if own is None else self.encoded(self.clips(own, sampling_rate)),
+            None if own is None else self.encoded(self.load_clips(own, sampling_rate)),
             text,
             audio=heard,
             sampling_rate=self.cfg.sampling_rate,

@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import HookedAudioTransformer
@@ -361,7 +362,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
             )
 
     def prepare(
-        self, audio: Any = None, text: Any = None, sampling_rate: int | None = None
+        self, audio: Any = None, text: Any = None, sampling_rate: Rates = None
     ) -> AudioInputs:
         """Inputs from texts and, if given, the music they go on from.
 
@@ -370,19 +371,19 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
                 None begins.
             text: what to play, or its token ids, or a list of either; None says nothing, which is
                 what guidance compares with.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
             AudioError: unusable audio.
             InputError: as many clips as texts are needed, of equal length.
             TokenError: text without a tokenizer.
         """
-        sources = [] if audio is None else audio if isinstance(audio, list | tuple) else [audio]
+        begins = audio is None or (isinstance(audio, (list, tuple)) and not audio)
+        clips = [] if begins else self.load_clips(audio, sampling_rate)
         is_many = isinstance(text, list | tuple) and not (text and isinstance(text[0], int))
-        texts = list(text) if is_many else [text] * max(1, len(sources))
-        if not texts or (sources and len(sources) != len(texts)):
-            raise InputError(f"{len(texts)} texts need as many clips (or none), got {len(sources)}")
-        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        texts = list(text) if is_many else [text] * max(1, len(clips))
+        if not texts or (clips and len(clips) != len(texts)):
+            raise InputError(f"{len(texts)} texts need as many clips (or none), got {len(clips)}")
         if len({len(clip) for clip in clips}) > 1:
             raise InputError("clips of unequal length cannot be continued together: cut them")
         written = [self._words_of(text) for text in texts]

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
@@ -388,16 +389,15 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
             **made,
         )
 
-    def prepare(
-        self, audio: Any, text: Any = None, sampling_rate: int | None = None
-    ) -> AudioInputs:
+    def prepare(self, audio: Any, text: Any = None, sampling_rate: Rates = None) -> AudioInputs:
         """Inputs from clips, one per prompt.
 
         Args:
-            audio: a path, array or tensor, or a list of them (a batch is a list, not an array).
+            audio: a path, array, tensor or mapping (see `audio.load`), or a list of them (a
+                batch is a list, not an array).
             text: what the loss compares with: transcripts (CTC) or names of classes, one per clip;
                 or label ids.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
             AudioError: unusable audio.
@@ -405,9 +405,8 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
                 over the whole length, padding too (batches would change the answer).
             TokenError: text that the tokenizer cannot write, or no such class.
         """
-        sources = audio if isinstance(audio, (list, tuple)) else [audio]
-        texts = texts_per_clip(text, len(sources))
-        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        clips = self.load_clips(audio, sampling_rate)
+        texts = texts_per_clip(text, len(clips))
         made = self.extract_features(clips)
         return self._inputs(
             made["features"],

@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
@@ -244,17 +245,18 @@ class HookedWhisper(Ear, HookedAudioTransformer):
         self,
         audio: Any,
         text: str | Sequence | None = None,
-        sampling_rate: int | None = None,
+        sampling_rate: Rates = None,
         language: str | None = None,
         task: str = "transcribe",
     ) -> AudioInputs:
         """Inputs from clips (one per prompt) and, if given, the text decoded so far.
 
         Args:
-            audio: a path, array or tensor, or a list of them (a batch is a list, not an array).
+            audio: a path, array, tensor or mapping (see `audio.load`), or a list of them (a
+                batch is a list, not an array).
             text: what the decoder has already written, after the control tokens; or token ids,
                 which are then the whole decoder prompt; or a list of either, one per clip.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
             language: a code like "en" for multilingual checkpoints; None lets the model choose.
             task: "transcribe" or "translate" (multilingual checkpoints).
 
@@ -263,9 +265,8 @@ class HookedWhisper(Ear, HookedAudioTransformer):
             InputError: one text per clip is needed, an unknown language or task.
             TokenError: text without a tokenizer.
         """
-        sources = audio if isinstance(audio, (list, tuple)) else [audio]
-        texts = texts_per_clip(text, len(sources))
-        clips = [self.load_audio(source, sampling_rate) for source in sources]
+        clips = self.load_clips(audio, sampling_rate)
+        texts = texts_per_clip(text, len(clips))
         made = self.extract_features(clips)
         if any(written is None or isinstance(written, str) for written in texts):
             languages = self._languages(made["features"], language)

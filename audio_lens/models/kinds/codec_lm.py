@@ -259,18 +259,6 @@ class HookedCodecLM(Speaking, CodecTime):
             **made,
         )
 
-    def clips(self, audio: Any, sampling_rate: int | None) -> list[Float[np.ndarray, " _"]]:
-        """Waveforms from a path, array or tensor, or a list of them.
-
-        Raises:
-            AudioError: unusable audio.
-            InputError: if there is none.
-        """
-        sources = audio if isinstance(audio, (list, tuple)) else [audio]
-        if not sources:
-            raise InputError("no audio: pass at least one clip")
-        return [self.load_audio(source, sampling_rate) for source in sources]
-
     def encoded(self, clips: Sequence[Float[np.ndarray, " _"]]) -> Int[Tensor, "b k t"]:
         """The codes of clips, filled up with silence to the length of the longest."""
         longest = max(map(len, clips))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.audio import AudioError
+from audio_lens.audio import AudioError, Rates, sources_of, with_rates
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import HookedAudioTransformer
 
@@ -222,18 +222,19 @@ class Prompts(HookedAudioTransformer):
         self,
         audio: Any,
         text: str | list | None = None,
-        sampling_rate: int | None = None,
+        sampling_rate: Rates = None,
     ) -> AudioInputs:
         """Inputs from clips and what is asked about them.
 
         Args:
-            audio: a path, array or tensor; a list of them gives one prompt each; a list of lists
-                gives several clips per prompt. A batch is a list, not one stacked array.
+            audio: a path, array, tensor or mapping (see `audio.load`); a list of them gives one
+                prompt each; a list of lists gives several clips per prompt. A batch is a list, not
+                one stacked array.
             text: the question, which is put behind the clips in the chat template; or a whole
                 prompt with the model's audio placeholder where each clip belongs; or a
                 conversation (a list of messages) as the chat template takes it; or a list of
                 these, one per prompt.
-            sampling_rate: of arrays, in Hz; files know their own.
+            sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
             AudioError: unusable, too short or too long audio.
@@ -244,7 +245,11 @@ class Prompts(HookedAudioTransformer):
         groups = _grouped(audio)
         texts = _one_per_prompt(text, len(groups))
         prompts = [self._prompt_of(t, len(group)) for t, group in zip(texts, groups, strict=True)]
-        clips = [self._checked_clip(c, sampling_rate) for group in groups for c in group]
+        clips = [
+            self._checked_clip(clip, rate)
+            for group, of_group in with_rates(groups, sampling_rate)
+            for clip, rate in with_rates(group, of_group)
+        ]
         segments = self.segments_of(clips)
         inputs = self._assembled(
             *self.encoded_prompts(prompts), *segments, self.heard_beside(clips)
@@ -328,8 +333,7 @@ def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:
 
 def _grouped(audio: Any) -> list[list[Any]]:
     """Clips by prompt."""
-    prompts = audio if isinstance(audio, (list, tuple)) else [audio]
-    groups = [list(p) if isinstance(p, (list, tuple)) else [p] for p in prompts]
+    groups = [sources_of(of_prompt) for of_prompt in sources_of(audio)]
     if not groups or not all(groups):
         raise InputError("no audio: pass at least one clip per prompt")
     return groups

@@ -94,6 +94,8 @@ class Hearing(Host):
         Raises:
             AudioError: if it cannot be read or is longer than the model takes.
         """
+        if isinstance(source, list) and audio_io.is_clip(source):
+            source = {"array": source}  # a list of samples
         samples = audio_io.load(source, self.cfg.sampling_rate, sampling_rate)
         seconds = len(samples) / self.cfg.sampling_rate
         if seconds > self.cfg.max_audio_s:
@@ -102,6 +104,21 @@ class Hearing(Host):
                 f"{self.cfg.max_audio_s:g} s: cut it (it would be silently truncated)"
             )
         return samples
+
+    def load_clips(self, audio: Any, sampling_rate: audio_io.Rates) -> list[Float[Any, " _"]]:
+        """One clip, or a list of them, each as `load_audio` gives it; rates may differ by clip.
+
+        A list of numbers is one clip.
+
+        Raises:
+            AudioError: as `load_audio`, or if there are not as many rates as clips.
+            InputError: if there is none.
+        """
+        sources = audio_io.sources_of(audio)
+        if not sources:
+            raise InputError("no audio: pass at least one clip")
+        rated = audio_io.with_rates(sources, sampling_rate)
+        return [self.load_audio(source, rate) for source, rate in rated]
 
     def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """Log-mel features padded to the model's length, and the mask of frames with audio."""
