@@ -444,11 +444,11 @@ def test_an_interrupted_map_goes_on_from_its_checkpoint(run, clips, monkeypatch)
     command = own(clips, "--axes", "layer", "--checkpoint", "map.ckpt", "--json", "--verbose")
     measured, measure = [], Readout.measure
 
-    def interrupt(readout, cell):
+    def interrupt(readout, cell, run):
         measured.append(cell)
         if len(measured) == 4:
             raise KeyboardInterrupt
-        return measure(readout, cell)
+        return measure(readout, cell, run)
 
     monkeypatch.setattr(Readout, "measure", interrupt)
     stopped = run(*command)
