@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from audio_lens import HookedAudioTransformer
-from audio_lens.models.layers import Attention
+from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching import Site, sites_of
 from families import FAMILIES
 from families.base import AUDIO_TOKEN, length_mask
@@ -34,13 +34,16 @@ EVERY_NTH = 6  # site of a family is tried, where tests are quick
 def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> HookedAudioTransformer:
     """Of three layers a part; 0.28 s of audio and 6 neurons where the family is tried in depth.
 
-    In float64 all of its attention is: a softmax in float32 rounds otherwise for every number of
-    keys, and engine and loop do not meet the same number.
+    In float64 all of its attention and norms are: a softmax in float32 rounds otherwise for every
+    number of keys, and engine and loop do not meet the same number; a norm in float32 makes errors
+    of its own size of their last bits.
     """
     model = FAMILIES[name].hooked(FAMILIES[name].build(dtype=dtype, **SMALL.get(name, {})))
-    for module in model.modules():
-        if isinstance(module, Attention) and dtype == torch.float64:
+    for module in model.modules() if dtype == torch.float64 else ():
+        if isinstance(module, Attention):
             module.softmax_float32 = False
+        if isinstance(module, RMSNorm):
+            module.precision = torch.float64
     return model
 
 

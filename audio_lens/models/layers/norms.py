@@ -58,18 +58,24 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(Norm):
-    """Root-mean-square norm, in float32 as Hugging Face's language models compute it."""
+    """Root-mean-square norm, in float32 as Hugging Face's language models compute it.
+
+    Attributes:
+        precision: what it computes in, whatever the stream is in.
+    """
+
+    precision = torch.float32
 
     def fused(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x32 = x.float()
-        return self.gain * (x32 * torch.rsqrt(self._mean_square(x32))).to(x.dtype)
+        precise = x.to(self.precision)
+        return self.gain * (precise * torch.rsqrt(self._mean_square(precise))).to(x.dtype)
 
     def written_out(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        x32 = x.float()
-        mean_square = self._mean_square(x32)
+        precise = x.to(self.precision)
+        mean_square = self._mean_square(precise)
         scale = mean_square.sqrt()
         edit = scale / self.hook_scale(scale.clone())  # 1 exactly, unless a hook writes the scale
-        normalized = (x32 * torch.rsqrt(mean_square) * edit).to(x.dtype)
+        normalized = (precise * torch.rsqrt(mean_square) * edit).to(x.dtype)
         return self.gain * self.hook_normalized(normalized)
 
     @property
@@ -77,19 +83,19 @@ class RMSNorm(Norm):
         """What the normalized stream is multiplied by."""
         return self.weight
 
-    def _mean_square(self, x32: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
-        return x32.pow(2).mean(-1, keepdim=True) + self.eps
+    def _mean_square(self, precise: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
+        return precise.pow(2).mean(-1, keepdim=True) + self.eps
 
 
 class PreciseRMSNorm(RMSNorm):
-    """An RMS norm whose gain, too, multiplies in float32."""
+    """An RMS norm whose gain, too, multiplies in its precision."""
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return super().forward(x.float()).to(x.dtype)
+        return super().forward(x.to(self.precision)).to(x.dtype)
 
     @property
     def gain(self) -> Float[Tensor, " d"]:
-        return self.weight.float()
+        return self.weight.to(self.precision)
 
 
 NORMS = {"LN": LayerNorm, "RMS": RMSNorm}

@@ -42,10 +42,11 @@ class T5Norm(RMSNorm):
     """
 
     def fused(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return self.weight * (x * self._mean_square(x.float()).rsqrt()).to(self.weight.dtype)
+        mean_square = self._mean_square(x.to(self.precision))
+        return self.weight * (x * mean_square.rsqrt()).to(self.weight.dtype)
 
     def written_out(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        mean_square = self._mean_square(x.float())
+        mean_square = self._mean_square(x.to(self.precision))
         scale = mean_square.sqrt()
         edit = scale / self.hook_scale(scale.clone())  # 1 exactly, unless a hook writes the scale
         normalized = (x * mean_square.rsqrt() * edit).to(self.weight.dtype)

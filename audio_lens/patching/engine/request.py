@@ -121,7 +121,7 @@ class Request:
         """
         is_written_out = self.attn_mode == "explicit" or bool(self.hooked)
         rounding = (
-            isinstance(module, RMSNorm)
+            (isinstance(module, RMSNorm) and module.precision != torch.float64)
             or (isinstance(module, Attention) and module.softmax_float32 and is_written_out)
             for module in self.model.modules()
         )
