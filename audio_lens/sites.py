@@ -141,6 +141,15 @@ def parts_from(model: HookedAudioTransformer, part: str) -> list[str]:
     return [name for name in order[order.index(part) :] if name in cfg.parts]
 
 
+def unit_count(model: HookedAudioTransformer, site: Site) -> int:
+    """How many heads or neurons a site has."""
+    cfg = model.cfg.parts[site.part]
+    if site.unit == "neuron":
+        return cfg.d_mlp
+    is_key_value = site.last in ("k", "v", "rot_k")
+    return cfg.n_key_value_heads if is_key_value else cfg.n_heads
+
+
 def sites_of(model: HookedAudioTransformer) -> list[Site]:
     """Every site of a model that can be swept."""
     found = []
