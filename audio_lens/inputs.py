@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,8 @@ class AudioInputs:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: everything but `remake`, behind which is a whole model."""
-        return {**all_alone(vars(self)), "extra": all_alone(dict(self.extra)), "remake": None}
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**all_alone(held), "extra": all_alone(dict(self.extra)), "remake": None}
 
     @property
     def shape(self) -> torch.Size:

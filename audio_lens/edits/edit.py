@@ -92,9 +92,19 @@ def intervene(
     wanted = [one for given in edits for one in ([given] if isinstance(given, Edit) else given)]
     if not wanted:
         raise InputError("no edits: pass at least one Edit")
-    laid = [Laid.of(model, edit) for edit in wanted]
-    with model.hooks([hook for one in laid for hook in one.hooks()]):
+    with in_force(model, [Laid.of(model, edit) for edit in wanted]):
         yield model
+
+
+@contextmanager
+def in_force(model: HookedAudioTransformer, laid: Sequence[Laid]) -> Iterator[None]:
+    """Keep edits that are laid out in force inside a ``with`` block.
+
+    Raises:
+        DeadHookError: on leaving, if one took no effect.
+    """
+    with model.hooks([hook for one in laid for hook in one.hooks()]):
+        yield
     idle = [str(one.edit) for one in laid if not one.acted]
     if idle:
         raise DeadHookError(f"edits that took no effect: {'; '.join(idle)}")
@@ -144,6 +154,11 @@ class Laid:
             )
         return Laid(model, edit, site, names, units)
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether it takes every position."""
+        return _is_whole(self.edit.where)
+
     def hooks(self) -> list[tuple[str, Any]]:
         """What keeps it in force, in TransformerLens form."""
 
@@ -180,7 +195,7 @@ class Laid:
     def _chosen(self, x: Float[Tensor, "..."], at: At) -> Bool[Tensor, "..."] | None:
         """The elements that are edited; None for all."""
         chosen = None
-        if not _is_whole(self.edit.where):
+        if not self.is_everywhere:
             start, count = at.start, x.shape[self.site.position_dim]
             written = None if at.start else 0
             where = located(at, self.site.positions_of, self.edit.where, start + count, written)

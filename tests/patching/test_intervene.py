@@ -265,7 +265,9 @@ def test_attribution_runs_under_edits(model, inputs, noise, layer: int) -> None:
     with model.hooks([(name, lambda x, hook: torch.where(where, 3.0 * x, x))]):
         expected = patching.attribute(model, **arguments)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(torch.as_tensor(found.values), torch.as_tensor(plain.values), atol=1e-2)
+    assert not torch.allclose(
+        torch.as_tensor(found.values), torch.as_tensor(plain.values), atol=1e-2
+    )
 
 
 # -------------------------------------------------------------------------------- gradients

@@ -30,8 +30,8 @@ class Step:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether the prompts themselves are what is read."""
-        return self.start == 0
+        """Whether the prompts themselves are what is read, or the end of them."""
+        return self.start == 0 or self.start < self.prompts.tokens.shape[1]
 
 
 class Running:
