@@ -16,11 +16,11 @@ Unit = Literal["head", "neuron"]
 _SUBLAYER_OF = {
     **dict.fromkeys(["q", "k", "v", "rot_q", "rot_k", "z", "result"], "attn"),
     **dict.fromkeys(["pattern", "attn_scores"], "attn"),
-    **dict.fromkeys(["pre", "pre_linear", "post"], "mlp"),
+    **dict.fromkeys(["pre", "gate", "pre_linear", "post"], "mlp"),
 }
 _PER_HEAD = ("q", "k", "v", "rot_q", "rot_k", "z", "result")
 _PER_PAIR = ("pattern", "attn_scores")
-_PER_NEURON = ("pre", "pre_linear", "post")
+_PER_NEURON = ("pre", "gate", "pre_linear", "post")
 
 
 class SiteError(AudioLensError, ValueError):
