@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,15 +28,18 @@ class EditedSource:
 
     Attributes:
         base: the activations it is made of; None where only `changed` is asked.
+        laid: the edit laid out on every site, by the local name of the site's hook.
         reached: the positions that any cell patches: elsewhere nothing is made.
+        steps: the last call that ran.
     """
 
     model: HookedAudioTransformer
     do: Do
     inputs: AudioInputs
-    laid: Mapping[str, Laid]  # by local name of the site's hook
+    laid: Mapping[str, Laid]
     reached: Bool[Tensor, "batch t"]
     base: Source | None
+    steps: dict[tuple[int, int], Step] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(
@@ -56,6 +59,12 @@ class EditedSource:
         if self.base is None:
             raise ValueError("this source is made of activations that are given to it")
         return self.changed(self.base.at(layer, name), layer, name, Step(self.inputs))
+
+    def step(self, copies: int, start: int) -> Step:
+        """What runs where a batch of cells does: so many copies of the prompts, from a position."""
+        if (copies, start) not in self.steps:  # the last one is kept, for all its blocks
+            self.steps = {(copies, start): Step(self.inputs.repeat(copies), start)}
+        return self.steps[copies, start]
 
     def changed(
         self, x: Float[Tensor, "..."], layer: int | None, name: str, step: Step

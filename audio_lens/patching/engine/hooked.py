@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
-from audio_lens.models.mixins.running import Step
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.edited import EditedSource
 from audio_lens.patching.engine.readout import Readout
@@ -77,17 +75,13 @@ class Overwrites:
     ) -> Float[Tensor, "..."]:
         """What is written, at every position and unit."""
         if isinstance(self.source, EditedSource):
-            return self.source.changed(activation, layer, site.local_hook, self._step)
+            step = self.source.step(len(self.cells), self.offset)
+            return self.source.changed(activation, layer, site.local_hook, step)
         source = self.source.at(layer, site.local_hook)
         length = activation.shape[site.position_dim]
         source = source.narrow(site.position_dim, start, length).to(activation.device)
         check_shape(site.hook_name(layer), source, (len(source), *activation.shape[1:]))
         return repeat(source, "c ... -> (n c) ...", n=len(self.cells))
-
-    @functools.cached_property
-    def _step(self) -> Step:
-        """What runs: a copy of the batch for every cell."""
-        return Step(self.source.inputs.repeat(len(self.cells)), self.offset)
 
 
 def _along(mask: Bool[Tensor, "batch n"], ndim: int, dim: int) -> Bool[Tensor, "..."]:
