@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from audio_lens.models.config import LoadingError
-from audio_lens.models.loading.adapters import (
-    Adapter,
-    base_of,
-    is_adapted,
-    is_adapter,
-    read_adapter,
-    refusal_told,
-    taken_apart,
-)
+from audio_lens.models.loading.adapted import beside_told, is_adapted, taken_apart
+from audio_lens.models.loading.adapters import Adapter, base_of, is_adapter, read_adapter
 from audio_lens.models.loading.lora import attach
 from audio_lens.models.loading.placement import Devices, guard_borders, layout, unit_of
 from audio_lens.models.loading.weights import fill, renamed
@@ -303,7 +296,7 @@ def _read(
 ) -> transformers.PreTrainedModel:
     """The Hugging Face model, with every weight from the checkpoint but the outdated."""
     try:
-        with refusal_told():
+        with beside_told(source):
             hf_model, info = hf_class.from_pretrained(
                 source,
                 dtype="auto" if dtype is None else dtype,
