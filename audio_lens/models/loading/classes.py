@@ -20,7 +20,7 @@ def model_type(class_name: str) -> str:
 def class_of(hf_model: nn.Module) -> type:
     """The class of transformers that a model is of, or is a subclass of."""
     kinds = type(hf_model).__mro__
-    return next((kind for kind in kinds if hasattr(transformers, kind.__name__)), kinds[0])
+    return next((kind for kind in kinds if kind.__module__.startswith("transformers.")), kinds[0])
 
 
 def check_class(family: type[Family], hf_model: transformers.PreTrainedModel) -> None:
