@@ -124,7 +124,10 @@ def test_whisper_for_classes(tmp_path: Path) -> None:
         HookedAudioTransformer.from_hf(hf),
         HookedAudioTransformer.from_pretrained(tmp_path),
     ):
-        assert model.cfg.output_kind == "classes" and model.cfg.labels[3] == "language 3"
+        assert (
+            model.cfg.output_kind == model.cfg.head == "classes"
+            and model.cfg.labels[3] == "language 3"
+        )
         assert difference(model, hf, spectrograms()) == 0
         best = hf(**spectrograms()).logits.argmax(-1).tolist()
         assert model.generate(spectrograms()) == [f"language {i}" for i in best]
