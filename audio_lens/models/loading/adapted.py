@@ -11,7 +11,8 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.adapters import Adapter, check_directory, check_variant
