@@ -6,13 +6,15 @@
 Runs tiny random models (every parameter random) of the families under test, in all their shapes
 and on all their batches, in float32 and float64 with attention written out, beside transformers
 (recipes beside the published computation, written anew in `tests/published`), and prints the
-largest difference in any output, residual stream or pattern.
+largest difference in any output, residual stream or pattern. Batches that the original itself does
+not compute in float64 (its softmax is float32, or it is NaN) are measured apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -52,13 +54,14 @@ def entry_of(family: Family) -> Entry:
         seconds_per_position={part: step for part, step in steps.items() if step},
         float32=worst(family, torch.float32),
         float64=worst(family, torch.float64),
+        not_float64={name: one_batch(family, name) for name in family.no_float64},
     )
 
 
 def file_of(model: HookedAudioTransformer) -> str:
-    """The file that implements a model, below `audio_lens.models` or as ``recipes/name``."""
+    """The file that implements a model: in `audio_lens.models.families`, or ``recipes/name``."""
     *_, folder, name = type(model).__module__.split(".")
-    return name if folder == "models" else f"{folder}/{name}"
+    return name if folder in ("models", "families") else f"{folder}/{name}"
 
 
 def seconds_per_position(family: Family, model: HookedAudioTransformer) -> dict[str, float | None]:
@@ -74,8 +77,14 @@ def seconds_per_position(family: Family, model: HookedAudioTransformer) -> dict[
     return steps
 
 
+def one_batch(family: Family, name: str) -> float | None:
+    """The largest relative difference in float64 on a batch; None where the original is NaN."""
+    differences = compare(family, torch.float64, {}, family.batches[name]).values()
+    return max(differences) if all(map(math.isfinite, differences)) else None
+
+
 def worst(family: Family, dtype: torch.dtype) -> float:
-    """The largest relative difference over all shapes and batches."""
+    """The largest relative difference over all shapes, and the batches that this dtype has."""
     runs = [
         (options, family.model_batches.get(name, {})) for name, options in family.models.items()
     ]
@@ -95,10 +104,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.write and arguments.family:
         parser.error("--write needs all families")
-    entries = []
+    entries: list[Entry] = []
     for name in arguments.family or FAMILIES:
         entries.append(entry_of(FAMILIES[name]))
         print("\t".join(Catalogue(entries[-1:], {}).rows()[0].values()), flush=True)
+    print(Catalogue(entries, {}).not_in_float64())
     if arguments.write:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         held = {"versions": versions, "entries": [asdict(entry) for entry in entries]}

@@ -39,7 +39,8 @@ def models(as_json: AsJson = False, verbose: Verbose = False, debug: Debug = Fal
         versions = ", ".join(f"{name} {version}" for name, version in catalogue.versions.items())
         out.print(
             "[dim]float32, float64: largest difference from Hugging Face in any output, residual "
-            f"stream or pattern, relative to the largest value ({escape(versions)})[/]"
+            f"stream or pattern, relative to the largest value ({escape(versions)}). "
+            f"{escape(catalogue.not_in_float64())}[/]"
         )
 
 

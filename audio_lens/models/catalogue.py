@@ -7,10 +7,11 @@ The figures are measured, not computed here: `python -m benchmarks.parity --writ
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
 FILE = "catalogue.json"
+_ROUNDED = 1e-12  # a larger difference in float64 means that something was rounded on the way
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Entry:
         seconds_per_position: distance in seconds of neighbouring positions of each part in time.
         float32, float64: largest difference from Hugging Face (of recipes: from the published
             computation, written anew) in any output, residual stream or pattern of random models
-            with every parameter random, relative to the largest value.
+            with every parameter random, relative to the largest value. Of float64, in batches that
+            the original itself computes in float64.
+        not_float64: the same in float64 of the other batches, by name; None where the original is
+            NaN.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Entry:
     seconds_per_position: dict[str, float]
     float32: float
     float64: float
+    not_float64: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,18 @@ class Catalogue:
             }
             for entry in self.entries
         ]
+
+    def not_in_float64(self) -> str:
+        """What the column float64 leaves out, and by how much it differs there, in a sentence."""
+        nan, rounded = [], []
+        for entry in self.entries:
+            for batch, difference in entry.not_float64.items():
+                if difference is None:
+                    nan.append(f"{batch} ({entry.name})")
+                elif difference > _ROUNDED:
+                    rounded.append(f"{batch} ({entry.name}: {difference:.0e})")
+        return (
+            "float64 leaves out the batches in which the original's softmax, in float32, sums rows "
+            f"of another length than ours: {', '.join(rounded) or 'none'}; and those in which it "
+            f"is NaN in float64: {', '.join(nan) or 'none'}."
+        )

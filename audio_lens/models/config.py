@@ -67,6 +67,11 @@ class AudioConfig:
         return {name: cfg for name, cfg in parts.items() if cfg is not None}
 
     @property
+    def head(self) -> OutputKind:
+        """Former name of `output_kind`."""
+        return self.output_kind
+
+    @property
     def is_heard_in(self) -> tuple[str, ...]:
         """The parts whose rows are segments of audio, not prompts."""
         return () if self.encoder is None else ("encoder", *self.ears)

@@ -252,40 +252,47 @@ class Part(Generic[Model]):
         return torch.stack([one.to(self.cfg.device) for one in of_blocks])
 
     @property
-    def W_Q(self) -> Float[Tensor, "l h d e"]:
+    def W_Q(self) -> Float[Tensor, "l *k h d e"]:
+        """Query weights of all layers; in depth decoders with an axis of codebooks behind it."""
         return self._stacked("W_Q", "attn")
 
     @property
-    def W_K(self) -> Float[Tensor, "l kv d e"]:
+    def W_K(self) -> Float[Tensor, "l *k kv d e"]:
         return self._stacked("W_K", "attn")
 
     @property
-    def W_V(self) -> Float[Tensor, "l kv d e"]:
+    def W_V(self) -> Float[Tensor, "l *k kv d e"]:
         return self._stacked("W_V", "attn")
 
     @property
-    def W_O(self) -> Float[Tensor, "l h e d"]:
+    def W_O(self) -> Float[Tensor, "l *k h e d"]:
         return self._stacked("W_O", "attn")
 
     @property
     def QK(self) -> FactoredMatrix:
-        """Query-key circuits, ``l h d d``: one per query head, also under grouped keys."""
+        """Query-key circuits, ``l h d d``: one per query head, also under grouped keys.
+
+        Depth decoders have one per codebook, ``l k h d d``.
+        """
         return FactoredMatrix(self.W_Q, self._per_query_head(self.W_K).transpose(-2, -1))
 
     @property
     def OV(self) -> FactoredMatrix:
-        """Value-output circuits, ``l h d d``: one per query head, also under grouped values."""
+        """Value-output circuits, ``l h d d``: one per query head, also under grouped values.
+
+        Depth decoders have one per codebook, ``l k h d d``.
+        """
         return FactoredMatrix(self._per_query_head(self.W_V), self.W_O)
 
-    def _per_query_head(self, weight: Float[Tensor, "l kv d e"]) -> Float[Tensor, "l h d e"]:
-        return weight.repeat_interleave(self.cfg.n_heads // self.cfg.n_key_value_heads, dim=1)
+    def _per_query_head(self, weight: Float[Tensor, "l *k kv d e"]) -> Float[Tensor, "l *k h d e"]:
+        return weight.repeat_interleave(self.cfg.n_heads // self.cfg.n_key_value_heads, dim=-3)
 
     @property
-    def W_in(self) -> Float[Tensor, "l d f"]:
+    def W_in(self) -> Float[Tensor, "l *k d f"]:
         return self._stacked("W_in", "mlp")
 
     @property
-    def W_out(self) -> Float[Tensor, "l f d"]:
+    def W_out(self) -> Float[Tensor, "l *k f d"]:
         return self._stacked("W_out", "mlp")
 
     @property

@@ -23,12 +23,14 @@ class Family(HookedRoot):
     Attributes:
         model_types: the Hugging Face configs (``config.model_type``) that it implements.
         hf_class: the class in transformers that it equals; of several, those it knows.
+        bare_class: that class without its head, which is taken over from memory too.
         outdated_names: weights in checkpoints that are older than the class.
         weight_names: Hugging Face's names to ours, as `weights.renamed` takes them.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     hf_class: ClassVar[str | tuple[str, ...]]
+    bare_class: ClassVar[str] = ""
     outdated_names: ClassVar[tuple[str, ...]] = ()
     weight_names: ClassVar[dict[str, str | None]]
 
@@ -41,9 +43,17 @@ class Family(HookedRoot):
         self.processor: Any = None
         self.generation_config: Any = None
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, beside: type[Family] | None = None, **options: Any) -> None:
+        """Enter the class as what implements its `model_types`.
+
+        Args:
+            beside: the class that implements them, where this one is for another `hf_class`.
+        """
         super().__init_subclass__(**options)
-        if "model_types" in vars(cls):
+        if beside is not None:
+            cls.model_types = beside.model_types
+            _HEADS.update(dict.fromkeys(_class_names(cls), cls))
+        elif "model_types" in vars(cls):
             _enter(cls)
 
     @classmethod
@@ -72,6 +82,7 @@ class Family(HookedRoot):
 
 
 FAMILIES: dict[str, type[Family]] = {}  # by ``model_type``
+_HEADS: dict[str, type[Family]] = {}  # by the Hugging Face class, those that stand beside a family
 Kind = TypeVar("Kind", bound=Family)
 Compose = Callable[..., Family]  # encoder, connector, decoder, merge, **options
 Composing = TypeVar("Composing", bound=Compose)
@@ -96,6 +107,19 @@ def _enter(family: type[Family]) -> None:
         FAMILIES[model_type] = family
 
 
+def _class_names(family: type[Family]) -> tuple[str, ...]:
+    """The Hugging Face classes that a family equals; none where it names none."""
+    names = getattr(family, "hf_class", ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def classes_of(model_type: str) -> tuple[str, ...]:
+    """The Hugging Face classes of a model type that can be read, heads that stand beside it too."""
+    family = FAMILIES[model_type]
+    beside = (name for name, head in _HEADS.items() if model_type in head.model_types)
+    return (*_class_names(family), *beside)
+
+
 def _full_name(family: type) -> str:
     return f"{family.__module__}.{family.__qualname__}"
 
@@ -118,7 +142,8 @@ def family_of(hf_config: Any, kind: type[Kind] = Family) -> type[Kind]:
         raise LoadingError(
             f"architecture {hf_config.model_type!r} is not supported; supported: {supported()}"
         )
-    family = FAMILIES[hf_config.model_type]
+    named = (_HEADS.get(name) for name in hf_config.architectures or ())
+    family = next(filter(None, named), FAMILIES[hf_config.model_type])
     if issubclass(family, kind):
         return family
     if issubclass(kind, family):  # a subclass of one's own, asked for by itself

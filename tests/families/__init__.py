@@ -29,12 +29,13 @@ from families.soundwave import SOUNDWAVE
 from families.voxtral import VOXTRAL
 from families.wav2vec2 import SPEECH_ENCODERS
 from families.wavlm import WAVLM, WAVLM_CTC
-from families.whisper import WHISPER
+from families.whisper import WHISPER, WHISPER_CLASSES
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         WHISPER,
+        WHISPER_CLASSES,
         QWEN2_AUDIO,
         AUDIOFLAMINGO3,
         MUSICFLAMINGO,

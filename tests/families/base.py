@@ -60,7 +60,8 @@ class Family:
         models: parity cases by shape of model: name -> overrides of ``build``.
         model_batches: options of ``batch`` that go with a model of that name.
         batches: parity cases by inputs: name -> options of ``batch``.
-        no_float64: batches that Hugging Face itself cannot do in float64 (NaN).
+        no_float64: batches that Hugging Face itself does not do in float64 (NaN, or a softmax that
+            is float32); `Entry.not_float64` of the catalogue says what is measured of them.
         bfloat16: batches compared in bfloat16; none named: the first.
         absent: pieces of hook names that have no equal in Hugging Face (nothing to compare).
         mask_of: ``mask_of(name, tensor, inputs)``: what of the activation is compared.

@@ -18,7 +18,9 @@ from families.base import (
     PAD,
     START,
     Family,
+    attentions,
     encoder_and_decoder_of,
+    hidden_states,
     padded_rows,
     random_words,
     randomise,
@@ -146,4 +148,61 @@ WHISPER = Family(
     draw=draw,
     clips=clips,
     durations=[(1.0,), (2.2,), (0.6, 2.1)],
+)
+
+
+# -------------------------------------------------------------------------------- with classes
+
+
+def build_classifier(
+    seed: int = 0, dtype: torch.dtype = torch.float32, attn: str = "eager", **overrides: Any
+) -> transformers.WhisperForAudioClassification:
+    """A random Whisper encoder with a head for classes; ``overrides`` go to its config."""
+    head = {"num_labels": 7, "classifier_proj_size": 24}
+    config = transformers.WhisperConfig(**{**TINY_EAR, **_REST, **head, **overrides})
+    config._attn_implementation = attn
+    return randomise(transformers.WhisperForAudioClassification(config), seed).to(dtype)
+
+
+def spectrograms(
+    n_clips: int = 2, n_mels: int = 20, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Features of so many clips."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_features": torch.randn(n_clips, n_mels, N_FRAMES, generator=generator).to(dtype)}
+
+
+@torch.no_grad()
+def classified(hf: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under our names."""
+    out = hf(**batch, **EVERYTHING)
+    return {
+        "hook_logits": out.logits,
+        **hidden_states("encoder", out.hidden_states),
+        **attentions("encoder", out.attentions),
+    }
+
+
+def heard(model: HookedAudioTransformer, waveforms: list[np.ndarray]) -> AudioInputs:
+    """Clips, by Whisper's feature extractor."""
+    made = mel_features(model, waveforms)
+    return model.as_inputs({"input_features": made["features"], "attention_mask": made["mask"]})
+
+
+WHISPER_CLASSES = Family(
+    name="whisper_classes",
+    build=build_classifier,
+    batch=spectrograms,
+    reference=classified,
+    models={
+        "tiny": {},
+        "128 mels": {"num_mel_bins": 128},
+        "one class": {"num_labels": 1},
+        "other heads": {"encoder_attention_heads": 2, "classifier_proj_size": 5},
+    },
+    model_batches={"128 mels": {"n_mels": 128}},
+    batches={"one clip": {"n_clips": 1}, "three clips": {"n_clips": 3}},
+    float16_biases=lambda hf: [layer.fc2.bias for layer in hf.encoder.layers[:2]],
+    clips=heard,
+    durations=[(1.0,), (0.6, 2.1)],
 )

@@ -18,6 +18,19 @@ def test_every_family_is_in_it_and_equal_to_hugging_face() -> None:
     assert all(0 <= entry.float32 <= 1e-5 for entry in catalogue.entries)
 
 
+def test_what_float64_leaves_out_is_said() -> None:
+    """Every batch that is not measured in float64 is named with its difference, or as NaN."""
+    catalogue = Catalogue.load()
+    for entry in catalogue.entries:
+        assert list(entry.not_float64) == list(FAMILIES[entry.name].no_float64), entry.name
+        assert all(x is None or x <= 1e-5 for x in entry.not_float64.values()), entry.name
+    said = catalogue.not_in_float64()
+    assert "short clips (qwen3_asr: 4e-07)" in said and "left padding (voxtral)" in said
+    assert said in README.read_text()
+    shown = CliRunner().invoke(app, ["models"])
+    assert "float64 leaves out the batches" in " ".join(shown.output.split())
+
+
 def test_hooks_are_counted_as_they_are_now() -> None:
     for entry in Catalogue.load().entries:
         model = FAMILIES[entry.name].hooked(FAMILIES[entry.name].build())

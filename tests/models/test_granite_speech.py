@@ -314,3 +314,17 @@ def test_inputs_that_do_not_fit_are_refused(change: Any, message: str) -> None:
     change(given)
     with pytest.raises(InputError, match=message):
         model.as_inputs(given)
+
+
+def test_one_query_per_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees nothing of other queries: its self-attention hands on its values."""
+    monkeypatch.setattr("families.granite_speech.QUERIES", 1)
+    hf = build(dtype=torch.float64, downsample_rate=15, window_size=15)
+    given = batch(dtype=torch.float64)
+    model = HookedAudioTransformer.from_hf(hf)
+    with torch.no_grad(), model.attention("explicit"):
+        ours, theirs = model(given), hf(**given).logits
+    attended = given["attention_mask"].bool()
+    assert torch.allclose(ours[attended], theirs[attended], atol=1e-12, rtol=0)
+    seconds = model.timeline(given)[0].seconds("connector")
+    assert seconds[:3].tolist() == pytest.approx([0.145, 0.445, 0.745])

@@ -8,6 +8,7 @@ from transformer_lens import FactoredMatrix, patching
 
 import tiny
 from audio_lens import AudioCache, HookedAudioTransformer, HookNameError, TokenError
+from families import FAMILIES as ALL_FAMILIES
 
 PARTS = ("encoder", "decoder")
 FRAMES = 8  # encoder positions: few, so that sweeps over all of them stay short
@@ -330,3 +331,22 @@ def test_single_tokens(embedded):
     assert torch.equal(view.tokens_to_residual_directions(" seven"), view.W_U[:, token])
     with pytest.raises(TokenError, match="2 tokens"):
         view.to_single_token(" seven seven")
+
+
+@pytest.mark.parametrize("family", ["whisper", "qwen2_audio", "moshi", "granite_speech", "wavlm"])
+def test_circuits_hold_one_matrix_per_query_head(family: str) -> None:
+    """Also where heads share keys and values, and where codebooks have weights of their own."""
+    model = HookedAudioTransformer.from_hf(ALL_FAMILIES[family].build())
+    for name in model.cfg.parts:
+        part = model.part(name)
+        cfg = part.cfg
+        group = cfg.n_heads // cfg.n_key_value_heads
+        shape = (*part.W_Q.shape[:-2], cfg.d_model, cfg.d_model)
+        assert part.OV.AB.shape == part.QK.AB.shape == shape
+        for head in range(cfg.n_heads):
+            shared = head // group
+            ov = part.W_V[..., shared, :, :] @ part.W_O[..., head, :, :]
+            qk = part.W_Q[..., head, :, :] @ part.W_K[..., shared, :, :].mT
+            assert torch.allclose(part.OV.AB[..., head, :, :], ov, atol=1e-6)
+            assert torch.allclose(part.QK.AB[..., head, :, :], qk, atol=1e-6)
+        assert part.W_in.shape[-2:] == part.W_out.mT.shape[-2:]

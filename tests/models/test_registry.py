@@ -19,7 +19,7 @@ from families import FAMILIES as TESTED
 
 BUILDERS = {
     hf.config.model_type: name
-    for name, family in TESTED.items()
+    for name, family in reversed(TESTED.items())  # of several heads the first stands
     if family.is_hf
     for hf in [family.build()]
 }

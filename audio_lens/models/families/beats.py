@@ -40,6 +40,7 @@ from audio_lens.models.families.wavlm import GatedBiasAttention, WavLMEncoder
 from audio_lens.models.kinds.ear import Ear
 from audio_lens.models.kinds.encoder_only import IGNORED, EncoderOutput
 from audio_lens.models.layers import Block, Context, LayerNorm, PostNormBlock, padding_mask
+from audio_lens.models.layers.weight_norm import with_gains
 from audio_lens.models.loading.weights import fill, read_pickle, renamed
 from audio_lens.timeline import Row, Timeline, Track
 
@@ -217,15 +218,12 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
 
     @classmethod
     def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> dict[str, Tensor]:
-        """The published tensors with weight norm folded in.
+        """The published tensors.
 
         Raises:
             LoadingError: if layers hold different tables of biases.
         """
-        found, conv = dict(state), "encoder.pos_conv.0.weight"
-        if f"{conv}_g" in found and f"{conv}_v" in found:
-            gain, direction = found.pop(f"{conv}_g"), found.pop(f"{conv}_v")
-            found[conv] = torch.ops.aten._weight_norm(direction, gain, 2)
+        found = with_gains(dict(state), "encoder.pos_conv.0")
         tables = {key: table for key, table in found.items() if key.endswith(_TABLE)}
         for key, table in tables.items():
             if not torch.equal(table, next(iter(tables.values()))):

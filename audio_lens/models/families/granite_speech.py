@@ -8,6 +8,7 @@ The adapter of the language model is meant for prompts with audio only.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -38,6 +39,8 @@ from audio_lens.timeline import Track
 
 _log = logging.getLogger(__name__)
 STACKED = 2  # mel frames that one encoder position hears
+_COUNTERS = ".num_batches_tracked"  # of batch norms
+_ASKING = re.compile(r"\.qformer\.encoder\.layer\.\d+\.attention\.attention\.(query|key)\.")
 
 
 @dataclass
@@ -156,14 +159,20 @@ class HookedGraniteSpeech(HookedAudioLLM):
         )
 
     @classmethod
-    def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> dict[str, Tensor]:
-        """The tensors with keys and values apart, without the counters of batch norms."""
+    def adapt_state(
+        cls, state: Mapping[str, Tensor], cfg: GraniteSpeechConfig
+    ) -> dict[str, Tensor]:
+        """The tensors with keys and values apart, without the counters of batch norms.
+
+        A single query per window sees nothing but itself: what asks and answers there is left out.
+        """
+        is_alone = cfg.connector.n_queries == 1
         found = {}
         for key, tensor in state.items():
             if key.endswith(".attn.to_kv.weight"):
                 for name, half in zip(("to_k", "to_v"), tensor.chunk(2), strict=True):
                     found[key.replace("to_kv", name)] = half
-            elif not key.endswith(".num_batches_tracked"):
+            elif not (key.endswith(_COUNTERS) or (is_alone and _ASKING.search(key))):
                 found[key] = tensor
         return found
 

@@ -8,16 +8,19 @@ sees the eight seconds of a window only by what they hold.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import transformers
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from audio_lens.hooks import HookPoint
+from audio_lens.inputs import AudioInputs
 from audio_lens.models.config import LoadingError
 from audio_lens.models.families.whisper import encoder_config, encoder_weight_names
 from audio_lens.models.kinds.audio_llm import check_encoder
@@ -30,6 +33,7 @@ from audio_lens.models.parts.connectors import (
     connector_weight_names,
 )
 from audio_lens.models.parts.language_model import language_model_config, weight_names
+from audio_lens.timeline import Row, Timeline
 
 CHUNK = 100  # mel frames that the convolutions hear at once: 1 s
 PER_CHUNK = 13  # positions that become of them, 80 ms apart
@@ -156,6 +160,10 @@ class HookedQwen3Asr(Qwen3AudioLLM):
 
     What stands behind a clip in its features is heard by the last convolutions, as in Hugging
     Face; a batch of a processor holds silence there, a clip prepared alone nothing.
+
+    Clips under 0.5 s are filled up to that with silence, which is heard and becomes tokens like
+    the rest. The positions that hold no more than that are not valid in the timeline, where
+    `prepare` made the inputs: those of a processor do not tell how long the clip was.
     """
 
     model_types = ("qwen3_asr",)
@@ -179,3 +187,27 @@ class HookedQwen3Asr(Qwen3AudioLLM):
         check_encoder(ear, "qwen3_asr_encoder")
         decoder = language_model_config(hf_config.text_config, name)
         return Conv2dConfig(family="qwen3_asr", **ear_pieces(ear, decoder, name))
+
+    def make_feature_extractor(self) -> Any:
+        """The feature extractor of the released models."""
+        return transformers.Qwen3ASRFeatureExtractor(
+            feature_size=self.cfg.need_n_mels, sampling_rate=self.cfg.sampling_rate
+        )
+
+    def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
+        """Positions in seconds; a clip that was filled up ends where its own samples do."""
+        inputs = self.as_inputs(inputs)
+        timeline, clips = super().timeline(inputs), iter(inputs.audio or ())
+        for row in timeline.rows if inputs.audio else ():
+            for clip, heard_s in enumerate(row.durations_s):
+                own = max(1, len(next(clips)) // self.cfg.hop)
+                if own * self.cfg.step_s < heard_s:
+                    row.durations_s[clip] = own * self.cfg.step_s
+                    self._end_at(row, clip, own)
+        return timeline
+
+    def _end_at(self, row: Row, clip: int, n_valid: int) -> None:
+        """Count what the encoder and the connector hear of a clip behind its samples as padding."""
+        for part, count in (("encoder", self.frame_count), ("connector", self.token_count)):
+            (track,) = (one for one in row.tracks[part] if (one.clip == clip).any())
+            track.valid[count(n_valid) :] = False

@@ -21,7 +21,6 @@ from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.config import AudioConfig
 from audio_lens.models.families.wav2vec2_config import (
     SpeechConfig,
     SpeechEncoderConfig,
@@ -41,15 +40,12 @@ from audio_lens.models.layers import (
     needed,
     padding_mask,
 )
+from audio_lens.models.layers.weight_norm import WeightNormConv, with_gains
 from audio_lens.models.parts.conformer import FrozenBatchNorm
 from audio_lens.timeline import Row, Timeline, Track
 
 EPS = 1e-5  # of the norms that the config does not set: stem, adapters, data2vec's positions
 _POSITIONS = "encoder.pos_conv_embed.conv"
-_WEIGHT_NORMS = (
-    ("weight_g", "weight_v"),
-    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-)
 _BODY = re.compile("^(wav2vec2|hubert|wavlm|data2vec_audio|unispeech_sat|unispeech)[.]")
 _UNUSED = re.compile(  # masks and quantisers of pretraining, counters of batch norms
     r"^([a-z0-9_]+[.])?masked_spec_embed$"
@@ -119,16 +115,15 @@ class ConvPositions(nn.Module):
         self.cfg, self.act = cfg, ACT2FN[cfg.position_act_fn]
         if cfg.position_batch_norm:
             self.batch_norm = FrozenBatchNorm(cfg.d_model, EPS)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(
-                cfg.d_model,
-                cfg.d_model,
-                cfg.position_kernel,
-                padding=cfg.position_kernel // 2,
-                groups=cfg.position_groups,
-            )
-            for _ in range(cfg.n_position_convs or 1)
-        )
+        d, kernel, groups = cfg.d_model, cfg.position_kernel, cfg.position_groups
+        if cfg.has_weight_norm:
+            convs: list[nn.Module] = [WeightNormConv(d, kernel, kernel // 2, groups)]
+        else:
+            count = cfg.n_position_convs or 1
+            convs = [
+                nn.Conv1d(d, d, kernel, padding=kernel // 2, groups=groups) for _ in range(count)
+            ]
+        self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         n_frames = x.shape[1]
@@ -269,16 +264,14 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
         return speech_config(hf_config)
 
     @classmethod
-    def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> dict[str, Tensor]:
+    def adapt_state(cls, state: Mapping[str, Tensor], cfg: SpeechConfig) -> dict[str, Tensor]:
         """The tensors that are used, under the names of the bare Hugging Face encoder.
 
-        Weight norm is folded into its weights; the encoder's norm is named by where it stands.
+        The encoder's norm is named by where it stands.
         """
         bare = {_BODY.sub("", key): x for key, x in state.items() if not _UNUSED.match(key)}
-        for old, new in _WEIGHT_NORMS:
-            if f"{_POSITIONS}.{old}" in bare:
-                gain, direction = bare.pop(f"{_POSITIONS}.{old}"), bare.pop(f"{_POSITIONS}.{new}")
-                bare[f"{_POSITIONS}.weight"] = torch.ops.aten._weight_norm(direction, gain, 2)
+        if cfg.encoder.has_weight_norm:
+            bare = with_gains(bare, _POSITIONS)
         norm = "ln_final" if cfg.need_encoder.final_norm else "ln_embed"
         return {
             key.replace("encoder.layer_norm.", f"encoder.{norm}."): x for key, x in bare.items()

@@ -60,7 +60,7 @@ class SpeechEncoderConfig(PartConfig):
     Attributes:
         position_kernel, position_groups: shape of the positional convolution.
         n_position_convs: how many of them follow each other, each with a norm; None for a
-            single one without (its weight norm is folded into the weights).
+            single one without.
         position_batch_norm: whether a batch norm stands before it.
         d_adapter: width of the bottleneck behind every block (MMS); None for none.
         n_buckets, max_distance: of the relative position bias (WavLM); None for none.
@@ -74,6 +74,11 @@ class SpeechEncoderConfig(PartConfig):
     d_adapter: int | None = None
     n_buckets: int | None = None
     max_distance: int | None = None
+
+    @property
+    def has_weight_norm(self) -> bool:
+        """Whether the convolution over positions has weight norm: a single one without a norm."""
+        return self.n_position_convs is None and not self.position_batch_norm
 
     @property
     def need_distances(self) -> tuple[int, int]:

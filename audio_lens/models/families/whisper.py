@@ -21,7 +21,7 @@ from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.config import AudioConfig, check_switches
+from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.kinds.ear import Ear
 from audio_lens.models.layers import (
     Block,
@@ -35,7 +35,7 @@ from audio_lens.models.layers import (
 from audio_lens.models.mixins.vocabulary import TokenError
 from audio_lens.timeline import Row, Timeline, Track
 
-_UNDERSTOOD = """
+UNDERSTOOD = """
     activation_function classifier_proj_size d_model decoder_attention_heads decoder_ffn_dim
     decoder_layers encoder_attention_heads encoder_ffn_dim encoder_layers max_source_positions
     max_target_positions num_mel_bins use_weighted_layer_sum vocab_size
@@ -122,6 +122,7 @@ class HookedWhisper(Ear, HookedAudioTransformer):
     lends_encoder = True
     model_types = ("whisper",)
     hf_class = "WhisperForConditionalGeneration"
+    bare_class = "WhisperModel"
     weight_names: ClassVar = {
         **encoder_weight_names("model.encoder"),
         "model.decoder.embed_tokens": "decoder.token_embed",
@@ -155,9 +156,16 @@ class HookedWhisper(Ear, HookedAudioTransformer):
         """The shape of a `WhisperConfig`.
 
         Raises:
-            LoadingError: for a switch that is not implemented.
+            LoadingError: for a switch that is not implemented, or a bare model whose head is not
+                its embedding.
         """
-        check_switches(hf_config, _UNDERSTOOD.split())
+        check_switches(hf_config, UNDERSTOOD.split())
+        is_bare = cls.bare_class in (hf_config.architectures or ())
+        if is_bare and not hf_config.tie_word_embeddings:
+            raise LoadingError(
+                f"a {cls.bare_class} with tie_word_embeddings=False holds no head: load a "
+                f"{cls.hf_class}"
+            )
         encoder = encoder_config(hf_config, hf_config.name_or_path)
         decoder = replace(
             encoder,
@@ -178,6 +186,14 @@ class HookedWhisper(Ear, HookedAudioTransformer):
             n_mels=hf_config.num_mel_bins,
             n_frames=2 * hf_config.max_source_positions,
         )
+
+    @classmethod
+    def adapt_state(cls, state: Mapping[str, Tensor], cfg: AudioConfig) -> Mapping[str, Tensor]:
+        """The tensors by the names they have in the whole; a bare model's head is its embedding."""
+        if any(key.startswith("model.") for key in state):
+            return state
+        whole = {f"model.{key}": tensor for key, tensor in state.items()}
+        return {**whole, "proj_out.weight": whole["model.decoder.embed_tokens.weight"]}
 
     # ---------------------------------------------------------------- forward
 

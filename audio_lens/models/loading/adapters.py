@@ -1,6 +1,6 @@
-"""LoRA adapters as peft keeps them: directories, and models in memory.
+"""LoRA adapters, and the directories in which peft keeps them.
 
-Directories are read without peft. Everything is checked against what is implemented: a switch of
+They are read without peft. Everything is checked against what is implemented: a switch of
 the config that would change what the adapter computes is refused by its name.
 """
 
@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.lora import LowRank
@@ -38,7 +36,24 @@ _HARMLESS = (
     *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("runtime_config", "ensure_weight_tying", "qalora_group_size"),
 )
-_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # starts that leave the base as it was
+_KEEPS_BASE = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+    "mica",
+)  # starts that leave it as it was
+_NOT_IMPLEMENTED = {  # by what the names of their tensors hold
+    ".lora_embedding_": "embeddings",
+    ".lora_magnitude_vector": "magnitudes (DoRA)",
+    ".lora_B.bias": "biases of their own (lora_bias)",
+    ".lora_A.weight": "convolutions",
+    ".lora_B.weight": "convolutions",
+}
+
+
+_INNER = re.compile(r"\.(base_layer|modules_to_save)\.")  # peft's, around trained biases
 
 
 @dataclass(frozen=True)
@@ -127,13 +142,8 @@ def read_adapter(path: str | Path) -> Adapter:
             tensors that do not go together.
     """
     path = Path(path)
+    check_directory(path)
     config = _config_in(path)
-    _check(config, str(path / CONFIG))
-    if config.get("init_lora_weights", True) not in _KEEPS_BASE:
-        raise LoadingError(
-            f"the adapter began with init_lora_weights={config['init_lora_weights']!r}, which also "
-            "changes the base model: save it with path_initial_model_for_weight_conversion"
-        )
     halves, saved = _sorted(_tensors_in(path))
     low_rank = {}
     for module, (down, up) in halves.items():
@@ -141,11 +151,29 @@ def read_adapter(path: str | Path) -> Adapter:
     return Adapter(low_rank, saved, targets=_targets(config))
 
 
+def check_directory(path: Path) -> None:
+    """Raise unless the adapter in a directory is of a kind that is implemented.
+
+    Raises:
+        LoadingError: not an adapter, another kind than LoRA, or a variant that is not implemented.
+    """
+    config, source = _config_in(path), str(path / CONFIG)
+    check_variant(config, source)
+    start = config.get("init_lora_weights", True)
+    if start not in _KEEPS_BASE:
+        raise LoadingError(
+            f"the adapter began with init_lora_weights={start!r}, which also changes the base "
+            "model: save it with path_initial_model_for_weight_conversion"
+        )
+
+
 def _config_in(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / CONFIG).read_text())
     except FileNotFoundError as error:
-        raise LoadingError(f"{path} is no adapter: it holds no {CONFIG}") from error
+        inside = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
+        hint = f" (those in it do: {', '.join(inside)})" if inside else ""
+        raise LoadingError(f"{path} is no adapter: it holds no {CONFIG}{hint}") from error
 
 
 def _tensors_in(path: Path) -> dict[str, Tensor]:
@@ -162,7 +190,7 @@ def _tensors_in(path: Path) -> dict[str, Tensor]:
 def _sorted(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Pairs of A and B by module, and all other tensors."""
+    """Pairs of A and B by module, and all other tensors by the names the model gives them."""
     found: dict[str, dict[str, Tensor]] = {}
     saved = {}
     for key, tensor in tensors.items():
@@ -172,9 +200,11 @@ def _sorted(
             precise = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             found.setdefault(match[1], {})[match[2]] = precise
         elif ".lora_" in key:
-            raise LoadingError(f"this part of the adapter is not implemented: {key}")
-        else:
-            saved[key] = tensor
+            kinds = [kind for piece, kind in _NOT_IMPLEMENTED.items() if piece in key]
+            of = f"adapters of {kinds[0]} are" if kinds else "this part of the adapter is"
+            raise LoadingError(f"{of} not implemented: {key}")
+        elif ".original_module." not in key:  # which nothing reads while the adapter is on
+            saved[_INNER.sub(".", key)] = tensor
     halved = [module for module, pair in found.items() if len(pair) != 2]
     if halved or not found:
         raise LoadingError(
@@ -198,8 +228,12 @@ def _dropout(config: Mapping[str, Any]) -> float:
     return float(config.get("lora_dropout") or 0.0)
 
 
-def _check(config: Mapping[str, Any], source: str) -> None:
-    """Raise on any switch whose effect is not implemented."""
+def check_variant(config: Mapping[str, Any], source: str) -> None:
+    """Raise on any switch whose effect is not implemented.
+
+    Raises:
+        LoadingError: another kind than LoRA, or switches by their names.
+    """
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind != "LORA":
         raise LoadingError(f"{source} is of kind {kind!r}; only LoRA adapters are implemented")
@@ -215,74 +249,3 @@ def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None:
         return ()
     return tuple(targets)
-
-
-# -------------------------------------------------------------------------------- in memory
-
-
-@contextmanager
-def refusal_told() -> Iterator[None]:
-    """Raise what transformers says against the installed peft as an error that says what to do.
-
-    Raises:
-        LoadingError: in place of the ImportError or ValueError about peft.
-    """
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        if not re.search(r"\bPEFT\b|'peft\b", str(error)):
-            raise
-        raise LoadingError(
-            f"transformers {transformers.__version__} reads no adapters with the peft that is "
-            "installed: pip install --upgrade 'audio_lens[lora]' brings versions that go together "
-            f"(transformers says: {str(error).splitlines()[0]})"
-        ) from error
-
-
-def is_adapted(hf_model: nn.Module) -> bool:
-    """Whether peft has put adapters into a model."""
-    return any(hasattr(module, "base_layer") for module in hf_model.modules())
-
-
-def taken_apart(hf_model: Any) -> tuple[nn.Module, dict[str, Tensor], Adapter]:
-    """A model that carries a live adapter, as the model, its own weights and the adapter.
-
-    All tensors are shared, none is copied.
-
-    Raises:
-        LoadingError: several active adapters, one that was merged in place, another kind than
-            LoRA, or a variant that is not implemented.
-    """
-    base = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
-    name = _active(hf_model)
-    _check(hf_model.peft_config[name].to_dict(), f"the adapter {name!r}")
-    low_rank, enabled = {}, True
-    for path, layer in base.named_modules():
-        if hasattr(layer, "lora_A") and name in layer.lora_A:
-            if layer.merged:
-                raise LoadingError("the adapter is merged in place: call unmerge_adapter() first")
-            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-            if down.ndim != 2:
-                raise LoadingError(f"adapters of convolutions are not implemented: {path}")
-            dropout = getattr(layer.lora_dropout[name], "p", 0.0)
-            low_rank[path] = LowRank(down, up, float(layer.scaling[name]), dropout)
-            enabled = enabled and not layer.disable_adapters
-    state, saved = {}, {}
-    for key, tensor in base.state_dict().items():
-        if not re.search(r"\.lora_[AB]\.", key):
-            own = key.replace(f".modules_to_save.{name}.", ".")
-            holder = state if own == key else saved
-            holder[own.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
-    return base, state, Adapter(low_rank, saved, enabled)
-
-
-def _active(hf_model: Any) -> str:
-    """The one adapter that is active."""
-    with refusal_told():
-        active = hf_model.active_adapters
-        names = active if isinstance(active, Sequence) else active()
-    if len(names) != 1:
-        raise LoadingError(
-            f"{len(names)} adapters are active ({', '.join(names)}): set_adapter(one of them)"
-        )
-    return names[0]

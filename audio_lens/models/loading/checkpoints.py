@@ -23,15 +23,9 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from audio_lens.models.config import LoadingError
-from audio_lens.models.loading.adapters import (
-    Adapter,
-    base_of,
-    is_adapted,
-    is_adapter,
-    read_adapter,
-    refusal_told,
-    taken_apart,
-)
+from audio_lens.models.loading.adapted import beside_told, is_adapted, taken_apart
+from audio_lens.models.loading.adapters import Adapter, base_of, is_adapter, read_adapter
+from audio_lens.models.loading.classes import check_class, check_named, class_of, model_type
 from audio_lens.models.loading.lora import attach
 from audio_lens.models.loading.placement import Devices, guard_borders, layout, unit_of
 from audio_lens.models.loading.weights import fill, renamed
@@ -133,7 +127,9 @@ def take_over(
         if adapter is None:
             raise LoadingError("merge=True merges an adapter, and the model carries none")
         state |= {f"{m}.weight": state[f"{m}.weight"].clone() for m in adapter.low_rank}
-    model = _built(family_of(base.config, kind), base, state, adapter, merge, None)
+    family = family_of(_named(base.config, class_of(base)), kind)
+    check_class(family, base)
+    model = _built(family, base, state, adapter, merge, None)
     _attach(model, processor)
     return model
 
@@ -155,7 +151,7 @@ def _built(
 ) -> Kind:
     """The hooked model of a Hugging Face model's tensors, with an adapter's merged or live."""
     _check_tensors(state)
-    hf_config = _named(hf_model.config, type(hf_model))
+    hf_config = _named(hf_model.config, class_of(hf_model))
     if adapter is not None:
         adapter.check_fits(state)
         if merge:
@@ -175,8 +171,16 @@ def _built(
     model.train(hf_model.training)
     model.take_special_tokens(hf_model.config)
     model.take_modules(hf_model)
-    model.generation_config = getattr(hf_model, "generation_config", None)
+    model.generation_config = _generation_of(hf_model)
     return model
+
+
+def _generation_of(hf_model: nn.Module) -> Any:
+    """What a model says of generation; of a class that cannot generate, what its config does."""
+    said = getattr(hf_model, "generation_config", None)
+    if said is not None or not isinstance(hf_model, transformers.PreTrainedModel):
+        return said
+    return transformers.GenerationConfig.from_model_config(hf_model.config)
 
 
 # -------------------------------------------------------------------------------- adapters
@@ -235,10 +239,11 @@ def _hf_class(family: type[Family], hf_config: Any) -> Any:
     Raises:
         LoadingError: if it names only others.
     """
-    if isinstance(family.hf_class, str):
-        return getattr(transformers, family.hf_class)
     kind = hf_config.model_type
-    own = [name for name in family.hf_class if _model_type(name) == kind]
+    if isinstance(family.hf_class, str):
+        check_named(hf_config, family.hf_class)
+        return getattr(transformers, family.hf_class)
+    own = [name for name in family.hf_class if model_type(name) == kind]
     named = list(hf_config.architectures or own)
     known = [name for name in named if name in family.hf_class]
     if not known:
@@ -246,10 +251,6 @@ def _hf_class(family: type[Family], hf_config: Any) -> Any:
             f"this {kind} checkpoint is a {', '.join(named)}; implemented: {', '.join(own)}"
         )
     return getattr(transformers, known[0])
-
-
-def _model_type(class_name: str) -> str:
-    return getattr(transformers, class_name).config_class.model_type
 
 
 def _named(hf_config: Any, hf_class: type) -> Any:
@@ -303,7 +304,7 @@ def _read(
 ) -> transformers.PreTrainedModel:
     """The Hugging Face model, with every weight from the checkpoint but the outdated."""
     try:
-        with refusal_told():
+        with beside_told(source):
             hf_model, info = hf_class.from_pretrained(
                 source,
                 dtype="auto" if dtype is None else dtype,

@@ -112,6 +112,7 @@ class Replaced:
         for name, idle in self.idle.items():
             parent, _, child = name.rpartition(".")
             module = self.model.get_submodule(parent)
+            module = module.base if isinstance(module, LoraLinear) else module
             active = getattr(module, child)
             is_alike = (idle.device, idle.dtype) == (active.device, active.dtype)
             setattr(module, child, idle if is_alike else _parameter(idle.detach().to(active)))
