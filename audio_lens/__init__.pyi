@@ -2,6 +2,7 @@
 
 from . import analysis as analysis
 from . import corruptions as corruptions
+from . import items as items
 from . import metrics as metrics
 from . import models as models
 from . import patching as patching
@@ -21,6 +22,10 @@ from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint
 from .inputs import AudioInputs as AudioInputs
 from .inputs import InputError as InputError
+from .items import Item as Item
+from .items import ItemError as ItemError
+from .items import Items as Items
+from .items import read as read
 from .models import HookedAudioTransformer as HookedAudioTransformer
 from .models import LoadingError as LoadingError
 from .models import TokenError as TokenError

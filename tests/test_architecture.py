@@ -22,12 +22,16 @@ HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
-        *("report", "recipes", "analysis", "patching", "pairs", "alignment", "metrics"),
+        *("report", "recipes", "analysis", "items", "patching", "pairs", "alignment", "metrics"),
         *("models", "results", "drawing", "synthesis", "corruptions", *HEARD),
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
-    "analysis": ("patching", "metrics", "models", "results", *HEARD),
+    "analysis": ("items", "patching", "metrics", "models", "results", *HEARD),
+    "items": (
+        *("patching", "pairs", "alignment", "provenance", "metrics", "models", "results"),
+        *("corruptions", *HEARD),
+    ),
     "patching": ("provenance", "metrics", "models", "results", *HEARD),
     "recipes": ("models", *HEARD),
     "provenance": ("metrics", "models", *HEARD),
