@@ -1,8 +1,22 @@
 """Items of a study, in tables and in batches; their activations; what many of them say."""
 
-from audio_lens.items import read
+from audio_lens.items import read, statistics
 from audio_lens.items.batches import Batch
+from audio_lens.items.controls import ControlError
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items
+from audio_lens.items.pairs import Dropped, ItemPair, PairBatch, Pairs
 
-__all__ = ["Batch", "Item", "ItemError", "Items", "read"]
+__all__ = [
+    "Batch",
+    "ControlError",
+    "Dropped",
+    "Item",
+    "ItemError",
+    "ItemPair",
+    "Items",
+    "PairBatch",
+    "Pairs",
+    "read",
+    "statistics",
+]

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TypeVar
 
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.items.item import Item, ItemError
 from audio_lens.models.base import HookedAudioTransformer
 
+Entry = TypeVar("Entry")
 WAITING = 8  # times the size of a batch: so many prepared items wait for others of their layout
-
-
-@runtime_checkable
-class SomeItems(Protocol):
-    """What batches ask of `Items`."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Item]: ...
 
 
 @dataclass(frozen=True)
@@ -39,32 +31,37 @@ class Batch:
         return len(self.rows)
 
 
-def batches(items: SomeItems, model: HookedAudioTransformer, size: int) -> Iterator[Batch]:
+def batches(items: Iterable[Item], model: HookedAudioTransformer, size: int) -> Iterator[Batch]:
     """Batches of up to ``size`` items whose layouts are equal; each is given as it fills up.
 
     Raises:
         ItemError: naming an item that cannot be prepared.
         ValueError: a size below 1.
     """
+    entries = ((row, prepared(item, model)) for row, item in enumerate(items))
+    for held in by_layout(((layout_of(x, model), (row, x)) for row, x in entries), size):
+        rows, inputs = zip(*held, strict=True)
+        yield Batch(list(rows), AudioInputs.joined(inputs))
+
+
+def by_layout(entries: Iterable[tuple[Hashable, Entry]], size: int) -> Iterator[list[Entry]]:
+    """Entries of equal layout, up to ``size`` at a time; each list is given as it fills up.
+
+    Not more than `WAITING` times ``size`` of them wait for company.
+
+    Raises:
+        ValueError: a size below 1.
+    """
     if size < 1:
-        raise ValueError(f"a batch holds 1 item or more, got {size}")
-    waiting: dict[Hashable, list[tuple[int, AudioInputs]]] = {}
-    for row, item in enumerate(items):
-        inputs = prepared(item, model)
-        layout = layout_of(inputs, model)
-        waiting.setdefault(layout, []).append((row, inputs))
+        raise ValueError(f"a batch holds 1 or more, got {size}")
+    waiting: dict[Hashable, list[Entry]] = {}
+    for layout, entry in entries:
+        waiting.setdefault(layout, []).append(entry)
         if len(waiting[layout]) == size:
-            yield _batch(waiting.pop(layout))
+            yield waiting.pop(layout)
         elif sum(map(len, waiting.values())) > WAITING * size:
-            fullest = max(waiting, key=lambda layout: len(waiting[layout]))
-            yield _batch(waiting.pop(fullest))
-    for held in waiting.values():
-        yield _batch(held)
-
-
-def _batch(held: list[tuple[int, AudioInputs]]) -> Batch:
-    rows, inputs = zip(*held, strict=True)
-    return Batch(list(rows), AudioInputs.joined(inputs))
+            yield waiting.pop(max(waiting, key=lambda layout: len(waiting[layout])))
+    yield from waiting.values()
 
 
 def prepared(item: Item, model: HookedAudioTransformer) -> AudioInputs:

@@ -22,6 +22,7 @@ from audio_lens.hooks import suggest
 from audio_lens.timeline import Span
 
 Label = str | int | float | bool
+SHOWN = 5  # of many things that are wrong, those that an error names
 OWN_FIELDS = ("group", "answer", "against", "text", "id")  # what `value` finds beside labels
 
 
@@ -214,3 +215,9 @@ def _rate_of(clip: Any) -> int:
 
 def _word(span: Span) -> dict[str, Any]:
     return {name: at for name, at in asdict(span).items() if name != "clip" or at}
+
+
+def listed(what: str, whys: Sequence[str]) -> str:
+    """A message that names the first few of many."""
+    more = [f"... and {len(whys) - SHOWN} more"] if len(whys) > SHOWN else []
+    return "\n  ".join([f"{what}:", *whys[:SHOWN], *more])

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -14,14 +14,14 @@ from audio_lens import metrics
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.items.batches import Batch, batches
-from audio_lens.items.item import Item, ItemError, Label
-from audio_lens.items.tables import SHOWN, read_items, write_items
+from audio_lens.items.item import SHOWN, Item, ItemError, Label, listed
+from audio_lens.items.pairs import How, Pairs, Stream, pairs_of
+from audio_lens.items.tables import read_items, write_items
 from audio_lens.metrics import Metric
 from audio_lens.models import HookedAudioTransformer, TokenError
 
 log = logging.getLogger(__name__)
 Rows = int | slice | Sequence[int] | Sequence[bool] | np.ndarray
-Answer = TypeVar("Answer")
 
 
 class Items(Sequence[Item]):
@@ -204,6 +204,27 @@ class Items(Sequence[Item]):
         mask = np.isin(np.arange(len(self)), second)
         return self[~mask], self[mask]
 
+    @staticmethod
+    def of(items: Iterable[Item]) -> Items:
+        """`Items` of these."""
+        return Items(items)
+
+    def pairs(
+        self, how: How | Sequence[Item] | None = None, stream: Stream | None = None
+    ) -> Pairs[Items]:
+        """The items beside their counterparts, under the same names.
+
+        Args:
+            how: a corruption of the clip or a swap of words, one for all or a function that gives
+                one for each item; or the counterparts themselves, one by one. None takes
+                ``other_audio`` and ``other_text``.
+            stream: which of these: "audio", "text" or "both"; None takes the one there is.
+
+        Raises:
+            ItemError: naming items that have no counterpart, or where it cannot be made.
+        """
+        return pairs_of(self, how, stream)
+
     # ---------------------------------------------------------------- for a model
 
     def prepare(self, model: HookedAudioTransformer) -> AudioInputs:
@@ -325,12 +346,6 @@ def gathered(
     if not good and not bad:
         raise ItemError(f"{path} holds no rows")
     return Items(good, bad)
-
-
-def listed(what: str, whys: Sequence[str]) -> str:
-    """A message that names the first few of many."""
-    more = [f"... and {len(whys) - SHOWN} more"] if len(whys) > SHOWN else []
-    return "\n  ".join([f"{what}:", *whys[:SHOWN], *more])
 
 
 def _hanging_together(keys: Sequence[tuple[Any, Any]]) -> list[list[int]]:

@@ -28,7 +28,6 @@ TEXTS = ("text", "answer", "against", "other_text")
 NAMES = ("id", "group")
 COLUMNS = (*NAMES, *CLIPS, *TEXTS, "options", "labels", "words", "hash")
 LABEL = "label."  # begins the name of a column that holds one label
-SHOWN = 5  # bad rows that an error names
 Row = dict[str, Any]
 Columns = Mapping[str, str | None]
 
