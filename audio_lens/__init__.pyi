@@ -35,6 +35,7 @@ from .models import TokenError as TokenError
 from .pairs import Pair as Pair
 from .pairs import minimal_pair as minimal_pair
 from .pickles import NoModelError as NoModelError
+from .results import Result as Result
 from .synthesis import Spoken as Spoken
 from .synthesis import SynthesisError as SynthesisError
 from .synthesis import can_speak as can_speak

@@ -15,11 +15,13 @@ class Labelled(Protocol):
             them.
         coords: per axis its coordinates: names or numbers, of "time" spans, of "frequency" bands.
         meta: facts in words; "metric" names what was measured.
+        controls: what was measured beside, by name, with some of the axes.
     """
 
     quantities: ClassVar[Mapping[str, str]]
     coords: dict[str, list]
     meta: dict[str, str]
+    controls: Mapping[str, Any]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -36,5 +38,8 @@ class Labelled(Protocol):
         ...
 
     def cells(self) -> Sequence[Any]:
-        """Every cell in the order of the axes, with its ``place`` in words and the quantities."""
+        """Every cell in the order of the axes, with its ``place`` in words and the quantities.
+
+        Where the bounds of the first quantity are known, they are ``low`` and ``high``.
+        """
         ...

@@ -3,11 +3,14 @@
 from audio_lens.items import read, statistics
 from audio_lens.items.batches import Batch
 from audio_lens.items.controls import ControlError
+from audio_lens.items.findings import found
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items
+from audio_lens.items.methods import METHODS, Method, MethodError, method, rerun
 from audio_lens.items.pairs import Dropped, ItemPair, PairBatch, Pairs
 
 __all__ = [
+    "METHODS",
     "Batch",
     "ControlError",
     "Dropped",
@@ -15,8 +18,13 @@ __all__ = [
     "ItemError",
     "ItemPair",
     "Items",
+    "Method",
+    "MethodError",
     "PairBatch",
     "Pairs",
+    "found",
+    "method",
     "read",
+    "rerun",
     "statistics",
 ]

@@ -167,7 +167,7 @@ def test_batches_hold_every_item_once_and_pad_nothing(embedded: HookedAudioTrans
             for place, row in enumerate(batch.rows):
                 alone = embedded(items[[row]].prepare(embedded))
                 torch.testing.assert_close(together[place : place + 1], alone)
-    with pytest.raises(ValueError, match="1 item or more"):
+    with pytest.raises(ValueError, match="1 or more"):
         next(items.batches(embedded, size=0))
 
 
