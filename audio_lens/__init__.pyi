@@ -2,10 +2,12 @@
 
 from . import analysis as analysis
 from . import corruptions as corruptions
+from . import edits as edits
 from . import items as items
 from . import metrics as metrics
 from . import models as models
 from . import patching as patching
+from . import places as places
 from . import profile as profile
 from . import recipes as recipes
 from . import report as report
@@ -15,6 +17,8 @@ from .alignment import align as align
 from .alignment import read_textgrid as read_textgrid
 from .audio import AudioError as AudioError
 from .cache import AudioCache as AudioCache
+from .edits import Edit as Edit
+from .edits import intervene as intervene
 from .errors import AudioLensError as AudioLensError
 from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
@@ -35,6 +39,8 @@ from .models import TokenError as TokenError
 from .pairs import Pair as Pair
 from .pairs import minimal_pair as minimal_pair
 from .pickles import NoModelError as NoModelError
+from .places import Words as Words
+from .places import locate as locate
 from .results import Result as Result
 from .synthesis import Spoken as Spoken
 from .synthesis import SynthesisError as SynthesisError

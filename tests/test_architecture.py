@@ -16,9 +16,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    "errors",
+    *("combining", "errors"),
 )
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
+INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edited, and where
 
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
@@ -27,12 +28,19 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
-    "analysis": ("items", "patching", "metrics", "models", "results", *HEARD),
-    "items": (
-        *("patching", "pairs", "alignment", "provenance", "metrics", "models", "results"),
-        *("corruptions", *HEARD),
+    "analysis": (
+        *("items", "patching", *INTERVENING, "metrics", "models", "results"),
+        *HEARD,
     ),
-    "patching": ("provenance", "metrics", "models", "results", *HEARD),
+    "items": (
+        *("patching", *INTERVENING, "pairs", "alignment", "provenance", "metrics", "models"),
+        *("results", "corruptions", *HEARD),
+    ),
+    "patching": ("provenance", *INTERVENING, "metrics", "models", "results", *HEARD),
+    "edits": ("places", "shapes", "sites", "models", *HEARD),
+    "places": ("sites", "models", *HEARD),
+    "shapes": ("sites", "models", *HEARD),
+    "sites": ("models", *HEARD),
     "recipes": ("models", *HEARD),
     "provenance": ("metrics", "models", *HEARD),
     "pairs": ("models", "corruptions", *HEARD),
@@ -49,7 +57,8 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "files": ("errors",),
     "pickles": ("errors",),
     "audio": ("errors",),
-    "timeline": ("errors",),
+    "timeline": ("combining", "errors"),
+    "combining": (),
     "espeak": ("errors",),
     "progress": ("errors",),
     "errors": (),

@@ -16,9 +16,9 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from audio_lens.patching.sites import Site, SiteError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
 from audio_lens.results import in_words
+from audio_lens.sites import Site, SiteError, unit_count
 from audio_lens.timeline import Band, Seconds, Span, Timeline, Track
 
 if TYPE_CHECKING:
@@ -207,14 +207,6 @@ def chosen_layers(
     if not chosen or not is_known or len(set(chosen)) < len(chosen):
         raise ValueError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
     return chosen
-
-
-def unit_count(model: HookedAudioTransformer, site: Site) -> int:
-    cfg = model.cfg.parts[site.part]
-    if site.unit == "neuron":
-        return cfg.d_mlp
-    is_key_value = site.last in ("k", "v", "rot_k")
-    return cfg.n_key_value_heads if is_key_value else cfg.n_heads
 
 
 def cells_of(

@@ -12,8 +12,8 @@ from transformer_lens import ActivationCache
 from audio_lens import metrics
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.checks import check_pair, check_reaches
-from audio_lens.patching.sites import Site
 from audio_lens.provenance import recorded
+from audio_lens.sites import Site
 from audio_lens.timeline import Band, Span, Timeline
 
 if TYPE_CHECKING:

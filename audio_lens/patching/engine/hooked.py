@@ -24,8 +24,8 @@ from audio_lens.patching.engine.trace import (
     crosses_of,
     encoder_context,
 )
-from audio_lens.patching.shapes import check_shape
-from audio_lens.patching.sites import Site, in_blocks
+from audio_lens.shapes import check_shape
+from audio_lens.sites import Site, in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -125,7 +125,7 @@ class SuffixRoute(FromBase):
         trace, n = self.base.trace("decoder"), len(cells)
         start = self._start(cells)
         past = self._earlier(first, start, n)
-        inputs = _from_position(self.base.inputs, start).repeat(n)
+        inputs = from_position(self.base.inputs, start).repeat(n)
         resid = repeat(trace.residuals[first][:, start:], "b ... -> (n b) ...", n=n)
         encoded = self.base.encoded
         if encoded is not None:
@@ -172,7 +172,7 @@ class SuffixRoute(FromBase):
         return any(site.positions_of != site.part for site in self.table.sites)
 
 
-def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
+def from_position(inputs: AudioInputs, start: int) -> AudioInputs:
     """The inputs of the positions from ``start`` on, as one gives them beside a filled cache."""
     by_position = ("position_ids", "further_tokens", "audio_mask")
     given = {name: getattr(inputs, name) for name in by_position}
