@@ -26,11 +26,14 @@ from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint
 from .inputs import AudioInputs as AudioInputs
 from .inputs import InputError as InputError
+from .items import Activations as Activations
+from .items import ActivationsError as ActivationsError
 from .items import ControlError as ControlError
 from .items import Item as Item
 from .items import ItemError as ItemError
 from .items import Items as Items
 from .items import Pairs as Pairs
+from .items import collect as collect
 from .items import read as read
 from .items import statistics as statistics
 from .models import HookedAudioTransformer as HookedAudioTransformer

@@ -1,5 +1,6 @@
 """Labelled values that are no sweep: free axes, selection, averages, files and figures."""
 
+import json
 import math
 import pickle
 
@@ -161,6 +162,19 @@ def test_findings_are_saved_whole(tmp_path):
     data = result.to_xarray()
     assert data["control.random_keys"].sel(layer=2) == 0 and data["low"].sel(layer=0) == 0.5
     assert finding(controls={}).to_xarray().attrs.keys() >= {"n_kept", "dropped"}
+
+
+def test_findings_are_told_in_json():
+    told = json.loads(json.dumps(finding(meta={"model": "toy", "seed": "0"}).to_dict()))
+    assert told["axes"] == ["layer"] and told["coords"] == {"layer": [0, 2, 4]}
+    assert told["values"] == [1.0, 2.0, 5.0]
+    assert told["interval"] == [[0.5, 1.0, None], [1.5, 3.0, None]]
+    assert told["controls"]["random_keys"]["values"][2] is None
+    assert told["controls"]["destroyed"]["values"] == 0.5
+    assert (told["n_kept"], told["n_dropped"], told["model"], told["seed"]) == (2, 4, "toy", "0")
+    spans = windowed().to_dict()["coords"]["time"]
+    assert spans[1] == {"start_s": 0.1, "end_s": 0.25, "label": "seven"}
+    assert shares().to_dict()["values"][0] == [3.0, 4.0, 5.0]
 
 
 def test_controls_of_another_shape_are_refused():

@@ -1,7 +1,9 @@
 """Items of a study, in tables and in batches; their activations; what many of them say."""
 
 from audio_lens.items import read, statistics
+from audio_lens.items.activations import Activations, ActivationsError
 from audio_lens.items.batches import Batch
+from audio_lens.items.collect import collect
 from audio_lens.items.controls import ControlError
 from audio_lens.items.findings import found
 from audio_lens.items.item import Item, ItemError
@@ -11,6 +13,8 @@ from audio_lens.items.pairs import Dropped, ItemPair, PairBatch, Pairs
 
 __all__ = [
     "METHODS",
+    "Activations",
+    "ActivationsError",
     "Batch",
     "ControlError",
     "Dropped",
@@ -22,6 +26,7 @@ __all__ = [
     "MethodError",
     "PairBatch",
     "Pairs",
+    "collect",
     "found",
     "method",
     "read",

@@ -28,6 +28,8 @@ from audio_lens.results.labels import (
     netcdf,
     time_coords,
 )
+from audio_lens.results.plain import coordinate, plain
+from audio_lens.results.stored import attributes, controls_in, counts_in, name_of
 from audio_lens.timeline import Span, describe_span
 
 if TYPE_CHECKING:
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from audio_lens.audio import AudioSource
-
-_TOLD = ("meta", "report", "recipe")
-CONTROL = "control."  # begins the names of variables in files that belong to a control
 
 
 @dataclass
@@ -285,12 +284,7 @@ class Result:
             coords |= time_coords(self.coords["time"])
         if "frequency" in self.dims:
             coords |= frequency_coords(self.coords["frequency"])
-        attrs = {name: json.dumps(getattr(self, name)) for name in _TOLD}
-        if self.controls:
-            told = {name: c._told() for name, c in self.controls.items()}
-            attrs["controls"] = json.dumps(told)
-        attrs |= {name: json.dumps(held) for name, held in self._counts().items()}
-        return xr.Dataset(self._variables(), coords, attrs)
+        return xr.Dataset(self._variables(), coords, attributes(self))
 
     def _variables(self) -> dict[str, tuple[tuple[str, ...], Any]]:
         """The arrays of `Result` itself and of its controls, by the names that files have."""
@@ -299,17 +293,26 @@ class Result:
             for name, dims in Result._arrays(self).items()
         }
         for control, result in self.controls.items():
-            for name, held in result._variables().items():
-                own[f"{CONTROL}{control}{'' if name == 'value' else f'.{name}'}"] = held
+            own |= {name_of(control, name): held for name, held in result._variables().items()}
         return own
 
-    def _told(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _TOLD} | self._counts()
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings for JSON: what the stimuli give together, as nested lists.
 
-    def _counts(self) -> dict[str, Any]:
-        """How many items there were, where that is known."""
-        kept = {} if self.n_kept is None else {"n_kept": self.n_kept}
-        return kept | ({"dropped": self.dropped} if self.dropped else {})
+        ``axes`` name the lists from the outside in, ``coords`` what stands along them; ``interval``
+        is both bounds, None where there are none, as NaN is. Controls are told likewise.
+        """
+        together = self.mean()
+        told: dict[str, Any] = {
+            "axes": list(together.dims),
+            "coords": {dim: [coordinate(at) for at in self.coords[dim]] for dim in together.dims},
+            **plain(together.values, together.low, together.high),
+        }
+        if self.controls:
+            told["controls"] = {name: one.to_dict() for name, one in self.controls.items()}
+        if self.n_kept is not None:
+            told |= {"n_kept": self.n_kept, "n_dropped": self.n_dropped, "dropped": self.dropped}
+        return told | {name: self.meta[name] for name in ("model", "seed") if name in self.meta}
 
     def save(self, path: str | Path) -> Path:
         """Write the result as netCDF; `load` reads the same back (bfloat16 as float32).
@@ -351,7 +354,6 @@ class Result:
         """The fields of a result that `to_xarray` wrote; a KeyError tells what is missing."""
         dims = tuple(str(dim) for dim in data["value"].dims)
         told = {name: json.loads(data.attrs[name]) for name in ("report", "meta")}
-        counts = {n: json.loads(data.attrs[n]) for n in ("n_kept", "dropped") if n in data.attrs}
         together = {n: data[n].values for n in ("estimate", "low", "high") if n in data}
         return {
             "values": torch.tensor(data["value"].values),
@@ -359,8 +361,8 @@ class Result:
             "coords": {dim: coords_of(data, dim) for dim in dims},
             "recipe": json.loads(data.attrs.get("recipe", "{}")),
             **{name: torch.tensor(held) for name, held in together.items()},
-            "controls": _controls_of(data),
-            **counts,
+            "controls": {n: Result(**Result._fields(x)) for n, x in controls_in(data).items()},
+            **counts_in(data),
             **told,
         }
 
@@ -429,19 +431,3 @@ class Result:
         windows = self.coords.get("time", [])
         clip = clips.clip_above(windows, audio, words, phones, sampling_rate)
         return paper.map_figure(self.of_metric(metric), path, quantity, clip, width_in)
-
-
-def _controls_of(data: xr.Dataset) -> dict[str, Result]:
-    """The controls of a Dataset that `Result.to_xarray` wrote."""
-    found: dict[str, Result] = {}
-    for control, told in json.loads(data.attrs.get("controls", "{}")).items():
-        names = {
-            f"{CONTROL}{control}{'' if name == 'value' else f'.{name}'}": name
-            for name in ("value", "estimate", "low", "high")
-        }
-        own = data[[name for name in names if name in data]].rename(
-            {name: ours for name, ours in names.items() if name in data}
-        )
-        own.attrs = {name: json.dumps(held) for name, held in told.items()}
-        found[control] = Result(**Result._fields(own))
-    return found
