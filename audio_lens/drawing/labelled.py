@@ -15,13 +15,16 @@ class Labelled(Protocol):
             them.
         coords: per axis its coordinates: names or numbers, of "time" spans, of "frequency" bands.
         meta: facts in words; "metric" names what was measured.
-        controls: what was measured beside, by name, with some of the axes.
     """
 
     quantities: ClassVar[Mapping[str, str]]
     coords: dict[str, list]
     meta: dict[str, str]
-    controls: Mapping[str, Any]
+
+    @property
+    def controls(self) -> Mapping[str, Any]:
+        """What was measured beside, by name, with some of the axes."""
+        ...
 
     @property
     def axes(self) -> tuple[str, ...]:

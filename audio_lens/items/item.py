@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 
 from audio_lens.audio import AudioError, check, load
+from audio_lens.corruptions import Corruption
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 from audio_lens.timeline import Span
@@ -174,8 +175,28 @@ class Item:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True, eq=False)
+class Spoiled:
+    """A clip that a corruption changes whenever it is heard, so that its samples are never kept."""
+
+    clip: Any = field(repr=False)
+    corruption: Corruption
+
+    def __call__(self) -> dict[str, Any]:
+        """The changed samples with their rate.
+
+        Raises:
+            AudioError: a clip that cannot be read, or that the corruption cannot change.
+        """
+        samples, rate = heard(self.clip)
+        changed, _ = self.corruption(samples, rate)
+        return {"array": changed, "sampling_rate": rate}
+
+
 def rated(audio: Any, sampling_rate: int | None) -> Any:
     """A clip with its rate beside it, where samples have none of their own."""
+    if isinstance(audio, Spoiled):
+        return audio()
     if isinstance(audio, list):
         audio = np.asarray(audio)
     if isinstance(audio, (np.ndarray, torch.Tensor)):

@@ -21,7 +21,7 @@ from audio_lens.metrics import Metric
 from audio_lens.models import HookedAudioTransformer, TokenError
 
 log = logging.getLogger(__name__)
-Rows = int | slice | Sequence[int] | Sequence[bool] | np.ndarray
+Rows = int | np.integer | slice | Sequence[int] | Sequence[bool] | np.ndarray
 
 
 class Items(Sequence[Item]):
@@ -50,7 +50,7 @@ class Items(Sequence[Item]):
         return len(self._items)
 
     @overload
-    def __getitem__(self, rows: int) -> Item: ...
+    def __getitem__(self, rows: int | np.integer) -> Item: ...
 
     @overload
     def __getitem__(self, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray) -> Items: ...

@@ -182,8 +182,8 @@ def _row(item: Item) -> dict[str, Any]:
 def _recalled(rows: Any) -> Items | Pairs:
     if isinstance(rows, Mapping):
         dropped = Dropped({reason: tuple(names) for reason, names in rows["dropped"].items()})
-        sides = [cast(Items, _recalled(rows[side])) for side in ("clean", "corrupted")]
-        return Pairs(*sides, dropped)
+        clean, corrupted = (cast(Items, _recalled(rows[x])) for x in ("clean", "corrupted"))
+        return Pairs(clean, corrupted, dropped)
     lacking = [row["id"] for row in rows if None in (row["audio"], row.get("other_audio", ""))]
     if lacking:
         raise MethodError(

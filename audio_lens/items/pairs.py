@@ -15,7 +15,7 @@ from audio_lens import metrics
 from audio_lens.corruptions import Corruption, TextSwap
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.items.batches import by_layout, layout_of, prepared
-from audio_lens.items.item import Item, ItemError, heard, listed
+from audio_lens.items.item import Item, ItemError, Spoiled, listed
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.pairs import Pair
 
@@ -123,14 +123,12 @@ class Pairs(Sequence[ItemPair], Generic[Many]):
         return len(self.clean)
 
     @overload
-    def __getitem__(self, rows: int) -> ItemPair: ...
+    def __getitem__(self, rows: int | np.integer) -> ItemPair: ...
 
     @overload
-    def __getitem__(
-        self, rows: slice | Sequence[int] | Sequence[bool] | np.ndarray
-    ) -> Pairs[Many]: ...
+    def __getitem__(self, rows: Several) -> Pairs[Many]: ...
 
-    def __getitem__(self, rows: int | Several) -> ItemPair | Pairs[Many]:
+    def __getitem__(self, rows: int | np.integer | Several) -> ItemPair | Pairs[Many]:
         """One pair, or several as `Pairs`, as `Items` are chosen."""
         if isinstance(rows, (int, np.integer)):
             return ItemPair(self.clean[int(rows)], self.corrupted[int(rows)])
@@ -304,6 +302,6 @@ def _made(item: Item, how: How) -> Item:
         return item.replaced(text=change(item.text))
     if not isinstance(change, Corruption):
         raise ItemError(f"it got no corruption, but {change!r}")
-    samples, rate = heard(item.clip)
-    changed, _ = change(samples, rate)
-    return item.replaced(audio=changed, sampling_rate=rate, other_audio=None)
+    spoiled = Spoiled(item.clip, change)
+    spoiled()  # raises now what it would raise later
+    return item.replaced(audio=spoiled, other_audio=None)

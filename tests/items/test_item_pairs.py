@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from speech import spoken_items
 
 from audio_lens import HookedAudioTransformer, Item, ItemError, Items, corruptions, patching
 from audio_lens.audio import read
+from audio_lens.items.item import Spoiled
 from audio_lens.models.embedded import clip_pairs, default_pair
 
 SHIPPED = default_pair()
@@ -41,13 +41,17 @@ def test_counterparts_that_are_made(items: Items) -> None:
     two = SHIPPED.swapped
     pairs = items[:1].pairs(corruptions.Silence(span=two))
     changed = pairs.corrupted[0]
-    assert changed.audio[round(two.centre_s * 16_000)] == 0 and changed.sampling_rate == 16_000
+    assert changed.clip["array"][round(two.centre_s * 16_000)] == 0
+    assert isinstance(changed.audio, Spoiled) and changed.duration_s == items[0].duration_s
+    assert changed.digest() != items[0].digest()
     swapped = items[:1].pairs(corruptions.TextSwap("second", "first"))
     assert swapped.corrupted[0].text == "Which digit is first?"
     each = items.pairs(lambda item: corruptions.Noise(5, seed=int(item.id)))
-    assert len({np.asarray(item.audio).tobytes() for item in each.corrupted}) == 4
+    assert len({item.clip["array"].tobytes() for item in each.corrupted}) == 4
     with pytest.raises(ItemError, match=r"3 of 4 items .*\n  item '0': 'last' occurs 0 times"):
         items.pairs(corruptions.TextSwap("last", "first"))
+    with pytest.raises(ItemError, match=r"item '3': 9 to 10 s holds no sample of the clip"):
+        items[3:].pairs(corruptions.Silence(span=(9, 10)))
     with pytest.raises(ItemError, match="got no corruption, but 3"):
         items.pairs(lambda item: 3)
 
