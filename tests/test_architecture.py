@@ -42,7 +42,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "shapes": ("sites", "models", *HEARD),
     "sites": ("models", *HEARD),
     "recipes": ("models", *HEARD),
-    "provenance": ("metrics", "models", *HEARD),
+    "provenance": (*INTERVENING, "metrics", "models", *HEARD),
     "pairs": ("models", "corruptions", *HEARD),
     "alignment": ("models", *HEARD),
     "metrics": ("models", *HEARD),

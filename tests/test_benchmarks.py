@@ -13,7 +13,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import collecting, speaking
+from benchmarks import collecting, edits, speaking
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
@@ -194,3 +194,11 @@ def test_collecting_is_measured_beside_forwards(tmp_path: Path) -> None:
     assert [item.id for item in collecting.clips(5)] == ["0", "1", "2", "3", "4"]
     forwards, kept = (collecting.measured(mode, 5, 4, None) for mode in ("forwards", "collect"))
     assert 0 < kept["cpu_s"] < 20 * forwards["cpu_s"] and kept["risen_mb"] >= 0
+
+
+def test_curves_of_edits_agree(embedded):
+    inputs = edits.made(embedded, 2)
+    whole, *others = (way(embedded, inputs) for way in edits.WAYS.values())
+    assert whole.abs().max() > 1e-3
+    for curve in others:
+        torch.testing.assert_close(curve, whole, atol=1e-3, rtol=1e-3)

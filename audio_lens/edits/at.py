@@ -77,9 +77,17 @@ class At:
                     '(when="prefill"), or give one value for all positions'
                 )
             value = value.narrow(dim, start, x.shape[dim])
+        if self._is_cut(value, x, dim):
+            value = value.narrow(dim, 0, x.shape[dim])
         if value.ndim != x.ndim or not _fits(value.shape, x.shape):
             raise self._misfit(value, x)
         return value
+
+    def _is_cut(self, value: Tensor, x: Tensor, dim: int) -> bool:
+        """Whether the activation is of an encoder without the padding that nothing reads."""
+        if value.ndim != x.ndim or self.step is None or self.site.part != "encoder":
+            return False
+        return x.shape[dim] < value.shape[dim] == self.model.encoder_length(self.step.prompts)
 
     def _misfit(self, value: Tensor, x: Tensor) -> InputError:
         return InputError(
@@ -100,6 +108,20 @@ class At:
     # ---------------------------------------------------------------- positions
 
     @property
+    def need_step(self) -> Step:
+        """The call that runs.
+
+        Raises:
+            InputError: outside of the model's own calls.
+        """
+        if self.step is None:
+            raise InputError(
+                f"{self.name} runs outside of the model's own calls, where places have no names: "
+                'edit it there with where="all", or inside model(...) or generate'
+            )
+        return self.step
+
+    @property
     def start(self) -> int:
         """How many of the site's positions lie before those of the activation."""
         grows = self.site.positions_of == self.model.output_part and self.model.cfg.decoder
@@ -113,8 +135,10 @@ class At:
         """
         is_cross = self.site.sublayer == "cross_attn"
         part = "encoder" if is_cross else self.site.positions_of
-        written = 0 if is_cross else None
+        written = None if part == self.model.output_part and self.model.cfg.decoder else 0
         mask = located(self, part, where, x.shape[-1], written)
+        if part == "encoder" and x.shape[-1] == self.model.encoder_reach(self.need_step.prompts):
+            mask = mask[:, : x.shape[-1]]  # the padding that nothing reads may be left out
         if mask.shape[1] != x.shape[-1] or len(mask) not in (1, len(x)):
             raise InputError(
                 f"{self.name} has {len(x)} rows of {x.shape[-1]} keys in this call, and places lie "
@@ -131,18 +155,14 @@ def located(
     Raises:
         InputError: where nothing says which prompts run, or positions do not fit them.
     """
-    if at.step is None:
-        raise InputError(
-            f"{at.name} runs outside of the model's own calls, where places have no names: edit it "
-            'there with where="all", or inside model(...) or generate'
-        )
-    grounds = at.step.grounds
+    step = at.need_step
+    grounds = step.grounds
     if part not in grounds:
-        grounds[part] = Ground.of(at.model, at.step.prompts, part)
+        grounds[part] = Ground.of(at.model, step.prompts, part)
     ground = grounds[part]
     more = width - ground.n_positions if written is None else written
     if more:
-        if more < 0 or at.step.is_prefill:
+        if more < 0 or step.is_prefill:
             raise InputError(
                 f"{at.name} has {width} positions where the {part} of these prompts has "
                 f"{ground.n_positions}: places cannot be found among them"

@@ -172,7 +172,7 @@ class Laid:
         step = self.model.step
         if not self._is_now(step):
             return None
-        at = At(self.model, self.site, name, step, self._held(step))
+        at = At(self.model, self.site, name, step, self.held(step))
         chosen = self._chosen(x, at)
         if chosen is not None and not chosen.any():
             return None
@@ -218,7 +218,8 @@ class Laid:
 
     # ---------------------------------------------------------------- sources that are run
 
-    def _held(self, step: Step | None) -> dict[int, Any]:
+    def held(self, step: Step | None) -> dict[int, Any]:
+        """Activations of sources that had to be run, by the source's ``id``."""
         means = [one for one in self.edit.do.sources if isinstance(one, str) and one == MEAN]
         if not means:
             if self._source is not None and step is not None and step.prompts.copies == 1:

@@ -22,11 +22,11 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.places import Named, Words
 from audio_lens.timeline import Span
 
-_KINDS = (
+_CLASSES = (
     *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
     *(Words, Named, Either, Without, Outside, Span, Edit),
 )
-_BY_NAME = {kind.__name__: kind for kind in _KINDS}
+KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
 _NOT_WRITTEN = ("audio", "text", "remake", "copies")  # of inputs: no edit reads them
 
 
@@ -100,8 +100,10 @@ def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_written(one, tensors, whose) for one in value]
         return items if isinstance(value, list) else {"tuple": items}
-    if type(value) in _KINDS or isinstance(value, AudioInputs):
-        own = [f.name for f in fields(value) if f.name not in _NOT_WRITTEN or type(value) in _KINDS]
+    if type(value) in _CLASSES or isinstance(value, AudioInputs):
+        own = [
+            f.name for f in fields(value) if f.name not in _NOT_WRITTEN or type(value) in _CLASSES
+        ]
         held = {name: _written(getattr(value, name), tensors, whose) for name in own}
         return {"kind": type(value).__name__, **held}
     if isinstance(value, Mapping) or hasattr(value, "keys"):
@@ -131,9 +133,9 @@ def _read(written: Any, tensors: Mapping[str, Tensor]) -> Any:
     kind, held = written.get("kind"), {k: v for k, v in written.items() if k != "kind"}
     if kind == AudioInputs.__name__:
         return AudioInputs(**{name: _read(one, tensors) for name, one in held.items()})
-    if kind not in _BY_NAME:
-        raise InputError(f"no edit or place is called {kind!r}: known are {', '.join(_BY_NAME)}")
+    if kind not in KINDS:
+        raise InputError(f"no edit or place is called {kind!r}: known are {', '.join(KINDS)}")
     try:
-        return _BY_NAME[kind](**{name: _read(one, tensors) for name, one in held.items()})
+        return KINDS[kind](**{name: _read(one, tensors) for name, one in held.items()})
     except TypeError as error:
         raise InputError(f"{kind} cannot be read: {error}") from error

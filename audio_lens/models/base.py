@@ -254,7 +254,7 @@ class HookedAudioTransformer(
         self.check_features(inputs.features)
         inputs = moved(inputs, self.device_of("encoder"))
         resid = self.enter_encoder(inputs) if resid is None else resid
-        until = self.cfg.encoder.n_layers if stop is None else stop
+        until = self.cfg.need_encoder.n_layers if stop is None else stop
         resid = self.encoder.run_blocks(resid, self.encoder_context(inputs), start, until)
         return self.send_rows(resid, inputs).to(self.device) if stop is None else resid
 

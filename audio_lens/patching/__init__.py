@@ -1,5 +1,6 @@
 """Activation patching with time in seconds."""
 
+from audio_lens.patching.ablate import ablate
 from audio_lens.patching.attribution.attribute import Attribution, attribute
 from audio_lens.patching.attribution.confirm import Confirmation
 from audio_lens.patching.clip_pair import ChangedFileError, ClipPair
@@ -50,6 +51,7 @@ __all__ = [
     "Span",
     "SweepResult",
     "VerificationError",
+    "ablate",
     "attribute",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",

@@ -15,7 +15,7 @@ from torch import Tensor
 from audio_lens import metrics
 from audio_lens.edits.edit import Edit, Laid, in_force
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.layers import KVCache
+from audio_lens.models.layers import KVCache, needed
 from audio_lens.patching.engine.hooked import from_position
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import Trace, blocks_of, crosses_of, heard, is_known, stack_of
@@ -102,7 +102,8 @@ class Unedited:
         """The residual stream leaving the encoder's last block."""
         if "encoder" in vars(self):
             return self.encoder[-1]
-        return self.model.encode(self.inputs, stop=self.model.cfg.need_encoder.n_layers)
+        end = self.model.encode(self.inputs, stop=self.model.cfg.need_encoder.n_layers)
+        return needed(end, "an edit in front of the decoder needs an encoder")
 
     @cached_property
     def encoded(self) -> Tensor | None:
@@ -216,15 +217,19 @@ class Edited:
 
     @property
     def logits(self) -> Float[Tensor, "b *t v"]:
-        if self.whole is not None or self.hidden is None:
-            return self.whole
+        if self.hidden is None:
+            return self._all
         later = _output(self.base.model, self.hidden, from_position(self.base.inputs, self.start))
         return torch.cat([self.base.logits[:, : self.start], later], dim=1)
 
+    @property
+    def _all(self) -> Float[Tensor, "b *t v"]:
+        return needed(self.whole, "neither logits nor hidden states of an edited run")
+
     def read(self, readout: Readout) -> Float[Tensor, "b r c"]:
         """What metrics read of it."""
-        if self.whole is not None or self.hidden is None:
-            return readout.of_logits(self.whole)
+        if self.hidden is None:
+            return readout.of_logits(self._all)
         rows = self.base.read(readout).clone()
         index, position = readout.demanded.nonzero(as_tuple=True)
         seen = position >= self.start

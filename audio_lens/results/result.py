@@ -46,8 +46,6 @@ class Result:
     """Values of named dimensions, with what they were made from.
 
     Attributes:
-        quantities: what every cell has that can be drawn, with names for people; the first is
-            what cells are ranked by.
         values: ``[metric?, stimulus?, *axes]`` as ``dims`` says; NaN marks what was not measured.
         dims: name of every dimension of ``values``: first "metric" where there are several, then
             "stimulus" where there are several, then the axes.
@@ -68,7 +66,6 @@ class Result:
         ValueError: if dims, coords and the shapes do not fit together.
     """
 
-    quantities: ClassVar[Mapping[str, str]] = {"value": "metric"}
     kind: ClassVar[str] = "result"
 
     values: Float[Tensor, "..."]
@@ -118,6 +115,11 @@ class Result:
         together = tuple(dim for dim in self.dims if dim != "stimulus")
         optional = (name for name in ("estimate", "low", "high") if getattr(self, name) is not None)
         return {"values": self.dims, **dict.fromkeys(optional, together)}
+
+    @property
+    def quantities(self) -> Mapping[str, str]:
+        """What every cell has that can be drawn, with names for people; the first ranks cells."""
+        return {"value": "metric"}
 
     @property
     def axes(self) -> tuple[str, ...]:
