@@ -3,6 +3,7 @@
 from . import analysis as analysis
 from . import corruptions as corruptions
 from . import edits as edits
+from . import items as items
 from . import metrics as metrics
 from . import models as models
 from . import patching as patching
@@ -25,6 +26,16 @@ from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint
 from .inputs import AudioInputs as AudioInputs
 from .inputs import InputError as InputError
+from .items import Activations as Activations
+from .items import ActivationsError as ActivationsError
+from .items import ControlError as ControlError
+from .items import Item as Item
+from .items import ItemError as ItemError
+from .items import Items as Items
+from .items import Pairs as Pairs
+from .items import collect as collect
+from .items import read as read
+from .items import statistics as statistics
 from .models import HookedAudioTransformer as HookedAudioTransformer
 from .models import LoadingError as LoadingError
 from .models import TokenError as TokenError
@@ -33,6 +44,7 @@ from .pairs import minimal_pair as minimal_pair
 from .pickles import NoModelError as NoModelError
 from .places import Words as Words
 from .places import locate as locate
+from .results import Result as Result
 from .synthesis import Spoken as Spoken
 from .synthesis import SynthesisError as SynthesisError
 from .synthesis import can_speak as can_speak

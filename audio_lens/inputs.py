@@ -15,6 +15,10 @@ from torch import Tensor
 from audio_lens.errors import AudioLensError
 from audio_lens.pickles import all_alone
 
+_ROWS = (  # what `AudioInputs` hold row by row, clip by clip or segment by segment
+    *("features", "tokens", "attention_mask", "feature_mask", "position_ids"),
+    *("further_tokens", "audio_mask", "labels", "audio", "text"),
+)
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
 
 
@@ -173,6 +177,39 @@ class AudioInputs:
         if chosen.size == 0:
             raise InputError(f"{rows} selects none of the {len(self)} prompts")
         return self._select(np.atleast_1d(chosen).tolist())
+
+    @staticmethod
+    def joined(batches: Sequence[AudioInputs]) -> AudioInputs:
+        """Batches of equal layout as one, row after row.
+
+        Raises:
+            InputError: none, or batches that would have to be padded.
+        """
+        if not batches:
+            raise InputError("no inputs to join")
+
+        def rows(name: str, parts: list[Any]) -> Any:
+            if all(part is None for part in parts):
+                return None
+            if any(part is None for part in parts):
+                raise InputError(f"inputs with and without {name} cannot be joined")
+            if not isinstance(parts[0], torch.Tensor):
+                return [row for part in parts for row in part]
+            if len({part.shape[1:] for part in parts}) > 1:
+                shapes = ", ".join(str(tuple(part.shape)) for part in parts[:3])
+                raise InputError(f"{name} of {shapes} cannot be joined: they are not as long")
+            return torch.cat(parts)
+
+        per_clip = rows("segments_per_clip", [x.segments_per_clip for x in batches])
+        names = {name for x in batches for name in x.extra}
+        extra = {name: rows(name, [x.extra.get(name) for x in batches]) for name in names}
+        return replace(
+            batches[0],
+            **{name: rows(name, [getattr(x, name) for x in batches]) for name in _ROWS},
+            extra={name: held for name, held in extra.items() if held is not None},
+            clips_per_row=tuple(count for x in batches for count in x.clips_per_row),
+            segments_per_clip=None if per_clip is None else tuple(per_clip),
+        )
 
     def repeat(self, times: int) -> AudioInputs:
         """The whole batch ``times`` over, copy after copy."""

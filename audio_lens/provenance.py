@@ -34,18 +34,24 @@ def provenance(
     names: Sequence[str],
 ) -> dict[str, str]:
     """What a result was made with: model and weights, inputs, versions, seed."""
+    return of_model(model) | {
+        "metric": ", ".join(names),
+        "clean_hash": clean.digest(),
+        "corrupted_hash": corrupted.digest(),
+        "seed": str(SEED),
+    }
+
+
+def of_model(model: HookedAudioTransformer) -> dict[str, str]:
+    """The model and its weights, where and when it ran, and the versions of what ran it."""
     revision = revision_of(model.cfg.model_name)
     return {
         "model": model.cfg.model_name,
         **({} if revision is None else {"revision": revision}),
         "weights_hash": weights_hash(model),
-        "metric": ", ".join(names),
-        "clean_hash": clean.digest(),
-        "corrupted_hash": corrupted.digest(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "attn_mode": model.attn_mode,
-        "seed": str(SEED),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **versions(),
     }

@@ -23,12 +23,19 @@ INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edite
 
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
-        *("report", "recipes", "analysis", "patching", "pairs", "alignment", "metrics"),
+        *("report", "recipes", "analysis", "items", "patching", "pairs", "alignment", "metrics"),
         *("models", "results", "drawing", "synthesis", "corruptions", *HEARD),
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
-    "analysis": ("patching", *INTERVENING, "metrics", "models", "results", *HEARD),
+    "analysis": (
+        *("items", "patching", *INTERVENING, "metrics", "models", "results"),
+        *HEARD,
+    ),
+    "items": (
+        *("patching", *INTERVENING, "pairs", "alignment", "provenance", "metrics", "models"),
+        *("results", "corruptions", *HEARD),
+    ),
     "patching": ("provenance", *INTERVENING, "metrics", "models", "results", *HEARD),
     "edits": ("places", "shapes", "sites", "models", *HEARD),
     "places": ("sites", "models", *HEARD),

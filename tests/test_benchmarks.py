@@ -13,7 +13,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import edits, speaking
+from benchmarks import collecting, edits, speaking
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
@@ -188,6 +188,12 @@ def test_sweeps_of_a_model_that_speaks_agree_with_the_loop(monkeypatch: pytest.M
     assert all(row.site in result.output for row in speaking.ROWS)
     monkeypatch.setattr(speaking, "RELATIVE", -1.0)
     assert CliRunner().invoke(app, ["--steps", "5", "--sample", "1"]).exit_code == 1
+
+
+def test_collecting_is_measured_beside_forwards(tmp_path: Path) -> None:
+    assert [item.id for item in collecting.clips(5)] == ["0", "1", "2", "3", "4"]
+    forwards, kept = (collecting.measured(mode, 5, 4, None) for mode in ("forwards", "collect"))
+    assert 0 < kept["cpu_s"] < 20 * forwards["cpu_s"] and kept["risen_mb"] >= 0
 
 
 def test_curves_of_edits_agree(embedded):

@@ -20,7 +20,7 @@ import pytest
 import typer
 
 import audio_lens
-from audio_lens import metrics, models, patching, report
+from audio_lens import items, metrics, models, patching, report
 from audio_lens.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -249,6 +249,6 @@ def test_reference_holds_every_public_name(site: dict[Path, Page]) -> None:
         if path.parent.name == "api"
         for anchor in page.anchors
     }
-    for module in (audio_lens, models, patching, metrics, report):
+    for module in (audio_lens, models, patching, metrics, items, report):
         missing = public_names(module) - reference
         assert not missing, (module.__name__, sorted(missing))

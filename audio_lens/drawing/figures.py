@@ -30,6 +30,7 @@ SHARES = ("effect", "recovery")  # quantities of which 1 is all there is to have
 FAINTEST, STRONGEST = 0.25, 1.5  # ends of their colour scale: no noise in full colour
 MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first
 ROW_PX, LEAST_PX, MOST_PX, BARS_PX, TITLE_PX = 26, 150, 560, 156, 40
+CONTROL_MARKS = ("diamond-open", "x-thin-open", "circle-open", "square-open", "cross-thin-open")
 TOUCHING = 1e-6  # stretches closer than this meet
 
 
@@ -135,13 +136,57 @@ def map_figure(
     panel, title = drawn.panel, {"title": result.title}
     if clip is None:
         layout = STYLE | {"margin": None, "xaxis": panel.xaxis, "yaxis": panel.yaxis}
-        return go.Figure(drawn.trace, go.Layout(layout | title))
+        beside = control_traces(result, drawn, quantity)
+        layout |= title | {"showlegend": bool(beside)}
+        return go.Figure([drawn.trace.update(showlegend=False), *beside], go.Layout(layout))
     rows = Rows([clip])
     layout = rows.layout([panel], TITLE_PX).update(title, margin_t=TITLE_PX)
     trace = drawn.trace.update(rows.axes())
     if isinstance(trace, go.Heatmap):
         trace.update(colorbar=rows.beside(layout))
-    return go.Figure([*rows.traces(0), trace], layout)
+    beside = [control.update(rows.axes()) for control in control_traces(result, drawn, quantity)]
+    layout.update(showlegend=bool(beside))
+    before = [one.update(showlegend=False) for one in (*rows.traces(0), trace)]
+    return go.Figure([*before, *beside], layout)
+
+
+def control_traces(result: Labelled, drawn: Map, quantity: str | None = None) -> list[go.Scatter]:
+    """What controls gave, as marks over bars: of one axis, or the same over all of it."""
+    if drawn.y is not None:
+        return []
+    quantity, traces = shown_quantity(result, quantity), []
+    _, places, _ = zip(*drawn.x.columns, strict=True)
+    for number, (name, control) in enumerate(result.controls.items()):
+        if not set(control.axes) <= {drawn.x.name} or quantity not in control.quantities:
+            continue
+        cells = np.array(control.cells(), dtype=object)
+        cells = (
+            cells[[i for i, _, _ in drawn.x.columns]] if control.axes else cells.repeat(len(places))
+        )
+        traces.append(
+            go.Scatter(
+                name=name,
+                x=places,
+                y=numbers(cells, quantity),
+                error_y=error_bars(cells, control, quantity),
+                mode="markers",
+                marker={"symbol": CONTROL_MARKS[number % len(CONTROL_MARKS)], "color": "#222"},
+                hovertemplate=f"{escaped(name)} %{{y:.4g}}<extra></extra>",
+                showlegend=True,
+            )
+        )
+    return traces
+
+
+def error_bars(cells: np.ndarray, result: Labelled, quantity: str) -> dict[str, Any] | None:
+    """Plotly's error bars of the first quantity; None where no bound is known."""
+    bounds = [(getattr(c, "low", None), getattr(c, "high", None)) for c in cells]
+    if quantity != next(iter(result.quantities)) or all(None in pair for pair in bounds):
+        return None
+    at = numbers(cells, quantity)
+    low, high = (np.array(side, dtype=float) for side in zip(*bounds, strict=True))
+    below, above = (np.where(np.isfinite(x), x, 0) for x in (at - low, high - at))
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
 
 
 def shown_quantity(result: Labelled, quantity: str | None) -> str:
@@ -261,6 +306,7 @@ def _bars(result: Labelled, cells: np.ndarray, x: Axis, quantity: str, shades: l
         x=places,
         width=None if x.edges is None else widths,
         y=numbers(cells, quantity),
+        error_y=error_bars(cells, result, quantity),
         customdata=[_hover(cell, names) for cell in cells],
         text=[str(rank or "") for rank in marks],
         textposition="outside",

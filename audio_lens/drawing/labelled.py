@@ -19,6 +19,11 @@ class Labelled(Protocol):
     meta: dict[str, str]
 
     @property
+    def controls(self) -> Mapping[str, Any]:
+        """What was measured beside, by name, with some of the axes."""
+        ...
+
+    @property
     def quantities(self) -> Mapping[str, str]:
         """Attributes of cells that can be drawn, with names for people; the first ranks them."""
         ...
@@ -38,5 +43,8 @@ class Labelled(Protocol):
         ...
 
     def cells(self) -> Sequence[Any]:
-        """Every cell in the order of the axes, with its ``place`` in words and the quantities."""
+        """Every cell in the order of the axes, with its ``place`` in words and the quantities.
+
+        Where the bounds of the first quantity are known, they are ``low`` and ``high``.
+        """
         ...

@@ -140,6 +140,10 @@ def _draw_bars(ax: Axes, drawn: Map, quantity: str) -> None:
         edgecolor="0.5",
         linewidth=0.5,
     )
+    bounds = drawn.trace.to_plotly_json().get("error_y") or {}
+    if "array" in bounds:
+        reach = np.array([bounds["arrayminus"], bounds["array"]], dtype=float)
+        ax.errorbar(centres, z, reach, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
     ax.axhline(0, color="0.3", linewidth=0.5)
     ax.set_ylabel(drawn.label)
     ax.margins(y=0.2)

@@ -120,6 +120,7 @@ class SweepResult(Result):
             window, in seconds, each value was measured with (and is exact for).
         recipe: what `patching.rerun` makes the map again from: the arguments, as JSON holds them,
             where hooks were attached, and the files of the clips, where it came from files.
+        beside: what else a `Result` has: intervals, controls, counts.
 
     Raises:
         ValueError: if dims, coords and the shapes do not fit together.
@@ -146,11 +147,12 @@ class SweepResult(Result):
         meta: dict[str, str] | None = None,
         widths: Float[Tensor, "..."] | None = None,
         recipe: dict[str, Any] | None = None,
+        **beside: Any,
     ) -> None:
         self.clean, self.corrupted, self.widths = clean, corrupted, widths
         self.site, self.direction = site, direction
         told = {"report": report or [], "meta": meta or {}, "recipe": recipe or {}}
-        super().__init__(values, dims, coords, **told)
+        super().__init__(values, dims, coords, **told, **beside)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -11,16 +10,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import h5netcdf
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from xarray.backends import H5NetCDFStore
 
 from audio_lens.files import write
 from audio_lens.pickles import all_alone
-from audio_lens.timeline import Band, Span, describe_span
+from audio_lens.results.labels import (
+    BATCH_DIMS,
+    STRETCHES,
+    LabelledValue,
+    array,
+    coords_of,
+    frequency_coords,
+    names,
+    netcdf,
+    time_coords,
+)
+from audio_lens.results.plain import coordinate, plain
+from audio_lens.results.stored import attributes, controls_in, counts_in, name_of
+from audio_lens.timeline import Span, describe_span
 
 if TYPE_CHECKING:
     from typing import Self
@@ -29,36 +39,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from audio_lens.audio import AudioSource
-
-BATCH_DIMS = ("metric", "stimulus")
-STRETCHES = ("time", "frequency")  # dims whose coordinates are spans or bands, not names
-
-
-@dataclass(frozen=True, repr=False)
-class LabelledValue:
-    """One value and where it stands: the coordinate on every axis."""
-
-    value: float
-    at: Mapping[str, Any]
-
-    @property
-    def place(self) -> str:
-        """Where it stands in words, e.g. ``layer 3, 0.40-0.50 s "seven"``."""
-        return in_words(self.at)
-
-    def __repr__(self) -> str:
-        return f"{self.place}: {self.value:.4g}"
-
-
-def in_words(at: Mapping[str, Any]) -> str:
-    """Coordinates by axis for people; stretches of time and spectrum speak for themselves."""
-    return ", ".join(_in_words(axis, one) for axis, one in at.items())
-
-
-def _in_words(axis: str, coordinate: Any) -> str:
-    if isinstance(coordinate, Span):
-        return describe_span(coordinate)
-    return str(coordinate) if isinstance(coordinate, Band) else f"{axis} {coordinate}"
 
 
 @dataclass
@@ -74,6 +54,13 @@ class Result:
         report: notes for people.
         meta: model, hashes of weights and inputs, versions, seed, in words.
         recipe: what the result can be made from again, as JSON holds it.
+        estimate: what all stimuli give together, shaped as ``values`` without them, where this is
+            not their mean (a ratio of means, a layer).
+        low, high: bounds of the interval of that, of the same shape.
+        controls: what must show nothing, or a known amount, by name: each a result with some of
+            the dims, and the same coordinates.
+        n_kept: of how many items the values are.
+        dropped: how many were left out, by why.
 
     Raises:
         ValueError: if dims, coords and the shapes do not fit together.
@@ -87,6 +74,12 @@ class Result:
     report: list[str] = field(default_factory=list, kw_only=True)
     meta: dict[str, str] = field(default_factory=dict, kw_only=True)
     recipe: dict[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
+    estimate: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
+    low: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
+    high: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
+    controls: dict[str, Result] = field(default_factory=dict, kw_only=True, repr=False)
+    n_kept: int | None = field(default=None, kw_only=True)
+    dropped: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check()
@@ -106,10 +99,22 @@ class Result:
             shape, expected = list(getattr(self, name).shape), [len(self.coords[d]) for d in dims]
             if shape != expected:
                 raise ValueError(f"{name} has shape {shape}, expected {expected}")
+        if (self.low is None) != (self.high is None):
+            raise ValueError("an interval has both bounds, low and high")
+        for name, control in self.controls.items():
+            self._check_control(name, control)
+
+    def _check_control(self, name: str, control: Result) -> None:
+        odd = [d for d in control.dims if d not in self.dims or control.coords[d] != self.coords[d]]
+        if odd or control.controls:
+            what = f"its {', '.join(odd)} is its own" if odd else "it has controls itself"
+            raise ValueError(f"control {name!r} does not stand beside these values: {what}")
 
     def _arrays(self) -> dict[str, tuple[str, ...]]:
         """Every array by the name of its field, and the dims that it has."""
-        return {"values": self.dims}
+        together = tuple(dim for dim in self.dims if dim != "stimulus")
+        optional = (name for name in ("estimate", "low", "high") if getattr(self, name) is not None)
+        return {"values": self.dims, **dict.fromkeys(optional, together)}
 
     @property
     def quantities(self) -> Mapping[str, str]:
@@ -134,18 +139,34 @@ class Result:
         """Numbers that values are read against, by name; of one metric, stimuli averaged."""
         return {}
 
+    @property
+    def interval(self) -> Float[Tensor, " 2 ..."] | None:
+        """Both bounds of every cell's interval; None where there is none."""
+        return None if self.low is None or self.high is None else torch.stack([self.low, self.high])
+
+    @property
+    def n_dropped(self) -> int:
+        """How many items were left out."""
+        return sum(self.dropped.values())
+
     # ---------------------------------------------------------------- parts
 
     def mean(self) -> Self:
-        """Mean over the stimuli; what any stimulus lacks is NaN."""
+        """What the stimuli give together: the estimate, else their mean.
+
+        Of a mean, what any stimulus lacks is NaN.
+        """
         if "stimulus" not in self.dims:
             return self
+        together = {name: control.mean() for name, control in self.controls.items()}
         means = {
             name: getattr(self, name).mean(dims.index("stimulus"))
             for name, dims in self._arrays().items()
             if "stimulus" in dims
         }
-        return replace(self, **self._without("stimulus"), **means)
+        if self.estimate is not None:
+            means |= {"values": self.estimate, "estimate": None}
+        return replace(self, **self._without("stimulus"), **means, controls=together)
 
     def select(self, **wanted: Any) -> Self:
         """The part of the result at given coordinates: ``select(layer=3, time="seven")``.
@@ -169,11 +190,17 @@ class Result:
         many = isinstance(wanted, list)
         places = [self._place(dim, one) for one in (wanted if many else [wanted])]
         at = places if many else places[0]
-        parts = {
+        parts: dict[str, Any] = {
             name: getattr(self, name)[(*[slice(None)] * dims.index(dim), at)]
             for name, dims in self._arrays().items()
             if dim in dims
         }
+        parts["controls"] = {
+            name: control._select(dim, wanted) if dim in control.dims else control
+            for name, control in self.controls.items()
+        }
+        if dim == "stimulus":  # what all gave together is not what these give
+            parts |= dict.fromkeys(("estimate", "low", "high"))
         if not many:
             return replace(self, **self._without(dim), **parts)
         chosen = [self.coords[dim][place] for place in places]
@@ -187,11 +214,11 @@ class Result:
         }
 
     def _place(self, dim: str, wanted: Any) -> int:
-        names = self.coords[dim]
-        places = [i for i, name in enumerate(names) if _names(name, wanted)]
+        there = self.coords[dim]
+        places = [i for i, name in enumerate(there) if names(name, wanted)]
         if len(places) == 1:
             return places[0]
-        listed = ", ".join(describe_span(name) if dim == "time" else str(name) for name in names)
+        listed = ", ".join(describe_span(name) if dim == "time" else str(name) for name in there)
         if not places:
             raise ValueError(f"no {dim} {wanted!r}; there is {listed}")
         raise ValueError(f"{len(places)} of {dim} fit {wanted!r}: name one by its Span; {listed}")
@@ -216,8 +243,13 @@ class Result:
         """
         one = self.of_metric(metric)
         values = one.values.nanmean(0) if "stimulus" in one.dims else one.values
-        places = zip(values.flatten().tolist(), one._places(), strict=True)
-        return [LabelledValue(value, at) for value, at in places]
+        values = values if one.estimate is None else one.estimate
+        bounds = (
+            [None] * values.numel() if bound is None else bound.flatten().tolist()
+            for bound in (one.low, one.high)
+        )
+        numbers = zip(values.flatten().tolist(), one._places(), *bounds, strict=True)
+        return [LabelledValue(*number) for number in numbers]
 
     def _places(self) -> Iterator[dict[str, Any]]:
         for place in itertools.product(*(self.coords[axis] for axis in self.axes)):
@@ -241,6 +273,9 @@ class Result:
     def to_xarray(self) -> xr.Dataset:
         """A labelled Dataset with the variable value.
 
+        Beside it stand estimate, low and high where they are known, and of every control its
+        ``control.NAME``, ``control.NAME.low`` and so on.
+
         Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
         ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a
         window has no label); along "frequency" the band's centre in Hz, beside ``frequency_low``,
@@ -248,11 +283,38 @@ class Result:
         """
         coords = {dim: self.coords[dim] for dim in self.dims if dim not in STRETCHES}
         if "time" in self.dims:
-            coords |= _time_coords(self.coords["time"])
+            coords |= time_coords(self.coords["time"])
         if "frequency" in self.dims:
-            coords |= _frequency_coords(self.coords["frequency"])
-        attrs = {name: json.dumps(getattr(self, name)) for name in ("meta", "report", "recipe")}
-        return xr.Dataset({"value": (self.dims, array(self.values))}, coords, attrs)
+            coords |= frequency_coords(self.coords["frequency"])
+        return xr.Dataset(self._variables(), coords, attributes(self))
+
+    def _variables(self) -> dict[str, tuple[tuple[str, ...], Any]]:
+        """The arrays of `Result` itself and of its controls, by the names that files have."""
+        own = {
+            "value" if name == "values" else name: (dims, array(getattr(self, name)))
+            for name, dims in Result._arrays(self).items()
+        }
+        for control, result in self.controls.items():
+            own |= {name_of(control, name): held for name, held in result._variables().items()}
+        return own
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings for JSON: what the stimuli give together, as nested lists.
+
+        ``axes`` name the lists from the outside in, ``coords`` what stands along them; ``interval``
+        is both bounds, None where there are none, as NaN is. Controls are told likewise.
+        """
+        together = self.mean()
+        told: dict[str, Any] = {
+            "axes": list(together.dims),
+            "coords": {dim: [coordinate(at) for at in self.coords[dim]] for dim in together.dims},
+            **plain(together.values, together.low, together.high),
+        }
+        if self.controls:
+            told["controls"] = {name: one.to_dict() for name, one in self.controls.items()}
+        if self.n_kept is not None:
+            told |= {"n_kept": self.n_kept, "n_dropped": self.n_dropped, "dropped": self.dropped}
+        return told | {name: self.meta[name] for name in ("model", "seed") if name in self.meta}
 
     def save(self, path: str | Path) -> Path:
         """Write the result as netCDF; `load` reads the same back (bfloat16 as float32).
@@ -264,7 +326,7 @@ class Result:
             ValueError: for a label that netCDF cannot hold, such as one with a zero byte.
         """
         try:
-            data = _netcdf(self.to_xarray())
+            data = netcdf(self.to_xarray())
         except (ValueError, TypeError) as error:
             raise ValueError(f"netCDF cannot hold this {self.kind}: {error}") from error
         return write(path, data)
@@ -294,11 +356,15 @@ class Result:
         """The fields of a result that `to_xarray` wrote; a KeyError tells what is missing."""
         dims = tuple(str(dim) for dim in data["value"].dims)
         told = {name: json.loads(data.attrs[name]) for name in ("report", "meta")}
+        together = {n: data[n].values for n in ("estimate", "low", "high") if n in data}
         return {
             "values": torch.tensor(data["value"].values),
             "dims": dims,
-            "coords": {dim: _coords_of(data, dim) for dim in dims},
+            "coords": {dim: coords_of(data, dim) for dim in dims},
             "recipe": json.loads(data.attrs.get("recipe", "{}")),
+            **{name: torch.tensor(held) for name, held in together.items()},
+            "controls": {n: Result(**Result._fields(x)) for n, x in controls_in(data).items()},
+            **counts_in(data),
             **told,
         }
 
@@ -367,84 +433,3 @@ class Result:
         windows = self.coords.get("time", [])
         clip = clips.clip_above(windows, audio, words, phones, sampling_rate)
         return paper.map_figure(self.of_metric(metric), path, quantity, clip, width_in)
-
-
-# -------------------------------------------------------------------------------- files
-
-
-def _netcdf(data: xr.Dataset) -> bytes:
-    """The Dataset as a netCDF file holds it, made in memory: HDF5 does not survive a full disk."""
-    memory = io.BytesIO()
-    with h5netcdf.File(memory, "w") as file:
-        data.dump_to_store(H5NetCDFStore(file))
-    return memory.getvalue()
-
-
-# -------------------------------------------------------------------------------- coordinates
-
-
-def _time_coords(spans: list[Span]) -> dict[str, tuple[str, list]]:
-    columns = {
-        "time": [span.centre_s for span in spans],
-        "time_start": [span.start_s for span in spans],
-        "time_end": [span.end_s for span in spans],
-        "time_clip": [span.clip for span in spans],
-    }
-    return _along("time", columns, spans)
-
-
-def _frequency_coords(bands: list[Band]) -> dict[str, tuple[str, list]]:
-    columns = {
-        "frequency": [band.centre_hz for band in bands],
-        "frequency_low": [band.low_hz for band in bands],
-        "frequency_high": [band.high_hz for band in bands],
-    }
-    return _along("frequency", columns, bands)
-
-
-def _along(
-    dim: str, columns: dict[str, list], named: list[Span] | list[Band]
-) -> dict[str, tuple[str, list]]:
-    """Coordinates along a dimension, with the labels."""
-    columns[f"{dim}_label"] = [one.label or "" for one in named]
-    columns[f"{dim}_labelled"] = [one.label is not None for one in named]
-    return {name: (dim, column) for name, column in columns.items()}
-
-
-def _coords_of(data: xr.Dataset, dim: str) -> list:
-    """The coordinates along a dimension of a Dataset."""
-
-    def rows(*columns: str) -> Iterator[tuple]:
-        named = (data[f"{dim}_{column}"].values.tolist() for column in columns)
-        return zip(*named, strict=True)
-
-    if dim == "time":
-        return [
-            Span(start, end, label if labelled else None, clip)
-            for start, end, label, labelled, clip in rows(
-                "start", "end", "label", "labelled", "clip"
-            )
-        ]
-    if dim == "frequency":
-        return [
-            Band(low, high, label if labelled else None)
-            for low, high, label, labelled in rows("low", "high", "label", "labelled")
-        ]
-    return data[dim].values.tolist()
-
-
-def array(tensor: Tensor):
-    """The tensor for numpy, which has no bfloat16."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _names(name: Any, wanted: Any) -> bool:
-    """Whether ``wanted`` means the coordinate ``name``; windows and bands have several names."""
-    if not isinstance(name, (Span, Band)) or isinstance(wanted, (Span, Band)):
-        return name == wanted
-    if isinstance(wanted, str):
-        return name.label == wanted
-    if isinstance(name, Band):
-        return name.low_hz <= wanted < name.high_hz
-    return name.start_s <= wanted < name.end_s

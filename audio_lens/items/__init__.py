@@ -1,0 +1,35 @@
+"""Items of a study, in tables and in batches; their activations; what many of them say."""
+
+from audio_lens.items import read, statistics
+from audio_lens.items.activations import Activations, ActivationsError
+from audio_lens.items.batches import Batch
+from audio_lens.items.collect import collect
+from audio_lens.items.controls import ControlError
+from audio_lens.items.findings import found
+from audio_lens.items.item import Item, ItemError
+from audio_lens.items.items import Items
+from audio_lens.items.methods import METHODS, Method, MethodError, method, rerun
+from audio_lens.items.pairs import Dropped, ItemPair, PairBatch, Pairs
+
+__all__ = [
+    "METHODS",
+    "Activations",
+    "ActivationsError",
+    "Batch",
+    "ControlError",
+    "Dropped",
+    "Item",
+    "ItemError",
+    "ItemPair",
+    "Items",
+    "Method",
+    "MethodError",
+    "PairBatch",
+    "Pairs",
+    "collect",
+    "found",
+    "method",
+    "read",
+    "rerun",
+    "statistics",
+]

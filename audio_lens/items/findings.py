@@ -1,0 +1,113 @@
+"""From every item's values to a `Result`: an estimate, an interval, and what stands beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from audio_lens.items.item import Item, ItemError
+from audio_lens.items.statistics import (
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    Estimate,
+    Statistic,
+    bootstrap,
+    ratio_of_means,
+)
+from audio_lens.results import Result
+
+
+def found(
+    values: Float[Tensor, " n *cells"],
+    axes: Mapping[str, Sequence[Any]],
+    items: Sequence[Item],
+    *,
+    denominators: Float[Tensor, " n *_"] | None = None,
+    statistic: Statistic | None = None,
+    by: str | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    controls: Mapping[str, Result] | None = None,
+    dropped: Mapping[str, int] | None = None,
+    meta: Mapping[str, str] | None = None,
+    report: Sequence[str] = (),
+) -> Result:
+    """What items give together, by named axes, with an interval in every cell.
+
+    Args:
+        values: of every item, in the order of ``axes``.
+        axes: names of the axes behind the items, with their coordinates; "metric" comes first.
+        items: whose values they are.
+        denominators: of every item, for one value or each: the result is then the ratio of means,
+            and the items' values their own ratios.
+        statistic: something else than the mean.
+        by: a label whose values are drawn in place of items, such as "group".
+        level, resamples, seed: of the interval, as in `statistics.bootstrap`.
+        controls: results that stand beside this one.
+        dropped: how many items were left out, by why.
+        meta: what else it was made with.
+        report: notes for people.
+
+    Raises:
+        ItemError: values of another number of items, or items that lack the label.
+        ValueError: axes that do not fit the values.
+    """
+    values = torch.as_tensor(values).double()
+    if len(values) != len(items):
+        raise ItemError(f"values of {len(values)} items for {len(items)}")
+    groups = None if by is None else [_group(item, by) for item in items]
+    drawn: dict[str, Any] = {"groups": groups, "level": level, "resamples": resamples, "seed": seed}
+    if denominators is None:
+        estimate = bootstrap(values, statistic, **drawn)
+    else:
+        shape = (*denominators.shape, *[1] * (values.ndim - denominators.ndim))
+        under = torch.as_tensor(denominators).double().reshape(shape).expand_as(values)
+        estimate, values = ratio_of_means(values, under, **drawn), values / under
+    units = f"{len(items)} items" if groups is None else f"{len(set(groups))} of {by}"
+    told = {"interval": f"{level:.0%}, by {resamples} draws of {units}", "seed": str(seed)}
+    return _labelled(
+        values,
+        estimate,
+        {name: list(coords) for name, coords in axes.items()},
+        [item.id for item in items],
+        meta=told | dict(meta or {}),
+        report=list(report),
+        controls=dict(controls or {}),
+        n_kept=len(items),
+        dropped=dict(dropped or {}),
+    )
+
+
+def _labelled(
+    values: Tensor, estimate: Estimate, axes: dict[str, list], names: list[str], **beside: Any
+) -> Result:
+    """The result; the axis of the metric stands before that of the items."""
+    has_metric = "metric" in axes
+    if has_metric and next(iter(axes)) != "metric":
+        raise ValueError(f"metric is the first of the axes, got {', '.join(axes)}")
+    values = values.movedim(0, 1) if has_metric else values
+    dims = ["stimulus", *axes]
+    if has_metric:
+        dims[:2] = ["metric", "stimulus"]
+    return Result(
+        values,
+        tuple(dims),
+        {"stimulus": names, **axes},
+        estimate=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        **beside,
+    )
+
+
+def _group(item: Item, by: str) -> Any:
+    group = item.value(by)
+    if group is None:
+        raise ItemError(f"{item.name} has no {by} to draw by")
+    return group

@@ -1,0 +1,244 @@
+"""One item of a study: a clip, what is asked about it, what is right, and what is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from jaxtyping import Float
+
+from audio_lens.audio import AudioError, check, load
+from audio_lens.corruptions import Corruption
+from audio_lens.errors import AudioLensError
+from audio_lens.hooks import suggest
+from audio_lens.timeline import Span
+
+Label = str | int | float | bool
+SHOWN = 5  # of many things that are wrong, those that an error names
+OWN_FIELDS = ("group", "answer", "against", "text", "id")  # what `value` finds beside labels
+
+
+class ItemError(AudioLensError, ValueError):
+    """An item or a table that cannot be used; the message names the item, or file and line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A clip with its question, the right answer, and what else is known of it.
+
+    Attributes:
+        audio: the clip: a path, or samples (with ``sampling_rate``), or anything else that
+            ``model.prepare`` takes for one clip.
+        text: what is asked, as ``model.prepare`` takes it; None for models that take no text.
+        answer: what is right; of an item whose text contradicts its clip, what the clip says.
+        against: a wrong answer to compare with; of such an item, what the text says.
+        options: all answers there are to choose from; empty where any may be given.
+        labels: facts by name (speaker, emotion, digit ...).
+        words: what is said when, in seconds.
+        group: whom or what the item belongs to, such as its speaker: items of one group are
+            never on both sides of a split, and are drawn together by `statistics.bootstrap`.
+        id: its name, different for every item; `Items` numbers those without.
+        other_audio, other_text: counterparts that move one stream alone, for pairs.
+        sampling_rate: of clips given as samples, in Hz.
+
+    Raises:
+        ItemError: an answer that is not among the options, or is the same as ``against``; options
+            that repeat; a label that is neither text nor a number.
+    """
+
+    audio: Any = field(repr=False)
+    text: str | None = None
+    answer: str | None = None
+    against: str | None = None
+    options: Sequence[str] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    words: Sequence[Span | tuple] = ()
+    group: str | None = None
+    id: str = ""
+    other_audio: Any = field(default=None, kw_only=True, repr=False)
+    other_text: str | None = field(default=None, kw_only=True)
+    sampling_rate: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.audio is None:
+            raise ItemError(f"{self.name} has no audio")
+        if isinstance(self.options, str):
+            raise ItemError(f"{self.name}: options are a list of texts, got {self.options!r}")
+        object.__setattr__(self, "options", tuple(self.options))
+        object.__setattr__(self, "words", tuple(map(Span.of, self.words)))
+        object.__setattr__(self, "labels", dict(self.labels))
+        self._check_answers()
+        for name, value in self.labels.items():
+            if not isinstance(value, Label) or (
+                isinstance(value, float) and not math.isfinite(value)
+            ):
+                raise ItemError(f"{self.name}: label {name!r} is text or a number, got {value!r}")
+
+    def _check_answers(self) -> None:
+        if self.answer is not None and self.answer == self.against:
+            raise ItemError(f"{self.name}: answer and against are both {self.answer!r}")
+        if len(set(self.options)) < len(self.options):
+            raise ItemError(f"{self.name}: options repeat: {list(self.options)}")
+        for what, said in (("answer", self.answer), ("against", self.against)):
+            if said is not None and self.options and said not in self.options:
+                raise ItemError(
+                    f"{self.name}: {what} {said!r} is none of the options {list(self.options)}"
+                )
+
+    @property
+    def name(self) -> str:
+        """What errors call the item."""
+        return f"item {self.id!r}" if self.id else "an item"
+
+    @property
+    def clip(self) -> Any:
+        """The clip as ``model.prepare`` takes it, with its own rate."""
+        return rated(self.audio, self.sampling_rate)
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the clip in seconds; of a file, by its head.
+
+        Raises:
+            AudioError: a clip that cannot be read.
+        """
+        if isinstance(self.audio, (str, Path)):
+            check(self.audio)
+            return float(soundfile.info(str(self.audio)).duration)
+        samples, rate = heard(self.clip)
+        return len(samples) / rate
+
+    def value(self, label: str) -> Label | None:
+        """One of the labels, or else of the item's own fields: group, answer, against, text, id.
+
+        Raises:
+            ItemError: for a label that the item does not have.
+        """
+        if label in self.labels:
+            return self.labels[label]
+        if label in OWN_FIELDS:
+            return getattr(self, label)
+        known = suggest(label, [*self.labels, *OWN_FIELDS])
+        raise ItemError(f"{self.name} has no label {label!r}; {known}")
+
+    def check(self) -> None:
+        """Raise unless there is a sound file wherever the item names one; no sample is read.
+
+        Raises:
+            AudioError: naming the path.
+        """
+        for audio in (self.audio, self.other_audio):
+            if isinstance(audio, (str, Path)):
+                check(audio)
+
+    def digest(self) -> str:
+        """A hash of the samples that are heard, and of all that is said of them.
+
+        The same for a clip in memory, in a file, and in a file elsewhere.
+
+        Raises:
+            AudioError: a clip that cannot be read.
+        """
+        digest = hashlib.sha256()
+        for audio in (self.audio, self.other_audio):
+            if audio is not None:
+                samples, rate = heard(rated(audio, self.sampling_rate))
+                digest.update(f"{rate}".encode())
+                digest.update(samples.tobytes())
+        digest.update(json.dumps(self.told(), sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def told(self) -> dict[str, Any]:
+        """Everything but the clips, as JSON holds it; what is missing is left out."""
+        fields = {
+            "id": self.id,
+            **{name: getattr(self, name) for name in ("text", "answer", "against")},
+            "options": list(self.options),
+            "other_text": self.other_text,
+            "group": self.group,
+            "labels": dict(self.labels),
+            "words": [_word(span) for span in map(Span.of, self.words)],
+        }
+        return {name: value for name, value in fields.items() if value not in (None, [], {}, "")}
+
+    def replaced(self, **changes: Any) -> Item:
+        """The item with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class Spoiled:
+    """A clip that a corruption changes whenever it is heard, so that its samples are never kept."""
+
+    clip: Any = field(repr=False)
+    corruption: Corruption
+
+    def __call__(self) -> dict[str, Any]:
+        """The changed samples with their rate.
+
+        Raises:
+            AudioError: a clip that cannot be read, or that the corruption cannot change.
+        """
+        samples, rate = heard(self.clip)
+        changed, _ = self.corruption(samples, rate)
+        return {"array": changed, "sampling_rate": rate}
+
+
+def rated(audio: Any, sampling_rate: int | None) -> Any:
+    """A clip with its rate beside it, where samples have none of their own."""
+    if isinstance(audio, Spoiled):
+        return audio()
+    if isinstance(audio, list):
+        audio = np.asarray(audio)
+    if isinstance(audio, (np.ndarray, torch.Tensor)):
+        return {"array": audio, "sampling_rate": sampling_rate}
+    return audio
+
+
+def heard(clip: Any) -> tuple[Float[np.ndarray, " samples"], int]:
+    """The samples of a clip at its own rate in Hz, mono float32.
+
+    Raises:
+        AudioError: a clip that cannot be read, or samples without a rate.
+    """
+    rate = _rate_of(clip)
+    return load(clip, rate, rate), rate
+
+
+def _rate_of(clip: Any) -> int:
+    if isinstance(clip, Mapping):
+        if clip.get("array") is None:
+            content = clip.get("bytes")
+            return _rate_of(clip.get("path") if content is None else io.BytesIO(content))
+        clip = (clip["array"], clip.get("sampling_rate"))
+    if isinstance(clip, tuple):
+        if clip[1] is None:
+            raise AudioError(
+                "samples without a sampling rate: pass sampling_rate= (Hz) beside them"
+            )
+        return int(clip[1])
+    if isinstance(clip, (str, Path)):
+        check(clip)
+    try:
+        return int(soundfile.info(clip).samplerate)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise AudioError(f"the clip cannot be read as audio: {error}") from error
+
+
+def _word(span: Span) -> dict[str, Any]:
+    return {name: at for name, at in asdict(span).items() if name != "clip" or at}
+
+
+def listed(what: str, whys: Sequence[str]) -> str:
+    """A message that names the first few of many."""
+    more = [f"... and {len(whys) - SHOWN} more"] if len(whys) > SHOWN else []
+    return "\n  ".join([f"{what}:", *whys[:SHOWN], *more])

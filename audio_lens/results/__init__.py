@@ -1,0 +1,6 @@
+"""Labelled values: what was measured, by named dimensions, with seconds and Hz along them."""
+
+from audio_lens.results.labels import BATCH_DIMS, STRETCHES, LabelledValue, array, in_words
+from audio_lens.results.result import Result
+
+__all__ = ["BATCH_DIMS", "STRETCHES", "LabelledValue", "Result", "array", "in_words"]
