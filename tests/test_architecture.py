@@ -15,8 +15,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
-    *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    "errors",
+    *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "hook_points", "running"),
+    *("identity", "digests", "files", "pickles", "errors"),
 )
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
@@ -40,8 +40,12 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cache": GROUND,
     "synthesis": GROUND,
     "corruptions": GROUND,
-    "inputs": ("audio", "timeline", "hooks", "pickles", "errors"),
-    "hooks": ("errors",),
+    "inputs": ("audio", "timeline", "hooks", "digests", "pickles", "errors"),
+    "hooks": ("hook_points", "running", "errors"),
+    "hook_points": ("errors",),
+    "running": ("identity",),
+    "identity": ("digests", "errors"),
+    "digests": (),
     "files": ("errors",),
     "pickles": ("errors",),
     "audio": ("errors",),
