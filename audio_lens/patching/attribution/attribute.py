@@ -24,10 +24,12 @@ from audio_lens.patching.attribution.runs import (
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.known import own_parts
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.sites import Site
 from audio_lens.patching.spec import Bands, Direction, SweepSpec, Windows
 from audio_lens.provenance import provenance
+from audio_lens.running import evaluating
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -174,11 +176,13 @@ def attribute(
     _check_method(model, tables, method, steps)
     if direction == "noise" and method != "ig":
         _check_not_at_its_minimum(metric)
-    with model.attention(_attention_mode(model, spec.sites, method)), differentiable(model):
+    mode = _attention_mode(model, spec.sites, method)
+    with evaluating(model) as notes, model.attention(mode), differentiable(model):
+        own = own_parts(model, spec)
         estimate = Estimate(model, spec, tables, method, steps or DEFAULT_STEPS, progress)
         results = {
             str(table.site): _result(
-                model, spec, estimate, table, {"method": method, "steps": steps}
+                model, spec, estimate, table, {"method": method, "steps": steps}, own, notes
             )
             for table in tables
         }
@@ -190,9 +194,17 @@ def _result(
     spec: SweepSpec,
     estimate: Estimate,
     table: CellTable,
-    own: dict[str, Any],
+    further: dict[str, Any],
+    own: dict[str, str],
+    notes: list[str],
 ) -> Attribution:
-    """What was estimated for one table. ``own`` are the arguments that a sweep does not have."""
+    """What was estimated for one table.
+
+    Args:
+        further: the arguments that a sweep does not have.
+        own: what metric and hooks are.
+        notes: for the report, beside the estimate's own.
+    """
     site = str(table.site)
     attribution = Attribution(
         values=estimate.values(table),
@@ -202,11 +214,12 @@ def _result(
         corrupted=estimate.shaped(estimate.corrupted),
         site=site,
         direction=spec.direction,
-        report=estimate.report,
+        report=[*notes, *estimate.report],
         meta=provenance(model, spec.clean, spec.corrupted, estimate.names) | estimate.meta,
         recipe={
-            "arguments": {**spec.record, "site": site, **own},
+            "arguments": {**spec.record, "site": site, **further},
             "hooks": list(model.list_hooks(dir="fwd")),
+            "own": own,
         },
     )
     attribution.request = spec.arguments | {"site": site}
