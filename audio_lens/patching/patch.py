@@ -104,8 +104,7 @@ def patch(
         for name, one in ({} if metric is None else metrics.named(metric)).items()
     }
     reads_attention = any(edit.site.reads_attention for edit in edits)
-    mode = "explicit" if reads_attention else model.attn_mode
-    with evaluating(model), model.attention(mode):
+    with evaluating(model), model.attention("explicit" if reads_attention else model.attn_mode):
         runs = _run_sources(model, inputs, edits)
         hooks = [hook for edit in edits for hook in edit.hooks(runs)]
         logits = model.run_with_hooks(inputs, fwd_hooks=hooks)

@@ -74,10 +74,11 @@ class Plan:
         Raises:
             SiteError, ValueError: as `CellTable.of`, and activations that lack a patched site.
         """
-        table = CellTable.of(model, spec) if table is None else table
-        request = Request.of(model, spec, table)
-        _ = request.attached  # now, to be compared with later
-        return Plan(request, Schedule(request), known)
+        with model.alone():  # without the hooks of another thread's run
+            table = CellTable.of(model, spec) if table is None else table
+            request = Request.of(model, spec, table)
+            _ = request.attached  # now, to be compared with later
+            return Plan(request, Schedule(request), known)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -148,10 +149,10 @@ class Plan:
             HookError: a hook of yours that fails; it names the point and the cells.
         """
         wanted = range(len(self)) if only is None else [int(cell) for cell in only]
-        self._check(wanted, verify)
-        if log.isEnabledFor(logging.INFO):
-            log.info("%s", self.explain())
         with self.request.model.alone():
+            self._check(wanted, verify)
+            if log.isEnabledFor(logging.INFO):
+                log.info("%s", self.explain())
             with self._in_force() as notes:
                 own = own_parts(self.request.model, self.request.spec)
                 self._check_weights()

@@ -106,14 +106,17 @@ def sweep(
             nobody can know again.
         HookError: a hook of yours that fails; it names the point and the cells.
     """
-    spec = SweepSpec.of(**locals())
-    options = {
-        "verify": verify,
-        "checkpoint": checkpoint,
-        "checkpoint_every_s": checkpoint_every_s,
-        "progress": progress,
-    }
-    return Plan.of(model, spec).run(**options) if refine is None else refined(model, spec, options)
+    with model.alone():
+        spec = SweepSpec.of(**locals())
+        options = {
+            "verify": verify,
+            "checkpoint": checkpoint,
+            "checkpoint_every_s": checkpoint_every_s,
+            "progress": progress,
+        }
+        return (
+            Plan.of(model, spec).run(**options) if refine is None else refined(model, spec, options)
+        )
 
 
 def plan(
@@ -141,4 +144,5 @@ def plan(
     Raises:
         SiteError, InputError, ValueError: as `sweep`.
     """
-    return Plan.of(model, SweepSpec.of(**locals()))
+    with model.alone():
+        return Plan.of(model, SweepSpec.of(**locals()))

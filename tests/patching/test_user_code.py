@@ -254,12 +254,14 @@ def test_sweeps_in_threads_do_not_mix() -> None:
     for one in options:
         if "pattern" in one["site"]:
             one["axes"] = ("layer", "head")
-    sweeps = [lambda one=one: patching.sweep(toy, **one).values for one in options]
-    sweeps += [lambda one=one: patching.attribute(toy, **one).values for one in options]
+    sweeps = [lambda one=one: patching.sweep(toy, **one) for one in options]
+    sweeps += [lambda one=one: patching.attribute(toy, **one) for one in options]
     expected = [sweep() for sweep in sweeps]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda sweep: sweep(), sweeps))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.values, other.values) and one.report == other.report
+        assert one.recipe == other.recipe  # nobody's hooks but one's own
     assert toy.attn_mode == "auto" and not toy.training
 
 

@@ -167,26 +167,27 @@ def attribute(
         DeadHookError: a site that does not run.
         PlacementError: a model that is split over devices.
     """
-    model.need_one_device("attribution")
-    spec = SweepSpec.of(**locals())
-    if not spec.sites or len(set(spec.sites)) < len(spec.sites):
-        raise ValueError(f"name one site or several, each once; got {site!r}")
-    _check_further_decoders(model, spec.sites, metric)
-    tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
-    _check_method(model, tables, method, steps)
-    if direction == "noise" and method != "ig":
-        _check_not_at_its_minimum(metric)
-    mode = _attention_mode(model, spec.sites, method)
-    with evaluating(model) as notes, model.attention(mode), differentiable(model):
-        own = own_parts(model, spec)
-        estimate = Estimate(model, spec, tables, method, steps or DEFAULT_STEPS, progress)
-        results = {
-            str(table.site): _result(
-                model, spec, estimate, table, {"method": method, "steps": steps}, own, notes
-            )
-            for table in tables
-        }
-    return results[str(spec.sites[0])] if isinstance(site, str) else results
+    with model.alone():
+        model.need_one_device("attribution")
+        spec = SweepSpec.of(**locals())
+        if not spec.sites or len(set(spec.sites)) < len(spec.sites):
+            raise ValueError(f"name one site or several, each once; got {site!r}")
+        _check_further_decoders(model, spec.sites, metric)
+        tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
+        _check_method(model, tables, method, steps)
+        if direction == "noise" and method != "ig":
+            _check_not_at_its_minimum(metric)
+        mode = _attention_mode(model, spec.sites, method)
+        with evaluating(model) as notes, model.attention(mode), differentiable(model):
+            own = own_parts(model, spec)
+            estimate = Estimate(model, spec, tables, method, steps or DEFAULT_STEPS, progress)
+            results = {
+                str(table.site): _result(
+                    model, spec, estimate, table, {"method": method, "steps": steps}, own, notes
+                )
+                for table in tables
+            }
+        return results[str(spec.sites[0])] if isinstance(site, str) else results
 
 
 def _result(
