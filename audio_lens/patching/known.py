@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from audio_lens import metrics
@@ -14,7 +15,12 @@ from audio_lens.provenance import known
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
-PARTS = ("metric", "hooks", "source")
+PARTS = ("metric", "hooks", "source", "arguments")
+_TOLD = {  # arguments that are hashed by name elsewhere, come to cells, or change no value
+    *("clean", "corrupted", "timeline", "sites", "axes", "metric", "record", "windows", "bands"),
+    *("direction", "layers", "layer_window", "source", "precision", "refine"),
+    *("cells_per_forward", "memory_gb"),
+}
 NAME_IT = (
     "wrap the function in metrics.versioned(fn, version), which makes it known by its name and "
     "that version"
@@ -22,9 +28,9 @@ NAME_IT = (
 
 
 def own_parts(model: HookedAudioTransformer, spec: SweepSpec) -> dict[str, str]:
-    """What metric, hooks and source are, as hashes; empty where nobody can tell, or there is none.
+    """What metric, hooks, source and further arguments are, as hashes, which results record.
 
-    Results record them.
+    Empty where nobody can tell, or there is none.
     """
     parts = {name: known(part) for name, part in _parts(model, spec).items() if part}
     return {name: parts.get(name, "") for name in PARTS}
@@ -52,7 +58,14 @@ def _parts(model: HookedAudioTransformer, spec: SweepSpec) -> dict[str, Any]:
         "metric": metrics.named(spec.metric),
         "hooks": [one for one in (model.hook_functions(), model.torch_hooks()) if one],
         "source": _source(spec),
+        "arguments": _further(spec),
     }
+
+
+def _further(spec: SweepSpec) -> dict[str, Any]:
+    """The arguments that nothing else tells of."""
+    given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in _TOLD}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _source(spec: SweepSpec) -> str | dict[str, Any] | None:

@@ -143,6 +143,8 @@ def _check_own(saved: SweepResult, model: HookedAudioTransformer, spec: SweepSpe
     """
     recorded, arguments = saved.recipe.get("own", {}), saved.recipe["arguments"]
     own = {name: is_own(arguments.get(name)) for name in ("metric", "source")}
+    further = [value for name, value in arguments.items() if name not in own]
+    own["arguments"] = any(map(is_own, further))
     now = own_parts(model, spec)
     own["hooks"] = bool(saved.recipe.get("hooks") or recorded.get("hooks") or now["hooks"])
     for name in (name for name, is_so in own.items() if is_so):

@@ -208,4 +208,5 @@ class Request:
             "clean": spec.clean.digest(),
             "corrupted": spec.corrupted.digest(),
             "source": own["source"],
+            "arguments": own["arguments"],
         }
