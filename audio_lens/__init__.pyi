@@ -22,6 +22,7 @@ from .edits import intervene as intervene
 from .errors import AudioLensError as AudioLensError
 from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
+from .hooks import HookError as HookError
 from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint
 from .inputs import AudioInputs as AudioInputs

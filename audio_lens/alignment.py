@@ -15,6 +15,7 @@ from audio_lens.audio import AudioSource
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import InputError
 from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.running import evaluating
 from audio_lens.timeline import Span, Timeline
 
 Frames = tuple[int, int]
@@ -121,7 +122,8 @@ def align(
     if labels is None or not len(labels):
         raise AlignmentError("an empty text lies nowhere")
     timeline = model.timeline(inputs)
-    log_probs = model(inputs)[0].double().cpu()[timeline.valid("encoder")].log_softmax(-1)
+    with evaluating(model):
+        log_probs = model(inputs)[0].double().cpu()[timeline.valid("encoder")].log_softmax(-1)
     states = best_path(log_probs, labels, blank)
     emitted, edges = _emitted(labels, blank)[states], _edges(timeline).tolist()
     spans = [

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from audio_lens.errors import AudioLensError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+_PATIENCE_S, _PAUSE_S = 10.0, 0.01  # with who holds a lock
 _NAME_LENGTH = 40  # of the old name, in the name of the file beside it
 
 
@@ -28,9 +37,11 @@ def write(path: str | Path, data: bytes) -> Path:
             that may not be written, or a disk that is full.
     """
     target = _target(path)
+    _clear(target)
     beside = _beside(target)
     try:
         with open(beside, "xb") as file:
+            _flock(file.fileno())  # says that somebody is at it, where process ids do not
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -60,6 +71,71 @@ def try_out(path: str | Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Inside a ``with`` block no other process is inside one for the same file.
+
+    For reading a file and writing it anew. The lock is a file beside it, ``.name.lock``, that goes
+    away again; it binds who asks for it, and ends with its process. Where the file system has no
+    locks there is none.
+
+    Raises:
+        OutputError: a folder that cannot be written to, or a lock that another process does not
+            give back.
+    """
+    target = _target(path)
+    place = target.with_name(f".{target.name[:_NAME_LENGTH]}.lock")
+    try:
+        handle = _acquired(place, time.monotonic() + _PATIENCE_S)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            place.unlink()  # while it is held, so that nobody else's goes away
+        os.close(handle)
+
+
+def _acquired(place: Path, until: float) -> int:
+    """The descriptor of a lock file that is held.
+
+    Raises:
+        OSError: if another process holds it for too long.
+    """
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(handle)
+            # who held it before may have taken the file away: a lock on that binds nobody
+            if place.exists() and os.fstat(handle).st_ino == place.stat().st_ino:
+                return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                raise
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+        time.sleep(_PAUSE_S)
+
+
+def _flock(handle: int) -> None:
+    """Lock a file, or do nothing where the system has no locks.
+
+    Raises:
+        BlockingIOError: while another process holds it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return
 
 
 def check_apart(outputs: Mapping[str, Path], inputs: Iterable[Path] = ()) -> None:
@@ -110,6 +186,40 @@ def _beside(target: Path) -> Path:
     """A name in the same folder that nobody else has, in this process or another."""
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     return target.with_name(f".{target.name[:_NAME_LENGTH]}.{mark}.part")
+
+
+def _clear(target: Path) -> None:
+    """Take away what writers of this file left beside it that were killed on the way."""
+    name = re.escape(f".{target.name[:_NAME_LENGTH]}.")
+    left = re.compile(rf"{name}(\d+)-[0-9a-f]{{8}}\.part")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            found = left.fullmatch(path.name)
+            if found is not None and _has_ended(int(found[1])) and _is_free(path):
+                path.unlink(missing_ok=True)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds the file, on another machine or in another container."""
+    with open(path, "rb") as file:
+        try:
+            _flock(file.fileno())
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _has_ended(process: int) -> bool:
+    """Whether there is no such process on this machine; no for what cannot be told."""
+    if os.name != "posix" or process == 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _unwritable(path: str | Path, error: OSError) -> OutputError:

@@ -12,24 +12,26 @@ import difflib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint as _HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
 from audio_lens.errors import AudioLensError
+from audio_lens.hook_points import HookError as HookError
+from audio_lens.hook_points import HookFn, HookPoint, Watched, is_ours, plain
+from audio_lens.running import alone, exclusive
 
 AttnMode = Literal["auto", "explicit", "sdpa"]
-HookFn = Callable[..., Any]
 Hooks = Sequence[tuple["str | Callable[[str], bool]", HookFn]]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 PosSlice = Slice | SliceInput | slice
 _Listed = list[tuple["str | Callable[..., Any]", HookFn]]  # hooks as transformer_lens takes them
 
+_RUNS = {"encode", "decode", "read_out", "generate", "continued", "speak"}  # beside the call
 _PER_PAIR = ("hook_attn_scores", "hook_pattern")
 _LARGE = (*_PER_PAIR, "hook_result")
 _FUSED = (
@@ -47,36 +49,6 @@ class HookNameError(AudioLensError, KeyError):
 
 class DeadHookError(AudioLensError, RuntimeError):
     """A hook that could have no effect: its point did not run in the call."""
-
-
-class HookPoint(_HookPoint):
-    """A transformer_lens `HookPoint` that understands prefixed names and in-place edits.
-
-    Args:
-        borrowed: the tensor that arrives also belongs to somebody else (an earlier hook point, the
-            caller), so hooks that may edit it in place are given a copy.
-    """
-
-    def __init__(self, borrowed: bool = False):
-        super().__init__()
-        self.borrowed = borrowed
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clone() if self.borrowed and self._may_edit() else x
-
-    def _may_edit(self) -> bool:
-        return any(not getattr(h.user_hook, "only_reads", False) for h in self.fwd_hooks)
-
-    def layer(self) -> int:
-        """Index of the block this point sits in.
-
-        Raises:
-            ValueError: if the point lies outside the blocks.
-        """
-        pieces = (self.name or "").split(".")
-        if "blocks" not in pieces:
-            raise ValueError(f"{self.name!r} lies in no block, so it has no layer")
-        return int(pieces[pieces.index("blocks") + 1])
 
 
 def local_name(name: str) -> str:
@@ -135,21 +107,15 @@ class _Attends(Protocol):
     attn_mode: AttnMode
 
 
-class _Watched:
-    """A hook function that remembers whether it ran."""
-
-    def __init__(self, label: str, fn: HookFn):
-        self.label, self.fn, self.ran = label, fn, False
-
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Any:
-        self.ran = True
-        return self.fn(tensor, hook=hook)
-
-
 class HookedRoot(HookedRootModule):
     """A root module with strict hook names. Subclasses set `output_part`."""
 
     output_part: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in _RUNS & vars(cls).keys():
+            setattr(cls, name, exclusive(vars(cls)[name]))
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,6 +167,20 @@ class HookedRoot(HookedRootModule):
         large = [name for name in known if is_large(name)] if attention else []
         return list(dict.fromkeys([*chosen, *large]))
 
+    # ---------------------------------------------------------------- threads
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self.alone():
+            return super().__call__(*args, **options)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Inside a ``with`` block this thread alone runs the model; others wait.
+
+        Every run takes this lock itself: with hooks, a cache or a sweep, until it is over, and so
+        does a block of `hooks`. Take it for several calls that belong together.
+        """
+        return alone(self)
+
     # ---------------------------------------------------------------- attention mode
 
     @property
@@ -219,6 +199,10 @@ class HookedRoot(HookedRootModule):
             raise ValueError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
         if mode == self._attn_mode:
             return
+        with self.alone():
+            self._set_attn_mode(mode)
+
+    def _set_attn_mode(self, mode: AttnMode) -> None:
         attached = [name for name, point in self.hook_dict.items() if point.has_hooks()]
         hooked = [name for name in attached if local_name(name) in _PER_PAIR]
         if mode == "sdpa" and hooked:
@@ -231,12 +215,13 @@ class HookedRoot(HookedRootModule):
     @contextmanager
     def attention(self, mode: str) -> Iterator[HookedRoot]:
         """Use an attention mode inside a ``with`` block."""
-        before = self.attn_mode
-        self.attn_mode = mode
-        try:
-            yield self
-        finally:
-            self.attn_mode = before
+        with self.alone():
+            before = self.attn_mode
+            self.attn_mode = mode
+            try:
+                yield self
+            finally:
+                self.attn_mode = before
 
     # ---------------------------------------------------------------- hooks
 
@@ -256,8 +241,32 @@ class HookedRoot(HookedRootModule):
         names = self.matching(name)
         if self.attn_mode == "sdpa" and all(local_name(n) in _PER_PAIR for n in names):
             raise DeadHookError(f"a hook on {_label(name)}: {_FUSED}")
-        for full_name in names:
-            super().add_hook(full_name, hook, dir, **options)
+        with self.alone():
+            for full_name in names:
+                super().add_hook(full_name, hook, dir, **options)
+
+    def reset_hooks(self, *args: Any, **options: Any) -> None:
+        """Remove hooks, as TransformerLens does; not while another thread runs the model."""
+        with self.alone():
+            super().reset_hooks(*args, **options)
+
+    def hook_functions(self) -> dict[str, list[HookFn]]:
+        """The functions attached in the forward pass, in order, by the name of the point."""
+        listed = self.list_hooks(dir="fwd")
+        return {
+            name: [plain(one.user_hook) for one in handles if one.user_hook is not None]
+            for name, handles in listed.items()
+        }
+
+    def torch_hooks(self) -> dict[str, list[Callable[..., Any]]]:
+        """What torch's own ``register_forward_hook`` attached to modules, by their names."""
+        found = {}
+        for name, module in self.named_modules():
+            if not isinstance(module, HookPoint):
+                attached = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+                attached = [fn for fn in attached if not is_ours(fn)]
+                found |= {name: attached} if attached else {}
+        return found
 
     @contextmanager
     def hooks(
@@ -273,10 +282,10 @@ class HookedRoot(HookedRootModule):
             HookNameError: if a name or predicate matches nothing.
             DeadHookError: on leaving, if a forward hook never ran (and does not stay attached).
         """
-        watched = [(name, _Watched(_label(name), fn)) for name, fn in fwd_hooks]
+        watched = [(name, Watched(_label(name), fn)) for name, fn in fwd_hooks]
         forward: _Listed = [(full, fn) for name, fn in watched for full in self.matching(name)]
         backward: _Listed = [(full, fn) for name, fn in bwd_hooks for full in self.matching(name)]
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+        with self.alone(), super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
         dead = [fn.label for _, fn in watched if not fn.ran]
         if dead and reset_hooks_end:
@@ -288,15 +297,16 @@ class HookedRoot(HookedRootModule):
     @contextmanager
     def without_hooks(self) -> Iterator[HookedRoot]:
         """Run inside a ``with`` block as if nobody had attached a forward hook."""
-        hooked = [point for point in self.hook_dict.values() if point.fwd_hooks]
-        held = [(point._forward_hooks, point.fwd_hooks) for point in hooked]
-        try:
-            for point in hooked:
-                point._forward_hooks, point.fwd_hooks = OrderedDict(), []
-            yield self
-        finally:
-            for point, (torch_hooks, hooks) in zip(hooked, held, strict=True):
-                point._forward_hooks, point.fwd_hooks = torch_hooks, hooks
+        with self.alone():
+            hooked = [point for point in self.hook_dict.values() if point.fwd_hooks]
+            held = [(point._forward_hooks, point.fwd_hooks) for point in hooked]
+            try:
+                for point in hooked:
+                    point._forward_hooks, point.fwd_hooks = OrderedDict(), []
+                yield self
+            finally:
+                for point, (torch_hooks, hooks) in zip(hooked, held, strict=True):
+                    point._forward_hooks, point.fwd_hooks = torch_hooks, hooks
 
     def run_with_hooks(
         self,
@@ -380,7 +390,7 @@ class HookedRoot(HookedRootModule):
             attention=attention,
             part=part,
         )
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+        with self.alone(), super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 output.backward()

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from audio_lens.digests import of_tensor
 from audio_lens.errors import AudioLensError
 from audio_lens.pickles import all_alone
 
@@ -338,14 +339,19 @@ class AudioInputs:
         )
 
     def digest(self) -> str:
-        """A hash of features, tokens and masks: a result can name what it was computed on."""
-        digest = hashlib.sha256()
-        masks = (self.attention_mask, self.feature_mask, self.position_ids)
-        further = (self.further_tokens, self.audio_mask, *self.extra.values())
-        for tensor in (self.features.float(), self.tokens, *masks, *further):
-            if tensor is not None:
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """A hash of what a model reads: a result can name what it was computed on.
+
+        That is features, tokens, masks, and which clips and segments belong to which prompt.
+        """
+        read = ("features", "tokens", "attention_mask", "feature_mask", "position_ids")
+        tensors = {name: getattr(self, name) for name in (*read, "further_tokens", "audio_mask")}
+        parts = [f"{list(self.clips_per_row)} {self.segments_per_row}"]
+        parts += [
+            f"{name} {of_tensor(x)}"
+            for name, x in sorted({**tensors, **self.extra}.items())
+            if x is not None
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _same_or_none(one: Tensor | None, other: Tensor | None) -> bool:

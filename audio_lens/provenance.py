@@ -12,18 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from audio_lens import metrics
+from audio_lens.digests import of_state
 from audio_lens.edits.written import KINDS
+from audio_lens.identity import NoIdentityError, identity_of
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.loading.lora import LoraLinear
 from audio_lens.timeline import Band, Span
 
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
-PROBES = 16  # numbers of every tensor of weights that go into their hash
 OWN = "own"  # marks what a file cannot hold
 
 
@@ -32,9 +33,15 @@ def provenance(
     clean: AudioInputs,
     corrupted: AudioInputs,
     names: Sequence[str],
+    weights: str | None = None,
 ) -> dict[str, str]:
-    """What a result was made with: model and weights, inputs, versions, seed."""
-    return of_model(model) | {
+    """What a result was made with: model and weights, inputs, versions, seed.
+
+    Args:
+        names: of the metrics.
+        weights: their hash, where it is known.
+    """
+    return of_model(model, weights) | {
         "metric": ", ".join(names),
         "clean_hash": clean.digest(),
         "corrupted_hash": corrupted.digest(),
@@ -42,13 +49,17 @@ def provenance(
     }
 
 
-def of_model(model: HookedAudioTransformer) -> dict[str, str]:
-    """The model and its weights, where and when it ran, and the versions of what ran it."""
+def of_model(model: HookedAudioTransformer, weights: str | None = None) -> dict[str, str]:
+    """The model and its weights, where and when it ran, and the versions of what ran it.
+
+    Args:
+        weights: their hash, where it is known.
+    """
     revision = revision_of(model.cfg.model_name)
     return {
         "model": model.cfg.model_name,
         **({} if revision is None else {"revision": revision}),
-        "weights_hash": weights_hash(model),
+        "weights_hash": weights_hash(model) if weights is None else weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "attn_mode": model.attn_mode,
@@ -57,20 +68,24 @@ def of_model(model: HookedAudioTransformer) -> dict[str, str]:
     }
 
 
-@torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
-    """A hash of the weights: names, shapes, dtypes, and some numbers of every tensor.
+    """A hash of the weights, whole: names, shapes, dtypes, every number; and of adapters' switches.
 
-    Quick, and the same on every device; a change of few numbers may escape it.
+    The same on every device. Asked again, it takes a fraction of the time while nothing changes.
     """
-    digest, probes = hashlib.sha256(), {}
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        step = max(1, weight.numel() // PROBES)
-        probes.setdefault(weight.device, []).append(weight.reshape(-1)[::step].double())
-    for tensors in probes.values():
-        digest.update(torch.cat(tensors).cpu().numpy().tobytes())
+    digest = hashlib.sha256(of_state(model).encode())
+    for name, one in model.named_modules():
+        if isinstance(one, LoraLinear):
+            digest.update(f"{name} {one.enabled} {one.scale}".encode())
     return digest.hexdigest()[:16]
+
+
+def known(value: Any) -> str:
+    """What a value is, as a hash; empty where it has no identity."""
+    try:
+        return identity_of(value)
+    except NoIdentityError:
+        return ""
 
 
 def revision_of(name: str) -> str | None:

@@ -15,8 +15,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
-    *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    *("combining", "errors"),
+    *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "hook_points", "running"),
+    *("identity", "digests", "files", "pickles", "combining", "errors"),
 )
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edited, and where
@@ -52,8 +52,12 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cache": GROUND,
     "synthesis": GROUND,
     "corruptions": GROUND,
-    "inputs": ("audio", "timeline", "hooks", "pickles", "errors"),
-    "hooks": ("errors",),
+    "inputs": ("audio", "timeline", "hooks", "digests", "pickles", "errors"),
+    "hooks": ("hook_points", "running", "errors"),
+    "hook_points": ("errors",),
+    "running": ("identity",),
+    "identity": ("digests", "errors"),
+    "digests": (),
     "files": ("errors",),
     "pickles": ("errors",),
     "audio": ("errors",),

@@ -17,6 +17,7 @@ from audio_lens import HookedAudioTransformer, Span, cli, files, patching, repor
 from audio_lens.cli import complete, shared
 from audio_lens.models import embedded as shipped
 from audio_lens.patching.clip_pair import ClipPair
+from audio_lens.patching.engine.checkpoint import Checkpoint
 from audio_lens.patching.engine.readout import Readout
 
 RATE = 16_000
@@ -244,6 +245,7 @@ def unloadable(monkeypatch, run):
         (["--out", "clean.wav"], "--out would overwrite clean.wav, which is read"),
         (["--save", "corrupted.wav"], "--save would overwrite corrupted.wav"),
         (["--checkpoint", "link.ckpt"], "--checkpoint would overwrite link.ckpt"),
+        (["--checkpoint-every", "3"], "--checkpoint-every belongs to --checkpoint"),
         (["--answer", ""], "--answer is empty"),
         (["--question", ""], "--question is empty"),
     ],
@@ -458,6 +460,32 @@ def test_an_interrupted_map_goes_on_from_its_checkpoint(run, clips, monkeypatch)
     rest = run(*command)
     assert rest.exit_code == 0 and "of 6 cells were done before" in rest.stderr
     assert json.loads(rest.stdout)["top"] == whole["top"]
+
+
+def test_the_interval_of_checkpoints_is_an_option(run, clips, monkeypatch):
+    intervals, make = [], Checkpoint.__init__
+
+    def noted(self, path, identity, every_s):
+        intervals.append(every_s)
+        make(self, path, identity, every_s)
+
+    monkeypatch.setattr(Checkpoint, "__init__", noted)
+    command = own(clips, "--axes", "layer", "--checkpoint", "map.ckpt", "--json")
+    for options in ([], ["--checkpoint-every", "0.5"], ["--checkpoint-every", "0"]):
+        assert run(*command, *options).exit_code == 0
+    assert intervals == [2.0, 0.5, 0.0]
+    for wrong in ("-1", "nan"):
+        assert run(*command, "--checkpoint-every", wrong).exit_code == cli.BAD_INPUT
+
+
+def test_a_map_without_values_is_not_reproduced(run, tmp_path):
+    assert run("map", "--axes", "layer", "--save", "map.nc").exit_code == 0
+    saved = patching.load(tmp_path / "map.nc")
+    saved.values[:] = float("nan")
+    saved.save(tmp_path / "map.nc")
+    result = run("reproduce", "map.nc")
+    assert_one_red_line(result, "holds no value, only NaN")
+    assert "agree" not in result.output
 
 
 def test_an_interrupt_before_there_is_anything_says_so(run, monkeypatch):

@@ -208,6 +208,41 @@ def test_outputs_stay_apart(tmp_path: Path) -> None:
 
 # -------------------------------------------------------------------------------- processes
 
+
+def test_what_killed_writers_left_is_cleared(tmp_path: Path) -> None:
+    """Of this file, and of processes that are no more."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    gone = f".map.nc.{ended.pid}-0123abcd.part"
+    stay = [
+        f".map.nc.{os.getpid()}-0123abcd.part",  # of a process that runs
+        f".map.nc.{os.getppid()}-0123abcd.part",
+        ".map.nc.0-0123abcd.part",
+        f".map.nc.{10**30}-0123abcd.part",
+        f".other.nc.{ended.pid}-0123abcd.part",
+        f".map.nc.{ended.pid}-0123abcd.part.txt",
+        f"map.nc.{ended.pid}-0123abcd.part",
+    ]
+    for name in (gone, *stay):
+        (tmp_path / name).write_bytes(b"half")
+    files.write(tmp_path / "map.nc", b"new")
+    assert left(tmp_path) == sorted([*stay, "map.nc"])
+
+
+def test_what_another_machine_writes_is_left_alone(tmp_path: Path) -> None:
+    import fcntl
+
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path = tmp_path / f".map.nc.{ended.pid}-0123abcd.part"
+    with open(path, "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        files.write(tmp_path / "map.nc", b"new")
+        assert path.exists()
+    files.write(tmp_path / "map.nc", b"newer")
+    assert left(tmp_path) == ["map.nc"]
+
+
 SAVING = """
     import sys, torch
     from audio_lens.results import Result

@@ -164,6 +164,104 @@ def test_what_cannot_be_made_again_says_why(model, pair):
     fails("recorded no arguments")
 
 
+def refused(match, saved, model, pair, **given):
+    with pytest.raises(patching.RerunError, match=match):
+        patching.rerun(saved, model, **pair, **given)
+
+
+@pytest.mark.parametrize("part", ["decoder.blocks.0.attn.o_proj", "encoder.blocks.0.mlp.fc_in"])
+def test_a_model_of_which_some_numbers_changed_is_refused(pair, part):
+    model = HookedAudioTransformer.from_hf(tiny_hf("qwen2_audio"))
+    result = patching.sweep(model, **pair, **asked())
+    weight = model.get_submodule(part).weight
+    weight.data[:, weight.shape[1] // 2 :] = 0
+    refused("other weights", result, model, pair)
+
+
+def test_a_model_with_its_adapter_off_is_another():
+    import peft
+
+    tuned = peft.get_peft_model(
+        tiny_hf("whisper"),
+        peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False),
+    )
+    model = HookedAudioTransformer.from_hf(tuned)
+    before = weights_hash(model)
+    with model.lora_disabled():
+        assert weights_hash(model) != before
+    assert weights_hash(model) == before
+
+
+def over(margin):
+    return lambda logits: (logits[:, -1, 5] > margin).float() + logits[:, -1, 5]
+
+
+def test_a_metric_of_another_code_is_refused(model, pair, tmp_path):
+    result = patching.sweep(model, **pair, **asked(metric=over(0.0)))
+    saved = patching.load(result.save(tmp_path / "map.nc"))
+    refused("given as metric is not what this map", saved, model, pair, metric=over(1.0))
+    assert patching.rerun(saved, model, **pair, metric=over(0.0)).agrees
+
+
+def test_a_metric_without_identity_is_refused(model, pair):
+    numbers = (i for i in range(10_000))
+
+    def counting(logits):
+        next(numbers)
+        return logits[:, -1, 5]
+
+    unknown = patching.sweep(model, **pair, **asked(metric=counting))
+    refused("metric of this map cannot be known", unknown, model, pair, metric=counting)
+    refused("metric of this map cannot be known", unknown, model, pair, metric=over(0.0))
+    known = metrics.versioned(counting, "1")
+    result = patching.sweep(model, **pair, **asked(metric=known))
+    assert patching.rerun(result, model, **pair, metric=known).agrees
+    newer = metrics.versioned(counting, "2")
+    refused("given as metric is not", result, model, pair, metric=newer)
+
+
+def test_hooks_and_sources_of_another_kind_are_refused(pair):
+    model, name = HookedAudioTransformer.from_hf(tiny_hf("qwen2_audio")), "hook_resid_pre"
+    model.add_hook(f"decoder.blocks.0.{name}", lambda x, hook: x * 1.1)
+    result = patching.sweep(model, **pair, **asked())
+    model.reset_hooks()
+    model.add_hook(f"decoder.blocks.0.{name}", lambda x, hook: x * 1.2)
+    refused("given as hooks is not", result, model, pair)
+    model.reset_hooks()
+    model.add_hook(f"decoder.blocks.0.{name}", lambda x, hook: x * 1.1)
+    assert patching.rerun(result, model, **pair).agrees
+    model.reset_hooks()
+    _, cache = model.run_with_cache(pair["clean"], names_filter=lambda x: x.endswith(name))
+    result = patching.sweep(model, **pair, **asked(source=cache))
+    assert patching.rerun(result, model, **pair, source=cache).agrees
+    other = {key: x * 1.01 for key, x in cache.items()}
+    refused("given as source is not", result, model, pair, source=other)
+
+
+def test_a_map_without_values_agrees_with_nothing(model, pair):
+    result = patching.sweep(model, **pair, **asked())
+    result.values[:] = torch.nan
+    refused("holds no value, only NaN", result, model, pair)
+    two = patching.sweep(model, **pair, **asked(metric={"a": METRIC, "b": metrics.prob(5)}))
+    two.values[1] = torch.nan
+    refused("no value of metric 'b'", two, model, pair)
+
+
+def test_infinite_values_agree_with_themselves(model, pair):
+    calls = []
+
+    def steep(logits):
+        calls.append(1)
+        is_baseline = len(calls) <= 2
+        return logits[:, -1, 5] if is_baseline else logits[:, -1, 5] * torch.inf
+
+    metric = metrics.versioned(steep, 1)
+    result = patching.sweep(model, **pair, **asked(metric=metric))
+    assert result.values.isinf().any()
+    calls.clear()
+    assert patching.rerun(result, model, **pair, metric=metric).agrees
+
+
 def test_files_are_recognised_by_what_they_hold(tmp_path):
     clips = {name: tmp_path / f"{name}.wav" for name in ("clean", "corrupted")}
     for i, path in enumerate(clips.values()):

@@ -16,6 +16,7 @@ from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import InputError
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.running import evaluating
 
 MOST_BINS = 250  # stretches that the seconds of a clip are cut into
 CROSS = "decoder.cross_attn"
@@ -209,7 +210,8 @@ def read_attention(
     readers = [kind(prompt, site, layers, heads) for kind, site in zip(kinds, sites, strict=True)]
     if cache is None:
         hooks = [(name, reader) for reader in readers for name in reader.names]
-        prompt.model.run_with_hooks(prompt.inputs, fwd_hooks=hooks, return_type=None)
+        with evaluating(prompt.model):
+            prompt.model.run_with_hooks(prompt.inputs, fwd_hooks=hooks, return_type=None)
     else:
         for reader in readers:
             for layer, name in zip(reader.layers, reader.names, strict=True):

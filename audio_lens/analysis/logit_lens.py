@@ -15,6 +15,7 @@ from audio_lens.cache import AudioCache
 from audio_lens.inputs import InputError
 from audio_lens.models.config import TEXT
 from audio_lens.models.kinds.ctc import ctc_of
+from audio_lens.running import evaluating
 
 TOP_TOKENS = 3
 AT_ONCE = 2**23  # logits that are computed at a time
@@ -147,7 +148,8 @@ def read_streams(
 def _run(prompt: Prompt, names: Mapping[str, Mapping[str, str]]) -> AudioCache:
     """The streams of all parts, of a run on the prompt."""
     wanted = [name for of_part in names.values() for name in of_part.values()]
-    return prompt.model.run_with_cache(prompt.inputs, names_filter=wanted, return_type=None)[1]
+    with evaluating(prompt.model):
+        return prompt.model.run_with_cache(prompt.inputs, names_filter=wanted, return_type=None)[1]
 
 
 def _read_part(

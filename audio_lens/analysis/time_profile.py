@@ -20,6 +20,7 @@ from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.models.parts.connectors import Connector
+from audio_lens.running import evaluating
 
 _READING = re.compile(r"connector\.(?:.+\.)?blocks\.(\d+)\.cross_attn\.hook_pattern")
 
@@ -68,7 +69,7 @@ def time_profile(
         rows = connector.token_pattern(_of_head(pattern, head))
         found.append(F.pad(rows, (0, n_frames - rows.shape[-1])))  # fills up, or cuts what filled
 
-    with model.hooks([(name, keep) for name in names]):
+    with evaluating(model), model.hooks([(name, keep) for name in names]):
         model.encode(inputs)
     heard = torch.stack(found).mean(0)
     return _labelled(heard / heard.sum(-1, keepdim=True), model, inputs)

@@ -111,6 +111,10 @@ def map_command(
         Path | None,
         typer.Option(help="Keep what is done in this file; the same command goes on from there."),
     ] = None,
+    checkpoint_every: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds between two saves of the checkpoint; default: 2."),
+    ] = None,
     html: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
         "map.html"
     ),
@@ -148,12 +152,15 @@ def map_command(
         shared.check_outputs(outputs, [case.clips.clean, case.clips.corrupted], model)
         wanted, sites = _wanted_axes(axes), _listed(site)
         directions = _DIRECTIONS[direction]
+        if checkpoint is None and checkpoint_every is not None:
+            raise ValueError("--checkpoint-every belongs to --checkpoint: name a file to save to")
         if len(sites) * len(directions) > 1 and (save or checkpoint):
             raise ValueError("--save and --checkpoint keep one map: name one site and direction")
         shared.check_audio(case.clips.clean, case.clips.corrupted)
         listener = shared.load(model, device, dtype)
         _check_answers(listener, model)
         from audio_lens import metrics, patching, report
+        from audio_lens.patching.engine.checkpoint import EVERY_S
 
         for one in sites:
             patching.Site.parse(one, listener)  # a mistyped one raises before any work
@@ -185,6 +192,7 @@ def map_command(
                 direction=way,
                 verify=verify,
                 checkpoint=checkpoint,
+                checkpoint_every_s=EVERY_S if checkpoint_every is None else checkpoint_every,
                 progress=progress,
             )
             for one in sites

@@ -6,6 +6,7 @@ and inputs by the sweep (or by `bind`), since words need a tokenizer and "the la
 the mask.
 """
 
+from audio_lens.identity import NoIdentityError, versioned
 from audio_lens.metrics.answers import forced_choice, kl, log_prob, logit_diff, prob, read_at
 from audio_lens.metrics.reading import (
     Metric,
@@ -25,6 +26,7 @@ __all__ = [
     "Metric",
     "MetricError",
     "MetricFn",
+    "NoIdentityError",
     "Reading",
     "at_positions",
     "blamed",
@@ -42,5 +44,6 @@ __all__ = [
     "read_at",
     "sequence_log_prob",
     "streams_read",
+    "versioned",
     "wer",
 ]

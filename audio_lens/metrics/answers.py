@@ -60,7 +60,8 @@ def read_at(
         position: which one; None is the last attended, negative counts from the end of the row.
         name: what to call it; None takes the function's.
     """
-    return _ReadAt(fn, name or getattr(fn, "__name__", "metric"), position=position)
+    own = getattr(fn, "name", None) or getattr(fn, "__name__", "metric")
+    return _ReadAt(fn, name or own, position=position)
 
 
 def forced_choice(answer: Words, among: Sequence[Word], position: int | None = None) -> Metric:

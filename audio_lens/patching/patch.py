@@ -22,6 +22,7 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
+from audio_lens.running import evaluating
 from audio_lens.shapes import check_shape, shape_of
 from audio_lens.sites import Site, SiteError, unit_count
 from audio_lens.timeline import Band, Span
@@ -75,6 +76,7 @@ def patch(
     """Run the inputs with every patch in place at once.
 
     Hooks of yours stay in force, before the patches, here and in runs of inputs given as sources.
+    A model in training mode runs in evaluation mode, and the log says so where that matters.
 
     Args:
         model: the model.
@@ -102,7 +104,7 @@ def patch(
         for name, one in ({} if metric is None else metrics.named(metric)).items()
     }
     reads_attention = any(edit.site.reads_attention for edit in edits)
-    with model.attention("explicit" if reads_attention else model.attn_mode):
+    with evaluating(model), model.attention("explicit" if reads_attention else model.attn_mode):
         runs = _run_sources(model, inputs, edits)
         hooks = [hook for edit in edits for hook in edit.hooks(runs)]
         logits = model.run_with_hooks(inputs, fwd_hooks=hooks)

@@ -10,24 +10,28 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.errors import AudioLensError
+from audio_lens.hooks import HookError
+from audio_lens.identity import NoIdentityError
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims
 from audio_lens.patching.engine.baselines import State, literally, prepared
-from audio_lens.patching.engine.checkpoint import EVERY_S, Checkpoint
+from audio_lens.patching.engine.checkpoint import EVERY_S, Checkpoint, CheckpointError, unite
 from audio_lens.patching.engine.heap import freed_memory_kept
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.schedule import Schedule
+from audio_lens.patching.known import own_parts
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track
-from audio_lens.provenance import SEED, provenance
+from audio_lens.provenance import SEED, provenance, weights_hash
+from audio_lens.running import evaluating
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -52,6 +56,7 @@ class Plan:
     schedule: Schedule
     _known: Sequence[str] = ()
     _state: State | None = field(default=None, repr=False)
+    _weights: str = ""
 
     @staticmethod
     def of(
@@ -69,9 +74,11 @@ class Plan:
         Raises:
             SiteError, ValueError: as `CellTable.of`, and activations that lack a patched site.
         """
-        table = CellTable.of(model, spec) if table is None else table
-        request = Request.of(model, spec, table)
-        return Plan(request, Schedule(request), known)
+        with model.alone():  # without the hooks of another thread's run
+            table = CellTable.of(model, spec) if table is None else table
+            request = Request.of(model, spec, table)
+            _ = request.attached  # now, to be compared with later
+            return Plan(request, Schedule(request), known)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -137,28 +144,47 @@ class Plan:
             ValueError: cells that do not exist, or a budget too small for one cell.
             MetricError: as `sweep`.
             VerificationError: a cell that a whole forward does not confirm.
-            CheckpointError: a file that belongs to another sweep.
+            CheckpointError: a file that belongs to another sweep, or a sweep that cannot be known
+                again.
+            HookError: a hook of yours that fails; it names the point and the cells.
         """
         wanted = range(len(self)) if only is None else [int(cell) for cell in only]
-        self._check(wanted, verify)
-        file = None
-        if checkpoint is not None:
-            file = Checkpoint(checkpoint, self.request.identity, checkpoint_every_s)
-        if log.isEnabledFor(logging.INFO):
-            log.info("%s", self.explain())
-        with self._in_force():
-            state = self._started(file)
-            todo = [cell for cell in wanted if not state.done[cell]]
-            if len(todo) < len(wanted):
-                log.info("%d of %d cells were done before", len(wanted) - len(todo), len(wanted))
-            self._compute(state, todo, progress, file)
-            notes = [file.failure] if file is not None and file.failure is not None else []
-            notes += [self._verified(state, wanted, verify)] if verify else []
-        return self._result(state, wanted, notes)
+        with self.request.model.alone():
+            self._check(wanted, verify)
+            if log.isEnabledFor(logging.INFO):
+                log.info("%s", self.explain())
+            with self._in_force() as notes:
+                own = own_parts(self.request.model, self.request.spec)
+                self._check_weights()
+                file = None
+                if checkpoint is not None:
+                    file = Checkpoint(checkpoint, self._identity(), checkpoint_every_s)
+                state = self._started(file)
+                todo = [cell for cell in wanted if not state.done[cell]]
+                if len(todo) < len(wanted):
+                    log.info(
+                        "%d of %d cells were done before", len(wanted) - len(todo), len(wanted)
+                    )
+                self._compute(state, todo, progress, file)
+                notes += [file.failure] if file is not None and file.failure is not None else []
+                notes += [self._verified(state, wanted, verify)] if verify else []
+            return self._result(state, wanted, notes, own)
+
+    def _identity(self) -> dict[str, str]:
+        """What a checkpoint of this sweep says it is of.
+
+        Raises:
+            CheckpointError: where something of it cannot be known again.
+        """
+        try:
+            return self.request.identity(self._weights)
+        except NoIdentityError as error:
+            raise CheckpointError(f"this sweep cannot go on from a checkpoint: {error}") from error
 
     def values(self, progress: bool | None = None) -> Float[Tensor, "metrics *batch cells"]:
         """The metrics of every cell's run, without anything around them."""
         with self._in_force():
+            self._check_weights()
             state = self._started(None)
             todo = [cell for cell in range(len(self)) if not state.done[cell]]
             self._compute(state, todo, progress, None)
@@ -177,27 +203,39 @@ class Plan:
             )
         if verify and self.request.spec.precision != "exact":
             raise ValueError(f"verify needs precision 'exact', not {self.request.spec.precision!r}")
-        if list(model.list_hooks(dir="fwd")) != self.request.hooked:
+        if model.hook_functions() != self.request.attached:
             raise ValueError("hooks were attached or removed since this was planned: plan it anew")
+
+    def _check_weights(self) -> None:
+        """Raise for other weights than those of the cells that are done.
+
+        Raises:
+            ValueError: where cells are done, and the weights were changed since.
+        """
+        weights = weights_hash(self.request.model)
+        if self._state is not None and self._weights != weights:
+            raise ValueError("the weights were changed since this plan ran: plan it anew")
+        self._weights = weights
 
     def _started(self, file: Checkpoint | None) -> State:
         """The unpatched runs, and what an earlier run left in the file."""
         if self._state is None:
-            self._state = prepared(self.request, self.schedule)
+            try:
+                self._state = prepared(self.request, self.schedule)
+            except HookError as error:
+                raise HookError(f"{error} (on an unpatched run)") from error
         state = self._state
         held = None if file is None else file.load(state.baselines)
         if held is not None:
-            values, done = held
-            new = done & ~state.done
-            state.values[..., new] = values[..., new]
-            state.done |= new
+            unite(state.values, state.done, *held)
         return state
 
     @contextlib.contextmanager
-    def _in_force(self) -> Iterator[None]:
-        """Modes of torch and of the model while the plan runs."""
+    def _in_force(self) -> Iterator[list[str]]:
+        """Modes of torch and of the model while the plan runs, and what a report says of them."""
         model, precision = self.request.model, self.request.spec.precision
         with contextlib.ExitStack() as stack:
+            notes = stack.enter_context(evaluating(model))
             stack.enter_context(torch.inference_mode())
             stack.enter_context(model.attention(self.request.attn_mode))
             if model.device.type == "cpu":
@@ -208,7 +246,7 @@ class Plan:
                 before = torch.get_float32_matmul_precision()
                 torch.set_float32_matmul_precision("high")
                 stack.callback(torch.set_float32_matmul_precision, before)
-            yield
+            yield notes
 
     def _compute(
         self, state: State, todo: list[int], progress: bool | None, file: Checkpoint | None
@@ -223,6 +261,9 @@ class Plan:
                         advance(self.schedule.flops(cells), len(todo) - len(queue))
                     if file is not None:
                         file.keep(state.values, state.done, state.baselines)
+                        elsewhere = [cell for cell in queue if state.done[cell]]
+                        for cell in elsewhere:  # another process has them
+                            queue.remove(cell)
         finally:
             if file is not None:
                 file.keep(state.values, state.done, state.baselines, at_once=True)
@@ -231,9 +272,9 @@ class Plan:
         """Compute cells in one go; out of memory puts them back for smaller goes."""
         try:
             rows = state.route.run(cells)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError, AudioLensError) as error:
             if not _is_out_of_memory(error):
-                raise
+                self._raise_placed(error, cells)
             if len(cells) == 1:
                 raise MemoryError(
                     f"one cell alone does not fit into memory ({error}): use fewer stimuli or "
@@ -253,6 +294,20 @@ class Plan:
         if self.request.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return False
+
+    def _raise_placed(self, error: BaseException, cells: list[int]) -> NoReturn:
+        """Raise an error of a run with the cells it happened on.
+
+        Raises:
+            HookError: for one of a hook.
+        """
+        where = self.table.described(cells[0])
+        if len(cells) > 1:
+            where += f" and {len(cells) - 1} more cells, which run with it as one batch"
+        if isinstance(error, HookError):
+            raise HookError(f"{error} (on {where})") from error
+        error.add_note(f"on {where}")
+        raise error
 
     # ---------------------------------------------------------------- truth
 
@@ -283,7 +338,9 @@ class Plan:
 
     # ---------------------------------------------------------------- the result
 
-    def _result(self, state: State, wanted: Sequence[int], notes: list[str]) -> SweepResult:
+    def _result(
+        self, state: State, wanted: Sequence[int], notes: list[str], own: dict[str, str]
+    ) -> SweepResult:
         request, table = self.request, self.table
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[list(wanted)] = True
@@ -295,7 +352,8 @@ class Plan:
             per_cell = per_cell.masked_fill(absent, torch.nan)
         batch_shape = [len(coords[dim]) for dim in dims]
         shape = [*batch_shape, *(len(table.coords[axis]) for axis in table.axes)]
-        meta = provenance(request.model, request.spec.clean, request.spec.corrupted, names)
+        spec = request.spec
+        meta = provenance(request.model, spec.clean, spec.corrupted, names, self._weights)
         return SweepResult(
             values=per_cell.reshape(shape),
             dims=(*dims, *table.axes),
@@ -306,7 +364,7 @@ class Plan:
             direction=request.spec.told_direction,
             report=list(dict.fromkeys([*self._known, *state.notes, *notes])),
             meta=meta | {"attn_mode": request.attn_mode, "precision": request.spec.precision},
-            recipe={"arguments": self.arguments, "hooks": list(request.hooked)},
+            recipe={"arguments": self.arguments, "hooks": list(request.hooked), "own": own},
         )
 
 

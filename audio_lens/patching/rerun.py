@@ -14,11 +14,13 @@ from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.attribute import Attribution, attribute
 from audio_lens.patching.clip_pair import ClipPair
+from audio_lens.patching.known import NAME_IT, own_parts
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.provenance import is_own, recalled, revision_of, versions, weights_hash
+from audio_lens.running import evaluating
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -84,19 +86,23 @@ def rerun(
         progress: as in `sweep`.
 
     Raises:
-        RerunError: a map that recorded too little, a part or mean of one, other weights or inputs,
-            a metric, a source or hooks that have to be given again.
+        RerunError: a map that recorded too little or holds no value, a part or mean of one, other
+            weights or inputs; a metric, a source or hooks that have to be given again, are others
+            than they were, or cannot be known again.
         ChangedFileError: a clip that is gone or holds something else.
     """
     if "arguments" not in saved.recipe:
         raise RerunError("this map recorded no arguments, so it cannot be made again")
     model = load_recorded(saved) if model is None else model
-    _check_model(saved, model)
-    inputs = _inputs(saved, model, clean, corrupted)
     own = {"metric": metric, "source": source, "do": do, "where": where, "groups": groups}
-    arguments = _arguments(saved, own)
-    with model.attention(saved.meta["attn_mode"]):
-        again = _again(saved, model, inputs | arguments, progress)
+    _check_values(saved)
+    with evaluating(model), model.attention(saved.meta["attn_mode"]):
+        _check_model(saved, model)
+        inputs = _inputs(saved, model, clean, corrupted)
+        arguments: dict[str, Any] = _arguments(saved, own)
+        arguments |= inputs
+        _check_own(saved, model, SweepSpec.of(model, **arguments))
+        again = _again(saved, model, arguments, progress)
     return _compared(saved, again)
 
 
@@ -121,6 +127,42 @@ def how_loaded(saved: SweepResult, name: str | None = None) -> tuple[str, dict[s
     is_there = device == "cpu" or (device.startswith("cuda") and torch.cuda.is_available())
     dtype = getattr(torch, saved.meta["dtype"])
     return name, {"dtype": dtype, "device": device if is_there else None}
+
+
+def _check_values(saved: SweepResult) -> None:
+    """Raise where nothing could be compared: no values would always agree."""
+    names = saved.coords.get("metric", [""])
+    for name, values in zip(names, _by_metric(saved, "values"), strict=True):
+        if values.isnan().all():
+            of_metric = f" of metric {name!r}" if name else ""
+            raise RerunError(
+                f"this map holds no value{of_metric}, only NaN: there is nothing to compare"
+            )
+
+
+def _check_own(saved: SweepResult, model: HookedAudioTransformer, spec: SweepSpec) -> None:
+    """Raise unless what no file holds is what it was: metric, source and hooks of the user's own.
+
+    Raises:
+        RerunError: naming it.
+    """
+    recorded, arguments = saved.recipe.get("own", {}), saved.recipe["arguments"]
+    own = {name: is_own(arguments.get(name)) for name in ("metric", "source")}
+    further = [value for name, value in arguments.items() if name not in own]
+    own["arguments"] = any(map(is_own, further))
+    now = own_parts(model, spec)
+    own["hooks"] = bool(saved.recipe.get("hooks") or recorded.get("hooks") or now["hooks"])
+    for name in (name for name, is_so in own.items() if is_so):
+        if not recorded.get(name) or not now[name]:
+            raise RerunError(
+                f"the {name} of this map cannot be known again, so nobody can tell whether what is "
+                f"given is the same: {NAME_IT}, and make the map anew"
+            )
+        if recorded[name] != now[name]:
+            raise RerunError(
+                f"what is given as {name} is not what this map was made with: its code, or what "
+                "that refers to, differs"
+            )
 
 
 def _check_model(saved: SweepResult, model: HookedAudioTransformer) -> None:
@@ -214,8 +256,8 @@ def _computed(saved: SweepResult) -> list[int]:
 def _compared(saved: SweepResult, again: SweepResult) -> Rerun:
     """Values and baselines of every metric, side by side."""
     old, new = (_by_metric(one) for one in (saved, again))
-    is_known = ~(old.isnan() & new.isnan())
-    differences = (new - old).abs().where(is_known, 0.0).nan_to_num(torch.inf).amax(1)
+    is_same = (old == new) | (old.isnan() & new.isnan())
+    differences = (new - old).abs().masked_fill(is_same, 0.0).nan_to_num(torch.inf).amax(1)
     allowed = _allowed(saved, old)
     worst = int((differences / allowed).argmax())
     return Rerun(
@@ -228,10 +270,10 @@ def _compared(saved: SweepResult, again: SweepResult) -> Rerun:
     )
 
 
-def _by_metric(result: SweepResult) -> Tensor:
-    """All values and baselines, ``metrics numbers``."""
+def _by_metric(result: SweepResult, *names: str) -> Tensor:
+    """All values and baselines, ``metrics numbers``; or those that are named."""
     n_metrics = len(result.coords["metric"]) if "metric" in result.dims else 1
-    numbers = (result.values, result.clean, result.corrupted)
+    numbers = [getattr(result, name) for name in names or ("values", "clean", "corrupted")]
     return torch.cat([x.detach().cpu().double().reshape(n_metrics, -1) for x in numbers], dim=1)
 
 

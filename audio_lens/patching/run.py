@@ -20,6 +20,7 @@ from audio_lens.patching.engine.hooked import from_position
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import Trace, blocks_of, crosses_of, heard, is_known, stack_of
 from audio_lens.places import Ground
+from audio_lens.running import evaluating
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -39,7 +40,8 @@ def run(
     The unedited run of these inputs is made once and kept with them until others are run: call
     after call starts from it at the first block that is edited, in the decoder also at the first
     position. Edits behind the encoder never run it again. Hooks of yours stay in force; then, and
-    for parts that the engine cannot take apart, each call is a whole forward.
+    for parts that the engine cannot take apart, each call is a whole forward. The model runs in
+    evaluation mode.
 
     Args:
         inputs: best `AudioInputs` of ``model.prepare``; of a processor's mapping the unedited run
@@ -56,7 +58,16 @@ def run(
         SiteError, InputError, DeadHookError: as `intervene`.
         MetricError: a metric that fails, or gives something else than numbers.
     """
-    inputs = model.as_inputs(inputs)
+    with evaluating(model):
+        return _run(model, model.as_inputs(inputs), edits, metric)
+
+
+def _run(
+    model: HookedAudioTransformer,
+    inputs: AudioInputs,
+    edits: Edit | Sequence[Edit],
+    metric: Any,
+) -> Float[Tensor, "..."] | dict[str, Float[Tensor, "..."]]:
     listed = [edits] if isinstance(edits, Edit) else list(edits)
     laid = [Laid.of(model, edit) for edit in listed]
     if any(one.edit.when == "decode" for one in laid):

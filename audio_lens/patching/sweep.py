@@ -87,13 +87,17 @@ def sweep(
             baseline gap, down to single positions; ``result.widths`` says how wide a window each
             value was measured with.
         verify: compare so many random cells with whole forwards.
-        checkpoint: a file that keeps what is done; the same call goes on from there. Where it
+        checkpoint: a file that keeps what is done; the same call goes on from there: with the same
+            weights, inputs, hooks and metric, down to the code of functions of your own (or the
+            version you give one, `metrics.versioned`). Several processes may share it. Where it
             cannot be written, the sweep goes on, and the log and ``report`` say so.
         checkpoint_every_s: seconds between two saves; the first comes after the first batch.
         progress: show progress with the time left: None where somebody looks (terminals and
             notebooks), True everywhere, False nowhere.
 
-    Your own hooks stay in force: every cell is then one whole forward, and ``report`` says so.
+    Your own hooks stay in force: every cell is then one whole forward, and ``report`` says so. A
+    model in training mode runs in evaluation mode, and ``report`` says so where that matters. Other
+    threads that run the model wait until the sweep is over.
 
     Returns:
         `SweepResult`, with both baselines. Values of stimuli that have no position in a window
@@ -109,16 +113,21 @@ def sweep(
             reach, or a budget too small for one cell.
         PlacementError: a model that is split over devices.
         VerificationError: a cell that a whole forward does not confirm.
-        CheckpointError: a file that belongs to another sweep.
+        CheckpointError: a file that belongs to another sweep, or a metric, hook or source that
+            nobody can know again.
+        HookError: a hook of yours that fails; it names the point and the cells.
     """
-    spec = SweepSpec.of(**locals())
-    options = {
-        "verify": verify,
-        "checkpoint": checkpoint,
-        "checkpoint_every_s": checkpoint_every_s,
-        "progress": progress,
-    }
-    return Plan.of(model, spec).run(**options) if refine is None else refined(model, spec, options)
+    with model.alone():
+        spec = SweepSpec.of(**locals())
+        options = {
+            "verify": verify,
+            "checkpoint": checkpoint,
+            "checkpoint_every_s": checkpoint_every_s,
+            "progress": progress,
+        }
+        return (
+            Plan.of(model, spec).run(**options) if refine is None else refined(model, spec, options)
+        )
 
 
 def plan(
@@ -149,4 +158,5 @@ def plan(
     Raises:
         SiteError, InputError, ValueError: as `sweep`.
     """
-    return Plan.of(model, SweepSpec.of(**locals()))
+    with model.alone():
+        return Plan.of(model, SweepSpec.of(**locals()))

@@ -27,6 +27,7 @@ from audio_lens.patching.cells import CellTable, cells_of
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.spec import SweepSpec
+from audio_lens.running import evaluating
 from audio_lens.shapes import check_shape, shape_of
 from audio_lens.sites import Site, unit_count
 
@@ -182,7 +183,8 @@ class _Call:
     def _unpatched(self) -> Float[Tensor, " metrics *batch"]:
         model, inputs = self.part.model, self.inputs.inputs
         readout = Readout(model, self.measures, inputs)
-        return readout.measure(readout.of_logits(model(inputs)), "the corrupted run")
+        with evaluating(model):
+            return readout.measure(readout.of_logits(model(inputs)), "the corrupted run")
 
 
 def _checked(
@@ -316,15 +318,16 @@ def get_act_patch_attn_head_pattern_dest_src_pos(
     """
     call = _Call.of(model, corrupted_tokens, clean_cache, patching_metric, reduce, baseline)
     source = call.source(call.site("attn.pattern"))
-    return _by_entry(
-        model,
-        call.inputs,
-        {model.local(name): activation for name, activation in source.items()},
-        call.measures if call.is_named else call.measures["metric"],
-        return_index_df=return_index_df,
-        reduce=reduce,
-        baseline=baseline,
-    )
+    with evaluating(call.part.model):
+        return _by_entry(
+            model,
+            call.inputs,
+            {model.local(name): activation for name, activation in source.items()},
+            call.measures if call.is_named else call.measures["metric"],
+            return_index_df=return_index_df,
+            reduce=reduce,
+            baseline=baseline,
+        )
 
 
 # -------------------------------------------------------------------------------- several

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import HookedRoot, HookPoint
+from audio_lens.running import alone
 
 Own = TypeVar("Own", bound="Adaptable")
 
@@ -169,16 +170,17 @@ class Adaptable(nn.Module):
         Raises:
             LoraError: if the model carries none.
         """
-        lora = self.lora
-        before = [linear.enabled for linear in lora.linears.values()]
-        had_replaced = lora.replaced.enabled
-        lora.enabled = False
-        try:
-            yield self
-        finally:
-            lora.replaced.switch(had_replaced)
-            for linear, enabled in zip(lora.linears.values(), before, strict=True):
-                linear.enabled = enabled
+        with alone(self):
+            lora = self.lora
+            before = [linear.enabled for linear in lora.linears.values()]
+            had_replaced = lora.replaced.enabled
+            lora.enabled = False
+            try:
+                yield self
+            finally:
+                lora.replaced.switch(had_replaced)
+                for linear, enabled in zip(lora.linears.values(), before, strict=True):
+                    linear.enabled = enabled
 
 
 def attach(model: HookedRoot, low_rank: Mapping[str, LowRank], own: Mapping[str, Tensor]) -> Lora:

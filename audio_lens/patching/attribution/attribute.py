@@ -24,9 +24,11 @@ from audio_lens.patching.attribution.runs import (
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.known import own_parts
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import Bands, Direction, SweepSpec, Windows
 from audio_lens.provenance import provenance
+from audio_lens.running import evaluating
 from audio_lens.sites import Site
 
 if TYPE_CHECKING:
@@ -165,24 +167,27 @@ def attribute(
         DeadHookError: a site that does not run.
         PlacementError: a model that is split over devices.
     """
-    model.need_one_device("attribution")
-    spec = SweepSpec.of(**locals())
-    if not spec.sites or len(set(spec.sites)) < len(spec.sites):
-        raise ValueError(f"name one site or several, each once; got {site!r}")
-    _check_further_decoders(model, spec.sites, metric)
-    tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
-    _check_method(model, tables, method, steps)
-    if direction == "noise" and method != "ig":
-        _check_not_at_its_minimum(metric)
-    with model.attention(_attention_mode(model, spec.sites, method)), differentiable(model):
-        estimate = Estimate(model, spec, tables, method, steps or DEFAULT_STEPS, progress)
-        results = {
-            str(table.site): _result(
-                model, spec, estimate, table, {"method": method, "steps": steps}
-            )
-            for table in tables
-        }
-    return results[str(spec.sites[0])] if isinstance(site, str) else results
+    with model.alone():
+        model.need_one_device("attribution")
+        spec = SweepSpec.of(**locals())
+        if not spec.sites or len(set(spec.sites)) < len(spec.sites):
+            raise ValueError(f"name one site or several, each once; got {site!r}")
+        _check_further_decoders(model, spec.sites, metric)
+        tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
+        _check_method(model, tables, method, steps)
+        if direction == "noise" and method != "ig":
+            _check_not_at_its_minimum(metric)
+        mode = _attention_mode(model, spec.sites, method)
+        with evaluating(model) as notes, model.attention(mode), differentiable(model):
+            own = own_parts(model, spec)
+            estimate = Estimate(model, spec, tables, method, steps or DEFAULT_STEPS, progress)
+            results = {
+                str(table.site): _result(
+                    model, spec, estimate, table, {"method": method, "steps": steps}, own, notes
+                )
+                for table in tables
+            }
+        return results[str(spec.sites[0])] if isinstance(site, str) else results
 
 
 def _result(
@@ -190,9 +195,17 @@ def _result(
     spec: SweepSpec,
     estimate: Estimate,
     table: CellTable,
-    own: dict[str, Any],
+    further: dict[str, Any],
+    own: dict[str, str],
+    notes: list[str],
 ) -> Attribution:
-    """What was estimated for one table. ``own`` are the arguments that a sweep does not have."""
+    """What was estimated for one table.
+
+    Args:
+        further: the arguments that a sweep does not have.
+        own: what metric and hooks are.
+        notes: for the report, beside the estimate's own.
+    """
     site = str(table.site)
     attribution = Attribution(
         values=estimate.values(table),
@@ -202,11 +215,12 @@ def _result(
         corrupted=estimate.shaped(estimate.corrupted),
         site=site,
         direction=spec.direction,
-        report=estimate.report,
+        report=[*notes, *estimate.report],
         meta=provenance(model, spec.clean, spec.corrupted, estimate.names) | estimate.meta,
         recipe={
-            "arguments": {**spec.record, "site": site, **own},
+            "arguments": {**spec.record, "site": site, **further},
             "hooks": list(model.list_hooks(dir="fwd")),
+            "own": own,
         },
     )
     attribution.request = spec.arguments | {"site": site}

@@ -17,6 +17,8 @@ from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import heading
+from audio_lens.provenance import weights_hash
+from audio_lens.running import evaluating
 from audio_lens.sites import Site
 
 if TYPE_CHECKING:
@@ -159,25 +161,29 @@ def confirm(
         raise ValueError(f"exact is 'top' or 'all', got {exact!r}")
     site = Site.parse(estimated.site, model)
     chosen, report = _chosen_controls(controls, other, site)
-    sweeps = _Sweeps(estimated, request, model, site, metric, progress)
-    order = _strongest(sweeps.estimates)
-    top, rest = order[:top_k].tolist(), order[top_k:].tolist()
-    generator = torch.Generator().manual_seed(seed)
-    partners = sweeps.partners(top, rest, generator) if "random_sites" in chosen else {}
-    if "random_sites" in chosen and len(partners) < len(top):
-        report.append(f"{len(top) - len(partners)} cells have no other cell of their layer left")
-    everything = range(len(sweeps.estimates))
-    effects = sweeps.effects(everything if exact == "all" else [*top, *partners.values()])
-    makers = {
-        "identity": lambda: sweeps.effects(top, source=sweeps.base),
-        "other_item": lambda: sweeps.effects(top, source=model.as_inputs(other)),
-        "norm_matched_noise": lambda: sweeps.effects(top, source=sweeps.noise(generator)),
-        "random_sites": lambda: _of_partners(effects, partners),
-    }
-    of_controls = {}
-    for name in chosen:
-        with heading(f"control {name}"):
-            of_controls[name] = makers[name]()
+    with evaluating(model) as notes:
+        _check_model(estimated, model)
+        sweeps = _Sweeps(estimated, request, model, site, metric, progress)
+        generator = torch.Generator().manual_seed(seed)
+        order = _strongest(sweeps.estimates)
+        top, rest = order[:top_k].tolist(), order[top_k:].tolist()
+        partners = sweeps.partners(top, rest, generator) if "random_sites" in chosen else {}
+        if "random_sites" in chosen and len(partners) < len(top):
+            report.append(
+                f"{len(top) - len(partners)} cells have no other cell of their layer left"
+            )
+        everything = range(len(sweeps.estimates))
+        effects = sweeps.effects(everything if exact == "all" else [*top, *partners.values()])
+        makers = {
+            "identity": lambda: sweeps.effects(top, source=sweeps.base),
+            "other_item": lambda: sweeps.effects(top, source=model.as_inputs(other)),
+            "norm_matched_noise": lambda: sweeps.effects(top, source=sweeps.noise(generator)),
+            "random_sites": lambda: _of_partners(effects, partners),
+        }
+        of_controls = {}
+        for name in chosen:
+            with heading(f"control {name}"):
+                of_controls[name] = makers[name]()
     rows = [
         ConfirmedCell(
             cell=sweeps.cells[i],
@@ -189,7 +195,15 @@ def confirm(
     ]
     truth = effects if is_signed else effects.abs()
     agreement = _agreement(sweeps.estimates, truth, top)
-    return Confirmation(rows=rows, report=report, seed=seed, **agreement)
+    return Confirmation(rows=rows, report=[*notes, *report], seed=seed, **agreement)
+
+
+def _check_model(estimated: SweepResult, model: HookedAudioTransformer) -> None:
+    """Raise for another model than the estimates are of."""
+    if estimated.meta.get("weights_hash") not in (None, weights_hash(model)):
+        raise ValueError(
+            "this model has other weights than the one the estimates are of: pass that one"
+        )
 
 
 def _strongest(effects: Float[Tensor, " cells"]) -> Int[Tensor, " known"]:

@@ -45,6 +45,7 @@ class Checkpoint:
         self.path, self.identity, self.every_s = Path(path), identity, every_s
         self.failure: str | None = None
         self._due = -math.inf
+        self._written: tuple[int, ...] | None = None
         if not every_s >= 0:
             raise CheckpointError(
                 f"checkpoint_every_s is a number of seconds from 0 on, got {every_s}"
@@ -62,28 +63,45 @@ class Checkpoint:
             baselines: the metrics of both unpatched runs; others mean another model.
 
         Raises:
-            CheckpointError: if the file holds another sweep.
+            CheckpointError: if the file holds another sweep, or none.
         """
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, "pt") as file:
-                held = json.loads((file.metadata() or {}).get("identity", "{}"))
-                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                held = dict(json.loads((file.metadata() or {}).get("identity", "{}")))
+                saved = [file.get_tensor(name) for name in ("values", "done", "baselines")]
         except Exception as error:
             raise CheckpointError(f"{self.path} is no checkpoint of a sweep: {error}") from error
+        self._check_same(held)
+        values, done, before = saved
+        is_alike = before.shape == baselines.shape and torch.allclose(
+            before, baselines, rtol=1e-3, atol=1e-6
+        )
+        if not is_alike:
+            raise CheckpointError(
+                f"{self.path} was made with another model: clean and corrupted metrics were "
+                f"{before.flatten().tolist()}, now {baselines.flatten().tolist()}"
+            )
+        return values, done
+
+    def _check_same(self, held: dict[str, str]) -> None:
+        """Raise unless a file's identity is this one.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
         other = [key for key in self.identity if held.get(key) != self.identity[key]]
+        if "weights" in other:
+            raise CheckpointError(
+                f"{self.path} was made with another model, or with other weights of this one: name "
+                "another file, or delete it"
+            )
         if other:
             raise CheckpointError(
                 f"{self.path} belongs to another sweep ({', '.join(other)} differ): name another "
                 "file, or delete it"
             )
-        if not torch.allclose(saved["baselines"], baselines, rtol=1e-3, atol=1e-6):
-            raise CheckpointError(
-                f"{self.path} was made with another model: clean and corrupted metrics were "
-                f"{saved['baselines'].flatten().tolist()}, now {baselines.flatten().tolist()}"
-            )
-        return saved["values"], saved["done"]
 
     def save(
         self,
@@ -93,15 +111,33 @@ class Checkpoint:
     ) -> None:
         """Write everything; the old file stays until the new one is whole.
 
+        What another process has written there since is kept, and taken over into ``values`` and
+        ``done``.
+
         Raises:
             OutputError: if it cannot be written.
+            CheckpointError: if another sweep's file has come to stand there.
         """
-        tensors = {"values": values, "done": done, "baselines": baselines}
-        data = save(
-            {name: x.contiguous() for name, x in tensors.items()},
-            metadata={"identity": json.dumps(self.identity)},
-        )
-        files.write(self.path, data)
+        with files.locked(self.path):
+            if self._stamp() != self._written:
+                held = self.load(baselines)
+                if held is not None:
+                    unite(values, done, *held)
+            tensors = {"values": values, "done": done, "baselines": baselines}
+            data = save(
+                {name: x.contiguous() for name, x in tensors.items()},
+                metadata={"identity": json.dumps(self.identity)},
+            )
+            files.write(self.path, data)
+            self._written = self._stamp()
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """What tells the file that stands there from any other."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def keep(
         self,
@@ -121,8 +157,20 @@ class Checkpoint:
         try:
             self.save(values, done, baselines)
             self.failure = None
-        except files.OutputError as error:
+        except (files.OutputError, CheckpointError) as error:
             self.failure = f"what is done could not be kept: {error}"
             if not failed_before:
                 log.warning("%s; the sweep goes on", self.failure)
         self._due = time.monotonic() + self.every_s
+
+
+def unite(
+    values: Float[Tensor, "..."],
+    done: Bool[Tensor, " cells"],
+    more: Float[Tensor, "..."],
+    more_done: Bool[Tensor, " cells"],
+) -> None:
+    """Add, in place, the finished cells of another run that are not finished here."""
+    new = more_done & ~done
+    values[..., new] = more[..., new]
+    done |= new

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens import metrics
-from audio_lens.hooks import AttnMode
+from audio_lens.digests import settings_of
+from audio_lens.hooks import AttnMode, HookFn
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
@@ -27,7 +28,9 @@ from audio_lens.patching.engine.routes import (
     FromBase,
 )
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
+from audio_lens.patching.known import need_own_parts
 from audio_lens.patching.spec import SweepSpec
+from audio_lens.provenance import known
 from audio_lens.shapes import check_shape, shape_of
 from audio_lens.sites import parts_from
 
@@ -76,6 +79,11 @@ class Request:
     def hooked(self) -> list[str]:
         """The points where the user had hooks attached when the sweep was planned."""
         return list(self.model.list_hooks(dir="fwd"))
+
+    @cached_property
+    def attached(self) -> dict[str, list[HookFn]]:
+        """The functions attached when the sweep was planned."""
+        return self.model.hook_functions()
 
     @cached_property
     def route(self) -> type[FromBase] | type[HookedRoute]:
@@ -172,34 +180,33 @@ class Request:
             notes.append("patched from a source of your own, not from the other run")
         return notes
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What makes this sweep differ from any other, for checkpoints."""
-        table, source = self.table, self.source
-        cells = repr((table.coords, table.cells)).encode()
+    def identity(self, weights: str) -> dict[str, str]:
+        """What makes this sweep differ from any other, for checkpoints.
+
+        Args:
+            weights: their hash.
+
+        Raises:
+            NoIdentityError: a metric, a hook or a source that nobody can know again.
+        """
+        spec, table = self.spec, self.table
+        own = need_own_parts(self.model, spec)
         return {
+            "weights": weights,
+            "settings": settings_of(self.model),
+            "configuration": known(self.model.cfg),
             "model": self.model.cfg.model_name,
             "dtype": str(self.model.dtype),
-            "precision": self.spec.precision,
+            "precision": spec.precision,
+            "attention": self.attn_mode,
             "site": table.site_name,
             "axes": " ".join(table.axes),
-            "direction": self.spec.direction,
-            "cells": hashlib.sha256(cells).hexdigest()[:16],
-            "metric": ", ".join(metrics.named(self.spec.metric)),
-            "hooks": ", ".join(self.hooked),
-            "clean": self.spec.clean.digest(),
-            "corrupted": self.spec.corrupted.digest(),
-            "source": _digest(source) if isinstance(source, Mapping) else _digest_of(source),
+            "direction": spec.direction,
+            "cells": hashlib.sha256(repr((table.coords, table.cells)).encode()).hexdigest(),
+            "metric": f"{', '.join(metrics.named(spec.metric))} {own['metric']}",
+            "hooks": f"{', '.join(self.hooked)} {own['hooks']}".strip(),
+            "clean": spec.clean.digest(),
+            "corrupted": spec.corrupted.digest(),
+            "source": own["source"],
+            "arguments": own["arguments"],
         }
-
-
-def _digest_of(inputs: AudioInputs | None) -> str:
-    return "" if inputs is None else inputs.digest()
-
-
-def _digest(activations: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(activations):
-        digest.update(name.encode())
-        digest.update(activations[name].detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
