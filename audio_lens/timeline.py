@@ -217,7 +217,8 @@ class Row:
     def track(self, part: str, clip: int) -> Track:
         """The positions of a part; of one clip, where clips run through it one by one."""
         tracks = self.segments(part)
-        self.duration_s(clip)
+        if self.durations_s or len(tracks) != 1:  # of text alone, the tokens have their places
+            self.duration_s(clip)
         own = tracks if len(tracks) == 1 else [t for t in tracks if t.clip[0] == clip]
         return Track.joined(own)
 

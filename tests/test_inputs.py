@@ -223,8 +223,8 @@ def test_prompts_must_match_their_clips(embedded: HookedAudioTransformer) -> Non
         embedded.prepare(noise(), f"<|AUDIO|> {QUESTION} <|AUDIO|>", **clip)
     with pytest.raises(InputError, match=r"holds 1 placeholder\(s\) .* for 2 clip"):
         embedded.prepare([[noise(), noise()]], f"<|AUDIO|> {QUESTION}", **clip)
-    with pytest.raises(InputError, match="at least one clip per prompt"):
-        embedded.prepare([[noise()], []], QUESTION, **clip)
+    with pytest.raises(InputError, match=r"holds 1 placeholder\(s\) .* for 0 clip"):
+        embedded.prepare([[noise()], []], f"<|AUDIO|> {QUESTION}", **clip)
 
 
 def test_text_needs_a_tokenizer() -> None:

@@ -223,31 +223,16 @@ class HookedAudioTransformer(
     ) -> AudioInputs:
         """Inputs from audio and text."""
 
-    @property
-    def decoder_needs_encoder(self) -> bool:
-        """Whether decoder blocks read the encoder (cross-attention)."""
-        return self.cfg.decoder is not None and hasattr(self.decoder.blocks[0], "cross_attn")
-
     # ---------------------------------------------------------------- forward
 
-    def encode(
-        self,
-        inputs: AudioInputs,
-        resid: Float[Tensor, "segments frames d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
+    def hear(
+        self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
     ) -> Tensor | None:
-        """What the decoder receives of the audio; with ``stop``, the residual entering that block.
-
-        ``resid`` is the residual stream entering block ``start``; None starts from the features.
-        Without an encoder it is None.
-        """
-        if self.cfg.encoder is None:
-            return None
+        """`encode` of inputs that hold audio, row by row as they are."""
         self.check_features(inputs.features)
         inputs = moved(inputs, self.device_of("encoder"))
         resid = self.enter_encoder(inputs) if resid is None else resid
-        until = self.cfg.encoder.n_layers if stop is None else stop
+        until = self.cfg.need_encoder.n_layers if stop is None else stop
         resid = self.encoder.run_blocks(resid, self.encoder_context(inputs), start, until)
         return self.send_rows(resid, inputs).to(self.device) if stop is None else resid
 
@@ -386,8 +371,7 @@ class HookedAudioTransformer(
         if return_type in ("loss", "both"):
             raise InputError("the loss needs the tokens: pass inputs= beside the residual stream")
         tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
-        features = resid.new_zeros(0, self.cfg.n_mels or 1, self.cfg.n_frames or 1)
-        return AudioInputs(features, tokens, clips_per_row=(0,) * len(resid))
+        return AudioInputs(self.no_features(), tokens, clips_per_row=(0,) * len(resid))
 
     def _check_fits(
         self, inputs: AudioInputs, entry: Entry | None, encoder_out: Tensor | None

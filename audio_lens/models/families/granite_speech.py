@@ -234,13 +234,6 @@ class HookedGraniteSpeech(HookedAudioLLM):
 
     # ---------------------------------------------------------------- forward
 
-    def encode(self, inputs: AudioInputs, *route: Any, **options: Any) -> Tensor | None:
-        """As in every model; of prompts without audio there is nothing."""
-        if not len(inputs.features):
-            width = self.cfg.need_decoder.d_model
-            return torch.zeros(0, 0, width, dtype=self.dtype, device=self.device)
-        return super().encode(inputs, *route, **options)
-
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
@@ -267,13 +260,6 @@ class HookedGraniteSpeech(HookedAudioLLM):
             return super()._continue(inputs, max_new_tokens)
 
     # ---------------------------------------------------------------- inputs
-
-    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
-        """Inputs from what `GraniteSpeechProcessor` returns, with audio or without."""
-        if mapping.get(self.features_key) is None:
-            silence = torch.zeros(0, 0, STACKED * self.cfg.need_n_mels)
-            mapping = {**mapping, self.features_key: silence}
-        return super().inputs_from_mapping(mapping)
 
     def make_feature_extractor(self) -> GraniteMel:
         """The usual settings: `GraniteSpeechFeatureExtractor` itself needs torchaudio."""
