@@ -143,6 +143,13 @@ class AudioInputs:
             return self.features.shape[-1]
         return int(self.feature_mask[segment].sum())
 
+    def clip_lengths(self) -> list[int]:
+        """Feature steps of every clip that hold audio."""
+        lengths = [0] * sum(self.clips_per_row)
+        for segment, clip in enumerate(self.clip_of_segment):
+            lengths[clip] += self.n_valid(segment)
+        return lengths
+
     def to(self, device: torch.device | str) -> AudioInputs:
         """The same inputs on another device."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}

@@ -93,6 +93,19 @@ class HookedComposed(AudioLLM):
 
     # ---------------------------------------------------------------- hearing
 
+    @property
+    def mixes_lengths(self) -> str:
+        """Where one of the ears does so, or the connector may read what an ear makes of padding."""
+        reasons = (
+            ear.mixes_lengths and f"{name}: {ear.mixes_lengths}" for name, ear in self.ears.items()
+        )
+        if reason := next(filter(None, reasons), ""):
+            return reason
+        is_open = any(ear.cfg.need_encoder.n_ctx is None for ear in self.ears.values())
+        if is_open and not self.connector.reads_apart:
+            return "its connector may read what the encoder makes of padding"
+        return ""
+
     def enter_encoder(self, inputs: AudioInputs) -> Float[Tensor, "segments frames d"]:
         return self.ear.enter_encoder(inputs)
 

@@ -126,6 +126,7 @@ class HookedGraniteSpeech(HookedAudioLLM):
     hf_class = "GraniteSpeechForConditionalGeneration"
     mask_key = "input_features_mask"
     masks_padding = False
+    mixes_lengths = "its encoder hears the padding of a clip, and its windows end with the longest"
     weight_names: ClassVar = {
         "model.encoder.input_linear": "encoder.linear",
         **conformer_weight_names("model.encoder", "encoder"),

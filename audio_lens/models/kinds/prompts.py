@@ -282,6 +282,7 @@ class Prompts(HookedAudioTransformer):
             for group, of_group in with_rates(groups, sampling_rate)
             for clip, rate in with_rates(group, of_group)
         ]
+        self.tell_of_lengths([len(clip) for clip in clips])
         inputs = self._assembled(*self.encoded_prompts(prompts), *self._heard(clips, times))
         rate, clips = self.cfg.sampling_rate, clips * times
         return replace(inputs, audio=clips, text=prompts, sampling_rate=rate, remake=self.prepare)

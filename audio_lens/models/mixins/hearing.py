@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,10 +16,17 @@ from audio_lens.models.mixins.host import Host
 
 
 class Hearing(Host):
-    """How a `HookedAudioTransformer` takes what it hears; mixed into it."""
+    """How a `HookedAudioTransformer` takes what it hears; mixed into it.
+
+    Attributes:
+        mixes_lengths: why a longer clip in the batch changes what a clip gives, for people; empty
+            where it does not.
+    """
 
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
     extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
+    mixes_lengths: ClassVar[str] = ""
+    _has_told_of_lengths = False
 
     @property
     def decoder_needs_encoder(self) -> bool:
@@ -87,7 +95,22 @@ class Hearing(Host):
                 f"inputs must be AudioInputs (model.prepare) or a processor's mapping, got "
                 f"{type(inputs).__name__}"
             )
-        return self.inputs_from_mapping({**(inputs or {}), **(mapping or {})})
+        made = self.inputs_from_mapping({**(inputs or {}), **(mapping or {})})
+        if self.mixes_lengths and not self._has_told_of_lengths:
+            self.tell_of_lengths(made.clip_lengths())
+        return made
+
+    def tell_of_lengths(self, lengths: Sequence[int]) -> None:
+        """Warn, once for this model, if clips of these lengths change each other's answers."""
+        if len(set(lengths)) < 2 or not self.mixes_lengths or self._has_told_of_lengths:
+            return
+        self._has_told_of_lengths = True
+        warnings.warn(
+            f"clips of unequal length in one batch change each other's answers in "
+            f"{self.cfg.family}: {self.mixes_lengths}. Cut or pad them to equal length, or use "
+            "batches of one clip (said once; model.mixes_lengths holds the reason)",
+            stacklevel=3,
+        )
 
     def _mapping_tensors(
         self, mapping: Mapping[str, Any], known: Sequence[str], needs_audio: bool = True
