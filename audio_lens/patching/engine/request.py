@@ -17,6 +17,7 @@ from audio_lens.hooks import AttnMode
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.checks import rounding_notes
 from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
 from audio_lens.patching.engine.readout import Readout
@@ -170,7 +171,7 @@ class Request:
             notes.append(f"{self.unknown} is of its own kind: run whole from the first patch on")
         if self.source is not None:
             notes.append("patched from a source of your own, not from the other run")
-        return notes
+        return notes + rounding_notes(self.model)
 
     @property
     def identity(self) -> dict[str, str]:
