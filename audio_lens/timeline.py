@@ -275,7 +275,8 @@ class Timeline:
 
     def has_time(self, part: str) -> bool:
         """Whether positions of the part lie in time (Whisper's decoder positions do not)."""
-        return bool(torch.isfinite(self.rows[0].track(part, 0).seconds).any())
+        tracks = (track for row in self.rows for track in row.segments(part))
+        return any(bool(torch.isfinite(track.seconds).any()) for track in tracks)
 
     def seconds(self, part: str, clip: int = 0) -> Float[Tensor, " t"]:
         """Centre of every position of the part in seconds of its clip; NaN for text.
@@ -294,7 +295,7 @@ class Timeline:
 
     def has_frequency(self, part: str) -> bool:
         """Whether positions of the part lie in frequency too (patches of a spectrogram)."""
-        return self.rows[0].track(part, 0).hertz is not None
+        return any(t.hertz is not None for row in self.rows for t in row.segments(part))
 
     def hertz(self, part: str, clip: int = 0) -> Float[Tensor, " t"]:
         """Middle frequency of what every position reads, in Hz; NaN for those without.
