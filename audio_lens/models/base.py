@@ -377,7 +377,9 @@ class HookedAudioTransformer(
         self, inputs: AudioInputs, entry: Entry | None, encoder_out: Tensor | None
     ) -> None:
         """Raise unless the residual stream and the encoder's output belong to these inputs."""
-        n_clips = len(inputs.features) or len(inputs)
+        n_clips = len(inputs.features)
+        if not n_clips and (entry is not None or self.decoder_needs_encoder):
+            n_clips = len(inputs)  # of a residual stream given alone
         if encoder_out is not None and len(encoder_out) != n_clips:
             raise InputError(f"encoder_out is of {len(encoder_out)} clips, the inputs of {n_clips}")
         if entry is None:

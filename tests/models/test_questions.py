@@ -96,8 +96,13 @@ def test_text_alone_in_parts_time_and_sweeps(name: str) -> None:
     place = [patching.Patch("decoder.resid_pre", layer=0, position=3, source=inputs)]
     direct = patching.patch(model, other, place, metric=metric)
     assert torch.allclose(swept.values[:, 0, 3], direct, atol=1e-5)
-    with pytest.raises(ValueError, match="0 clip"):
-        patching.sweep(model, **question, site="encoder.resid_pre", axes=("position",))
+    for site, axis, layer in (("encoder.resid_pre", "layer", 0), ("connector.out", "time", None)):
+        with pytest.raises(InputError, match="hold no audio"):
+            patching.sweep(model, **question, site=site, axes=(axis,))
+        with pytest.raises(InputError, match="hold no audio"):
+            patching.patch(model, other, [patching.Patch(site, layer=layer, source=inputs)])
+    with pytest.raises(InputError, match=r"no window lies at decoder\.resid_pre"):
+        patching.sweep(model, **question, site="decoder.resid_pre", axes=("time",), windows=0.2)
 
 
 def test_places_for_audio_without_any_are_named() -> None:
@@ -117,7 +122,8 @@ def test_text_alone_is_prepared(embedded: HookedAudioTransformer) -> None:
     inputs = embedded.prepare(None, text)
     assert inputs.text == [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"]
     assert inputs.clips_per_row == (0,)
-    assert torch.equal(embedded.prepare([[]], text).tokens, inputs.tokens)
+    for no_audio in ([[]], [None]):
+        assert torch.equal(embedded.prepare(no_audio, text).tokens, inputs.tokens)
     turns = [{"role": "user", "content": text}]
     assert torch.equal(embedded.prepare(None, turns).tokens, inputs.tokens)
     assert embedded.prepare(None, QUESTIONS).clips_per_row == (0, 0, 0)

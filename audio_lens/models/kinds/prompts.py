@@ -257,8 +257,8 @@ class Prompts(HookedAudioTransformer):
 
         Args:
             audio: a path, array, tensor or mapping (see `audio.load`); a list of them gives one
-                prompt each; a list of lists gives several clips per prompt, or none (``[]``). None
-                is text alone. A batch is a list, not one stacked array.
+                prompt each; a list of lists gives several clips per prompt, or none (``[]`` or
+                None). None alone is text alone. A batch is a list, not one stacked array.
             text: the question, which is put behind the clips in the chat template; or a whole
                 prompt with the model's audio placeholder where each clip belongs; or a
                 conversation (a list of messages) as the chat template takes it; or a list of
@@ -375,10 +375,8 @@ def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:
 
 
 def _grouped(audio: Any) -> list[list[Any]]:
-    """Clips by prompt; one prompt has none where there is no audio."""
-    if audio is None:
-        return [[]]
-    groups = [sources_of(of_prompt) for of_prompt in sources_of(audio)]
+    """Clips by prompt; where None stands for a prompt's or for all, it has none."""
+    groups = [[] if own is None else sources_of(own) for own in sources_of(audio)]
     if not groups:
         raise InputError("no audio: pass at least one clip, or None for text alone")
     return groups
