@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import soundfile
@@ -18,11 +18,21 @@ from jaxtyping import Float
 
 from audio_lens.errors import AudioLensError
 
-AudioSource = str | Path | np.ndarray | torch.Tensor | Mapping[str, Any] | io.BufferedIOBase
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A file that is decoded when asked, as torchcodec and data sets hold it."""
+
+    def get_all_samples(self) -> Any:
+        """``data`` (``[channels, samples]``) and ``sample_rate`` in Hz."""
+        ...
+
+
+_Held = Mapping[str, Any] | tuple[Any, Any] | io.BufferedIOBase | Decoder
+AudioSource = str | Path | np.ndarray | torch.Tensor | _Held
 Rates = int | Sequence[Any] | None
 _FIELDS = ("array", "bytes", "path", "sampling_rate")  # of a clip as data sets hold it
 _OVERSHOOT = 1.1  # what resampling and lossy codecs may add to full scale
-_LOUDEST = 8.0  # beyond this, full scale cannot be 1
 _16_BIT, _24_BIT = 2.0**15, 2.0**23
 
 
@@ -143,19 +153,20 @@ def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.n
     """A clip from a path, array, tensor or mapping as mono float32 at ``sampling_rate`` Hz.
 
     Whole numbers within 16 bits are taken as 16-bit samples whatever their dtype, with a warning
-    where it is another than int16. Other samples beyond full scale are warned of up to 8 times.
+    where it is another than int16. Other samples beyond full scale are refused.
 
     Args:
-        source: path to a sound file, or the open file (binary); or samples: ``[samples]``, or
-            ``[2, samples]`` or ``[samples, 2]``, whose two channels are averaged; or a clip as data
-            sets hold it, a mapping of ``array`` and ``sampling_rate``, of ``bytes`` (a sound
-            file's) or of ``path``; or a tuple of samples and their rate.
+        source: path to a sound file, or the open file (binary); or samples: ``[samples]`` or
+            ``[samples, 2]``, whose two channels are averaged; or a clip as data sets hold it, a
+            mapping of ``array`` and ``sampling_rate``, of ``bytes`` (a sound file's) or of
+            ``path``; or a tuple of samples and their rate; or a decoder (torchcodec). In the last
+            three, samples may also be ``[2, samples]``: alone, such two rows may be two clips.
         sampling_rate: the rate wanted, in Hz.
         source_rate: the rate of samples given as an array, in whole Hz. Files and mappings know
             their own, so it does not concern them: a list of clips may mix both.
 
     Raises:
-        AudioError: empty, NaN or oddly shaped audio, samples far beyond full scale, or an array
+        AudioError: empty, NaN or oddly shaped audio, samples beyond full scale, or an array
             without ``source_rate``.
     """
     if isinstance(source, (str, Path)):
@@ -165,7 +176,10 @@ def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.n
     if isinstance(source, io.BufferedIOBase):
         source.seek(0)
         return _read_bytes(source.read(), sampling_rate)
-    if _is_rated(source):
+    if isinstance(source, Decoder):
+        source = _decoded_all(source)
+    is_one = _is_rated(source)
+    if is_one:
         source, source_rate = source
     if not isinstance(source, (np.ndarray, torch.Tensor)):
         raise AudioError(
@@ -183,8 +197,18 @@ def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.n
             "clip or one for all)"
         )
     array = _as_array(source) if isinstance(source, torch.Tensor) else source
-    samples = _checked(_mono(_scaled(array)), "the clip")
+    samples = _checked(_mono(_scaled(array), is_one), "the clip")
     return resample(samples, int(source_rate), sampling_rate)
+
+
+def _decoded_all(source: Decoder) -> tuple[Any, Any]:
+    """The samples of a decoder, its channels averaged, and their rate."""
+    try:
+        made = source.get_all_samples()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise AudioError(f"the clip cannot be decoded: {error}") from error
+    data = torch.as_tensor(made.data)
+    return (data if data.ndim == 1 else data.float().mean(0)), made.sample_rate
 
 
 def _load_mapping(
@@ -200,7 +224,9 @@ def _load_mapping(
         array = clip["array"]
         samples = array if isinstance(array, torch.Tensor) else _numbers(array)
         rate = clip.get("sampling_rate")
-        return load(samples, sampling_rate, source_rate if rate is None else rate)
+        rate = source_rate if rate is None else rate
+        rated = (samples, rate)  # one clip, of which two rows are two channels
+        return load(rated if _is_rated(rated) else samples, sampling_rate, rate)
     if clip.get("bytes") is not None:
         return _read_bytes(clip["bytes"], sampling_rate)
     if isinstance(clip.get("path"), (str, Path)):
@@ -247,13 +273,6 @@ def _scaled(array: np.ndarray) -> np.ndarray:
             stacklevel=2,
         )
         return array / _16_BIT
-    if not is_whole and peak <= _LOUDEST:
-        warnings.warn(
-            f"samples of {array.dtype} reach {peak:.3g}, and full scale is 1: taken as they are, "
-            "louder than models know. Divide them by their full scale",
-            stacklevel=2,
-        )
-        return array
     if array.dtype == np.int32 and peak > _24_BIT:
         return array / 2.0**31
     raise AudioError(
@@ -262,7 +281,18 @@ def _scaled(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _mono(array: np.ndarray) -> Float[np.ndarray, " samples"]:
+def _mono(array: np.ndarray, is_one: bool) -> Float[np.ndarray, " samples"]:
+    """The mean of the channels.
+
+    Args:
+        is_one: whether this is known to be one clip, so that two rows are its channels.
+    """
+    if array.ndim == 2 and len(array) == 2 and array.shape[1] > 1 and not is_one:
+        raise AudioError(
+            f"2 rows of {array.shape[1]} samples may be two channels or two clips. Of channels, "
+            "pass array.T ([samples, 2]), array.mean(0) or (array, sampling_rate); of clips, "
+            "list(array): a batch is a list of clips"
+        )
     if array.ndim == 2 and min(array.shape) <= 2:
         array = array.mean(axis=int(np.argmin(array.shape)))
     if array.ndim == 2:

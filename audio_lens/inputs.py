@@ -123,7 +123,7 @@ class AudioInputs:
         Raises:
             InputError: inputs that hold none.
         """
-        if self.audio is None:
+        if not self.audio:
             raise InputError(
                 "these inputs hold no waveform to show and play: pass audio= (what was heard, or "
                 "made of the codes)"
@@ -150,6 +150,13 @@ class AudioInputs:
         if self.feature_mask is None:
             return self.features.shape[-1]
         return int(self.feature_mask[segment].sum())
+
+    def clip_lengths(self) -> list[int]:
+        """Feature steps of every clip that hold audio."""
+        lengths = [0] * sum(self.clips_per_row)
+        for segment, clip in enumerate(self.clip_of_segment):
+            lengths[clip] += self.n_valid(segment)
+        return lengths
 
     def to(self, device: torch.device | str) -> AudioInputs:
         """The same inputs on another device."""
@@ -337,6 +344,48 @@ class AudioInputs:
             and self.extra.keys() == other.extra.keys()
             and all(torch.equal(x, other.extra[name]) for name, x in self.extra.items())
         )
+
+    def heard_once(self) -> tuple[AudioInputs, list[int]]:
+        """The prompts that hear something of their own, and where every segment is among theirs.
+
+        A prompt whose clips equal those of an earlier one is left out. The inputs themselves where
+        there is none, or where the features carry gradients, which belong to each row.
+        """
+        rows = [self._segments_of([row]) for row in range(len(self))]
+        everything = list(range(len(self.features)))
+        if self.features.requires_grad or len(rows) < 2:
+            return self, everything
+        loudest = self.features.flatten(1).amax(1).tolist()
+        known: dict[tuple, list[int]] = {}
+        first_row = []
+        for row, segments in enumerate(rows):
+            kind = (self._cuts_of(row), *(loudest[segment] for segment in segments))
+            equal = (r for r in known.get(kind, []) if self._sounds_same(rows[r], segments))
+            first_row.append(next(equal, row))
+            if first_row[-1] == row:
+                known.setdefault(kind, []).append(row)
+        distinct = sorted(set(first_row))
+        if len(distinct) == len(rows):
+            return self, everything
+        starts = dict(
+            zip(distinct, np.cumsum([0, *(len(rows[r]) for r in distinct)]), strict=False)
+        )
+        return self._select(distinct), [
+            int(starts[first]) + index
+            for first, segments in zip(first_row, rows, strict=True)
+            for index in range(len(segments))
+        ]
+
+    def _cuts_of(self, row: int) -> tuple[int, ...]:
+        """How many segments each clip of a prompt has."""
+        counts = self.segments_per_clip
+        return tuple(1 if counts is None else counts[clip] for clip in self._clips_of([row]))
+
+    def _sounds_same(self, one: list[int], other: list[int]) -> bool:
+        """Whether these segments hold the same."""
+        masks = () if self.feature_mask is None else (self.feature_mask,)
+        of_segments = (self.features, *masks, *self.extra.values())
+        return all(torch.equal(x[one], x[other]) for x in of_segments)
 
     def digest(self) -> str:
         """A hash of what a model reads: a result can name what it was computed on.

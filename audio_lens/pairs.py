@@ -54,7 +54,7 @@ class Pair(Mapping[str, AudioInputs]):
 
 def minimal_pair(
     model: HookedAudioTransformer,
-    clean: AudioSource,
+    clean: AudioSource | None,
     corrupted: AudioSource | Corruption | None = None,
     *,
     text: Any = None,
@@ -66,9 +66,9 @@ def minimal_pair(
 
     Args:
         model: what the inputs are for.
-        clean: the clip, as ``model.prepare`` takes it.
+        clean: the clip, as ``model.prepare`` takes it; None for prompts of text alone.
         corrupted: a corruption of that clip, or another recording; None keeps the clip.
-        text: the prompt, as ``model.prepare`` takes it.
+        text: the prompt, as ``model.prepare`` takes it; several about the clip give as many rows.
         corrupted_text: another prompt of as many tokens, or a swap of words in it; None keeps it.
         sampling_rate: of clips given as samples, in Hz.
         fit: how two recordings become equally long: "pad" puts silence behind the shorter one,
@@ -82,8 +82,32 @@ def minimal_pair(
     if fit not in ("pad", "cut"):
         raise ValueError(f"fit must be 'pad' or 'cut', got {fit!r}")
     rate, how = model.cfg.sampling_rate, {}
-    one = other = model.load_audio(clean, sampling_rate)
     changed: list[Span] = []
+    if clean is None:
+        if corrupted is not None:
+            raise InputError("there is no clip to corrupt: pass clean=, or change the text")
+        inputs = against = model.prepare(None, text, rate)
+    else:
+        inputs, against, changed = _heard(model, clean, corrupted, text, sampling_rate, fit, how)
+    if corrupted_text is not None:
+        against, how["text"] = _reworded(against, text, corrupted_text)
+    if inputs.digest() == against.digest():
+        raise InputError("clean and corrupted do not differ: change the audio or the text")
+    return Pair(inputs, against, changed, how)
+
+
+def _heard(
+    model: HookedAudioTransformer,
+    clean: AudioSource,
+    corrupted: AudioSource | Corruption | None,
+    text: Any,
+    sampling_rate: int | None,
+    fit: Literal["pad", "cut"],
+    how: dict[str, str],
+) -> tuple[AudioInputs, AudioInputs, list[Span]]:
+    """Inputs of both clips with the same text, and where they differ; ``how`` is told."""
+    rate, changed = model.cfg.sampling_rate, []
+    one = other = model.load_audio(clean, sampling_rate)
     if isinstance(corrupted, Corruption):
         other, changed = corrupted(one, rate)
         how["audio"] = corrupted.describe()
@@ -96,12 +120,7 @@ def minimal_pair(
         changed = differences(one, other, rate)
         how["audio"] = "another recording"
     inputs = model.prepare(one, text, rate)
-    against = inputs if corrupted is None else inputs.with_audio(other, rate)
-    if corrupted_text is not None:
-        against, how["text"] = _reworded(against, text, corrupted_text)
-    if inputs.digest() == against.digest():
-        raise InputError("clean and corrupted do not differ: change the audio or the text")
-    return Pair(inputs, against, changed, how)
+    return inputs, inputs if corrupted is None else inputs.with_audio(other, rate), changed
 
 
 def differences(

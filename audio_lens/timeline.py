@@ -221,7 +221,8 @@ class Row:
     def track(self, part: str, clip: int) -> Track:
         """The positions of a part; of one clip, where clips run through it one by one."""
         tracks = self.segments(part)
-        self.duration_s(clip)
+        if self.durations_s or len(tracks) != 1:  # of text alone, the tokens have their places
+            self.duration_s(clip)
         own = tracks if len(tracks) == 1 else [t for t in tracks if t.clip[0] == clip]
         return Track.joined(own)
 
@@ -278,7 +279,8 @@ class Timeline:
 
     def has_time(self, part: str) -> bool:
         """Whether positions of the part lie in time (Whisper's decoder positions do not)."""
-        return bool(torch.isfinite(self.rows[0].track(part, 0).seconds).any())
+        tracks = (track for row in self.rows for track in row.segments(part))
+        return any(bool(torch.isfinite(track.seconds).any()) for track in tracks)
 
     def seconds(self, part: str, clip: int = 0) -> Float[Tensor, " t"]:
         """Centre of every position of the part in seconds of its clip; NaN for text.
@@ -297,7 +299,7 @@ class Timeline:
 
     def has_frequency(self, part: str) -> bool:
         """Whether positions of the part lie in frequency too (patches of a spectrogram)."""
-        return self.rows[0].track(part, 0).hertz is not None
+        return any(t.hertz is not None for row in self.rows for t in row.segments(part))
 
     def hertz(self, part: str, clip: int = 0) -> Float[Tensor, " t"]:
         """Middle frequency of what every position reads, in Hz; NaN for those without.

@@ -120,7 +120,7 @@ def speaking(tokenizer: transformers.Wav2Vec2CTCTokenizer) -> HookedAudioTransfo
 
 
 def clip(seconds: float) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(round(seconds * RATE)).astype(np.float32)
+    return np.random.default_rng(0).normal(0, 0.2, round(seconds * RATE)).astype(np.float32)
 
 
 def plant(model: HookedAudioTransformer, frames: list[str]) -> None:

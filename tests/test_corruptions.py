@@ -156,7 +156,7 @@ def test_fades_lie_within_the_span() -> None:
 def test_files_and_channels(tmp_path: Path) -> None:
     path = tmp_path / "other.wav"
     soundfile.write(path, OTHER, RATE, subtype="FLOAT")
-    stereo = np.stack([CLEAN, CLEAN])
+    stereo = np.stack([CLEAN, CLEAN], axis=1)
     for corruption in (OtherUtterance(path), OtherUtterance(str(path))):
         assert (corruption(stereo, RATE)[0] == OTHER).all()
         assert str(path) in corruption.describe()

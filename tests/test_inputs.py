@@ -64,7 +64,8 @@ def test_paths_arrays_and_tensors_agree(prepare: Callable, tmp_path: Path) -> No
     assert same(inputs, prepare(clip, sampling_rate=RATE))
     assert same(inputs, prepare(torch.from_numpy(clip), sampling_rate=RATE))
     assert same(inputs, prepare([clip], sampling_rate=RATE))
-    assert same(inputs, prepare(np.stack([clip, clip]), sampling_rate=RATE))
+    assert same(inputs, prepare(np.stack([clip, clip], axis=1), sampling_rate=RATE))
+    assert same(inputs, prepare((np.stack([clip, clip]), RATE)))
     assert len(inputs) == 1
     assert len(inputs.audio[0]) == RATE
     assert inputs.feature_mask.sum() == 100
@@ -112,6 +113,9 @@ def test_rates_of_several_clips_per_prompt(embedded: HookedAudioTransformer) -> 
 def test_a_stacked_batch_is_refused(prepare: Callable) -> None:
     with pytest.raises(AudioError, match="if these are 4 clips of 16000 samples, pass a list"):
         prepare(np.stack([noise()] * 4), sampling_rate=RATE)
+    for two in (np.stack([noise()] * 2), [noise(), torch.zeros(2, RATE)]):
+        with pytest.raises(AudioError, match="may be two channels or two clips"):
+            prepare(two, sampling_rate=RATE)
 
 
 def test_batches_of_unequal_clips_and_texts(prepare: Callable) -> None:
@@ -223,8 +227,8 @@ def test_prompts_must_match_their_clips(embedded: HookedAudioTransformer) -> Non
         embedded.prepare(noise(), f"<|AUDIO|> {QUESTION} <|AUDIO|>", **clip)
     with pytest.raises(InputError, match=r"holds 1 placeholder\(s\) .* for 2 clip"):
         embedded.prepare([[noise(), noise()]], f"<|AUDIO|> {QUESTION}", **clip)
-    with pytest.raises(InputError, match="at least one clip per prompt"):
-        embedded.prepare([[noise()], []], QUESTION, **clip)
+    with pytest.raises(InputError, match=r"holds 1 placeholder\(s\) .* for 0 clip"):
+        embedded.prepare([[noise()], []], f"<|AUDIO|> {QUESTION}", **clip)
 
 
 def test_text_needs_a_tokenizer() -> None:

@@ -24,7 +24,6 @@ from audio_lens.models.loading.lora import Adaptable
 from audio_lens.models.loading.placement import Devices, Placed, moved
 from audio_lens.models.mixins.decoding import GreedyDecoding
 from audio_lens.models.mixins.hearing import Hearing
-from audio_lens.models.mixins.running import Running
 from audio_lens.models.mixins.vocabulary import Vocabulary
 from audio_lens.models.mixins.writing import ReturnType, Writing
 from audio_lens.models.part import Part
@@ -49,7 +48,7 @@ class AudioPlaces(NamedTuple):
 
 
 class HookedAudioTransformer(
-    GreedyDecoding, Hearing, Writing, Vocabulary, Running, Adaptable, Placed, Family, ABC
+    GreedyDecoding, Hearing, Writing, Vocabulary, Adaptable, Placed, Family, ABC
 ):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
@@ -224,33 +223,12 @@ class HookedAudioTransformer(
     ) -> AudioInputs:
         """Inputs from audio and text."""
 
-    @property
-    def decoder_needs_encoder(self) -> bool:
-        """Whether decoder blocks read the encoder (cross-attention)."""
-        return self.cfg.decoder is not None and hasattr(self.decoder.blocks[0], "cross_attn")
-
     # ---------------------------------------------------------------- forward
 
-    def encode(
-        self,
-        inputs: AudioInputs,
-        resid: Float[Tensor, "segments frames d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> Tensor | None:
-        """What the decoder receives of the audio; with ``stop``, the residual entering that block.
-
-        ``resid`` is the residual stream entering block ``start``; None starts from the features.
-        Without an encoder it is None.
-        """
-        if self.cfg.encoder is None:
-            return None
-        with self.running(inputs):
-            return self._encode(inputs, resid, start, stop)
-
-    def _encode(
+    def hear(
         self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
-    ) -> Tensor:
+    ) -> Tensor | None:
+        """`encode` of inputs that hold audio, row by row as they are."""
         self.check_features(inputs.features)
         inputs = moved(inputs, self.device_of("encoder"))
         resid = self.enter_encoder(inputs) if resid is None else resid
@@ -420,14 +398,15 @@ class HookedAudioTransformer(
         if return_type in ("loss", "both"):
             raise InputError("the loss needs the tokens: pass inputs= beside the residual stream")
         tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
-        features = resid.new_zeros(0, self.cfg.n_mels or 1, self.cfg.n_frames or 1)
-        return AudioInputs(features, tokens, clips_per_row=(0,) * len(resid))
+        return AudioInputs(self.no_features(), tokens, clips_per_row=(0,) * len(resid))
 
     def _check_fits(
         self, inputs: AudioInputs, entry: Entry | None, encoder_out: Tensor | None
     ) -> None:
         """Raise unless the residual stream and the encoder's output belong to these inputs."""
-        n_clips = len(inputs.features) or len(inputs)
+        n_clips = len(inputs.features)
+        if not n_clips and (entry is not None or self.decoder_needs_encoder):
+            n_clips = len(inputs)  # of a residual stream given alone
         if encoder_out is not None and len(encoder_out) != n_clips:
             raise InputError(f"encoder_out is of {len(encoder_out)} clips, the inputs of {n_clips}")
         if entry is None:

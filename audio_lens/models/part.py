@@ -19,7 +19,7 @@ from transformer_lens import FactoredMatrix
 
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
-from audio_lens.inputs import AudioInputs
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import AudioConfig
 from audio_lens.models.layers import PartConfig, Stack, bias_of
 
@@ -124,14 +124,20 @@ class Part(Generic[Model]):
         }
 
     def inputs(self, inputs: Any) -> PartInputs:
-        """The model's inputs as this part's: ``.shape`` is ``(batch, positions)`` of the part."""
+        """The model's inputs as this part's: ``.shape`` is ``(batch, positions)`` of the part.
+
+        Raises:
+            InputError: prompts without audio, for a part that carries it.
+        """
         inputs = self.model.as_inputs(_unwrapped(inputs))
         if self.name == "decoder":
             return PartInputs(inputs, inputs.tokens.shape)
-        if self.name == "encoder":
+        if self.name == "encoder" and len(inputs.features):
             length = self.model.encoder_length(inputs)
             return PartInputs(inputs, torch.Size([len(inputs.features), length]))
         tracks = [t for row in self.model.timeline(inputs).rows for t in row.segments(self.name)]
+        if not tracks:
+            raise InputError(f"these inputs hold no audio, so nothing enters the {self.name}")
         return PartInputs(inputs, torch.Size([len(tracks), len(tracks[0].seconds)]))
 
     # ---------------------------------------------------------------- names

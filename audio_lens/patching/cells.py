@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from audio_lens.inputs import InputError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
 from audio_lens.places import Ground
 from audio_lens.results import in_words
@@ -239,7 +240,11 @@ def cells_of(
 
 
 class Positions:
-    """Sets of positions of a site, for every entry of its batch axis."""
+    """Sets of positions of a site, for every entry of its batch axis.
+
+    Raises:
+        InputError: inputs without audio, for a site that carries some.
+    """
 
     def __init__(self, timeline: Timeline, site: Site):
         self.site, self.part = site, site.positions_of
@@ -247,6 +252,8 @@ class Positions:
         self.entries = [
             (n, track) for n, row in enumerate(timeline.rows) for track in row.segments(self.part)
         ]
+        if not self.entries:
+            raise InputError(f"these inputs hold no audio, so there is no {self.site} to patch")
         self.valid = torch.stack([track.valid for _, track in self.entries])
 
     def everywhere(self) -> Bool[Tensor, "1 batch t"]:
@@ -309,6 +316,8 @@ class Positions:
         self, places: Sequence[Span | Band], holds: Callable[[Track, Any], Tensor]
     ) -> Bool[Tensor, "sets batch t"]:
         """The positions of every place, for each entry of the site's batch axis."""
+        if not places:
+            raise InputError(f"no window lies at {self.site}: these inputs hold no audio")
         return torch.stack(
             [torch.stack([holds(track, place) for _, track in self.entries]) for place in places]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,6 +43,18 @@ def check_pair(
             "these do not correspond: use texts that put it in the same place"
         )
     return timeline
+
+
+def rounding_notes(model: HookedAudioTransformer) -> list[str]:
+    """What a reader of values must know of a model in half precision; nothing of other models."""
+    if model.dtype in (torch.float32, torch.float64):
+        return []
+    name, steps = str(model.dtype).removeprefix("torch."), round(1 / torch.finfo(model.dtype).eps)
+    return [
+        f"the model runs in {name}, in which neighbouring numbers lie 1/{steps} of their size "
+        "apart: values may be off by up to some twenty such steps of the largest effect, and "
+        "differ between a sweep and single forwards; load float32 to measure small effects"
+    ]
 
 
 def check_reaches(model: HookedAudioTransformer, sites: Sequence[Site], metric: Any) -> None:

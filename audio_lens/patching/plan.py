@@ -20,7 +20,7 @@ from audio_lens.errors import AudioLensError
 from audio_lens.hooks import HookError
 from audio_lens.identity import NoIdentityError
 from audio_lens.patching.cells import CellTable
-from audio_lens.patching.checks import batch_dims
+from audio_lens.patching.checks import batch_dims, rounding_notes
 from audio_lens.patching.engine.baselines import State, literally, prepared
 from audio_lens.patching.engine.checkpoint import EVERY_S, Checkpoint, CheckpointError, unite
 from audio_lens.patching.engine.heap import freed_memory_kept
@@ -112,6 +112,7 @@ class Plan:
                 f"forwards takes {loop / _GIGA:,.1f} ({loop / max(work, 1):.1f} times as much)",
                 f"memory: a cell takes up to {schedule.largest_cell / 1e6:,.0f} MB of a budget of "
                 f"{schedule.budget / 1e9:,.1f} GB; about {together} cells run together",
+                *rounding_notes(request.model),
             ]
         )
 

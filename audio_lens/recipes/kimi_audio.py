@@ -242,7 +242,7 @@ class HookedKimiAudio(StackedAudioLLM):
         Raises:
             InputError: without streams or features, or where places and clips do not fit.
         """
-        given = self._mapping_tensors(mapping, self.known_keys)
+        given = self._mapping_tensors(mapping, self.known_keys, needs_audio=False)
         spoken, written = given.get("input_ids"), given.get("text_input_ids")
         if spoken is None or written is None or spoken.shape != written.shape:
             raise InputError("prompts are input_ids and text_input_ids, of equal shape")
@@ -290,7 +290,7 @@ class HookedKimiAudio(StackedAudioLLM):
 
         Args:
             audio: a path, array or tensor; a list of them gives one prompt each; a list of lists
-                gives several clips per prompt.
+                gives several clips per prompt, or none (``[]``). None is text alone.
             text: the question, which is put before the clips; None if they say all; or a whole
                 prompt with ``<|im_media_begin|><|im_media_end|>`` where each clip belongs; or a
                 conversation; or a list of these, one per prompt.
@@ -316,11 +316,15 @@ class HookedKimiAudio(StackedAudioLLM):
         )
 
     def _codes(self, line: AudioInputs, clips: Sequence[np.ndarray], given: Any) -> list[list[int]]:
-        """The discrete tokens of every clip, checked against its length."""
-        if given is not None:
-            made = _per_clip(given)
+        """The discrete tokens of every clip, checked against its length.
+
+        Those of a clip that several prompts hold are given, or made, once.
+        """
+        own = {id(clip): clip for clip in clips}
+        if given is not None or not clips:
+            made = _per_clip([] if given is None else given)
         elif self.speech_tokenizer is not None:
-            made = map(self.speech_tokenizer, clips)
+            made = map(self.speech_tokenizer, own.values())
         else:
             raise InputError(
                 "Kimi-Audio reads a clip as discrete tokens, too: pass audio_tokens=, one sequence "
@@ -328,6 +332,9 @@ class HookedKimiAudio(StackedAudioLLM):
                 "in transformers), or set model.speech_tokenizer to a function that makes them"
             )
         codes = [[int(code) for code in of_clip] for of_clip in made]
+        if len(codes) == len(own):
+            by_clip = dict(zip(own, codes, strict=True))
+            codes = [by_clip[id(clip)] for clip in clips]
         counts = [0] * len(clips)
         for clip, count in zip(line.clip_of_segment, self._token_counts(line), strict=True):
             counts[clip] += count
@@ -352,7 +359,8 @@ class HookedKimiAudio(StackedAudioLLM):
         """
         cfg, tokens = self.cfg, line.tokens
         is_heard = tokens == self.audio_token_id
-        spoken = torch.tensor([code for of_clip in codes for code in of_clip], device=line.device)
+        heard = [code for of_clip in codes for code in of_clip]
+        spoken = torch.tensor(heard, dtype=torch.long, device=line.device)
         tokens = tokens.masked_scatter(is_heard, spoken + cfg.first_code)
         asked = tokens == cfg.special(ANSWERS["text"])
         tokens = tokens.masked_fill(asked, cfg.special(ANSWERS[answer]))
@@ -375,7 +383,8 @@ class HookedKimiAudio(StackedAudioLLM):
     ) -> AudioInputs:
         """`prepare` of other clips or another text; clips that are known keep their tokens."""
         clips = [clip for prompt in sources_of(audio) for clip in sources_of(prompt)]
-        codes = [codes for clip in clips for own, codes in known if own is clip]
+        by_clip = {id(own): codes for own, codes in known}
+        codes = [by_clip[id(clip)] for clip in clips if id(clip) in by_clip]
         if len(codes) == len(clips):
             return self.prepare(audio, text, sampling_rate, codes, answer)
         return self.prepare(audio, text, sampling_rate, answer=answer)
@@ -395,7 +404,7 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def _prompt_of(self, text: Any, n_clips: int) -> str:
         """Questions come before their clips, as in the published examples."""
-        if text is None or (isinstance(text, str) and CLIP not in text):
+        if (text is None and n_clips) or (isinstance(text, str) and CLIP not in text):
             question = [{"type": "text", "text": text}] if text else []
             clips = [{"type": "audio"}] * n_clips
             text = [{"role": "user", "content": [*question, *clips]}]

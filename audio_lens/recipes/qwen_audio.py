@@ -202,6 +202,8 @@ class HookedQwenAudio(PooledAudioLLM):
 
     # ---------------------------------------------------------------- what it hears
 
+    mixes_lengths = "its encoder hears silence behind a clip, as far as the longest reaches"
+
     def encoder_length(self, inputs: AudioInputs) -> int:
         """Two mel frames to a position."""
         return inputs.features.shape[-1] // 2

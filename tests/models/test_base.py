@@ -286,7 +286,7 @@ def test_token_ids_are_checked(model: HookedAudioTransformer) -> None:
 def test_prompts_of_ids_beyond_the_vocabulary_are_refused() -> None:
     whisper = HookedAudioTransformer.from_hf(tiny_whisper_hf())
     with pytest.raises(InputError, match="no token 100"):
-        whisper.prepare(torch.randn(8000), [1, 100], sampling_rate=16_000)
+        whisper.prepare(0.1 * torch.randn(8000), [1, 100], sampling_rate=16_000)
 
 
 def test_positions_may_be_given(model: HookedAudioTransformer, inputs: dict, family: str) -> None:

@@ -136,7 +136,8 @@ def multilingual() -> tuple[torch.nn.Module, Base]:
 @pytest.mark.parametrize("language, task", [("fr", "translate"), ("en", "transcribe")])
 def test_forced_prompt_of_multilingual_whisper(language: str, task: str) -> None:
     hf, model = multilingual()
-    inputs = model.prepare(torch.randn(8000), sampling_rate=16_000, language=language, task=task)
+    clip = 0.1 * torch.randn(8000)
+    inputs = model.prepare(clip, sampling_rate=16_000, language=language, task=task)
     ids = {**MULTILINGUAL["lang_to_id"], **MULTILINGUAL["task_to_id"]}
     assert inputs.tokens.tolist() == [[START, ids[f"<|{language}|>"], ids[task], 94]]
     ours = model.generate(inputs, max_new_tokens=N_NEW, return_type="tokens")[:, 4:]
@@ -148,13 +149,14 @@ def test_forced_prompt_of_multilingual_whisper(language: str, task: str) -> None
 
 def test_language_is_detected_as_hugging_face_does() -> None:
     hf, model = multilingual()
-    inputs = model.prepare([torch.randn(8000), torch.randn(16_000)], sampling_rate=16_000)
+    clips = [0.1 * torch.randn(8000), 0.1 * torch.randn(16_000)]
+    inputs = model.prepare(clips, sampling_rate=16_000)
     assert inputs.tokens[:, 1].tolist() == hf.detect_language(inputs.features).tolist()
 
 
 def test_language_is_detected_without_the_users_hooks() -> None:
     _, model = multilingual()
-    clip, ran = torch.randn(8000), []
+    clip, ran = 0.1 * torch.randn(8000), []
     expected = model.prepare(clip, sampling_rate=16_000).tokens
 
     def silence(act: torch.Tensor, hook: object) -> torch.Tensor:
@@ -169,12 +171,12 @@ def test_language_is_detected_without_the_users_hooks() -> None:
 def test_unknown_language_or_task_is_named() -> None:
     _, model = multilingual()
     with pytest.raises(InputError, match=r"unknown language '<\|xx\|>'; known: .*<\|fr\|>"):
-        model.prepare(torch.randn(8000), sampling_rate=16_000, language="xx")
+        model.prepare(0.1 * torch.randn(8000), sampling_rate=16_000, language="xx")
     with pytest.raises(InputError, match="unknown task 'sing'; known: transcribe, translate"):
-        model.prepare(torch.randn(8000), sampling_rate=16_000, language="en", task="sing")
+        model.prepare(0.1 * torch.randn(8000), sampling_rate=16_000, language="en", task="sing")
     english_only = HookedAudioTransformer.from_hf(tiny_whisper_hf())
     with pytest.raises(InputError, match="only English transcription"):
-        english_only.prepare(torch.randn(8000), sampling_rate=16_000, language="fr")
+        english_only.prepare(0.1 * torch.randn(8000), sampling_rate=16_000, language="fr")
 
 
 def test_hooks_act_while_generating(family: str) -> None:
@@ -229,7 +231,7 @@ def test_a_processors_output_may_be_given_as_keywords(model: Base, family: str) 
 
 
 def test_text_comes_out(embedded: Base) -> None:
-    inputs = embedded.prepare(torch.randn(2, 16_000)[0], "how many ?", sampling_rate=16_000)
+    inputs = embedded.prepare(0.1 * torch.randn(2, 16_000)[0], "how many ?", sampling_rate=16_000)
     texts = embedded.generate(inputs, max_new_tokens=3)
     tokens = embedded.generate(inputs, max_new_tokens=3, return_type="tokens")
     new = tokens[0, inputs.tokens.shape[1] :]

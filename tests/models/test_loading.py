@@ -105,7 +105,8 @@ def test_embedded_checkpoint_loads_in_both_libraries(
     embedded: HookedAudioTransformer,
 ) -> None:
     hf = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(embedded_path())
-    inputs = embedded.prepare(torch.randn(16_000), "which digit is first ?", sampling_rate=16_000)
+    clip = 0.1 * torch.randn(16_000)
+    inputs = embedded.prepare(clip, "which digit is first ?", sampling_rate=16_000)
     processor = transformers.AutoProcessor.from_pretrained(embedded_path())
     made = processor(
         text=inputs.text, audio=inputs.audio, sampling_rate=16_000, return_tensors="pt"
@@ -141,7 +142,7 @@ def test_pieces_of_a_processor_are_used(tmp_path: Path) -> None:
     (path / "processor_config.json").unlink()
     model, whole = load(path), load(embedded_path())
     assert model.to_single_token(" seven") == whole.to_single_token(" seven")
-    question = (torch.randn(16_000), "which digit is first ?", 16_000)
+    question = (0.1 * torch.randn(16_000), "which digit is first ?", 16_000)
     assert torch.equal(model.prepare(*question).tokens, whole.prepare(*question).tokens)
 
 

@@ -59,7 +59,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def noise(n_clips: int, n_samples: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    return generator.standard_normal((n_clips, n_samples)).astype(np.float32)
+    return generator.normal(0, 0.2, (n_clips, n_samples)).astype(np.float32)
 
 
 def texts(**options: Any) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def taken(family: str = "Wav2Vec2", **options: Any) -> tuple[Any, HookedAudioTra
 
 def noise(*lengths: int) -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    return [generator.standard_normal(length).astype(np.float32) for length in lengths]
+    return [(0.1 * generator.standard_normal(length)).astype(np.float32) for length in lengths]
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,12 @@ def test_half_precision_is_measured_in_float32():
     clean, corrupted = llm_pair(lengths=(120,), words=(6,))
     result = run(model, clean, corrupted, axes="layer", metric=metrics.log_prob(7))
     assert result.values.dtype == result.recovery.dtype == torch.float32
+    (note,) = (note for note in result.report if "bfloat16" in note)
+    assert "1/128 of their size apart" in note and "load float32" in note
+    asked = {"site": "decoder.resid_pre", "axes": "layer", "metric": metrics.log_prob(7)}
+    pair = {"clean": clean, "corrupted": corrupted}
+    assert note in patching.attribute(model, **pair, **asked).report
+    assert note in patching.plan(model, **pair, **asked).explain()
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -240,7 +246,7 @@ def test_whispers_decoder_has_no_time(whisper):
 
 def test_unequal_shapes_are_refused(embedded):
     rng = np.random.default_rng(0)
-    one, two = (rng.normal(size=n).astype("float32") for n in (RATE, 2 * RATE))
+    one, two = (rng.normal(0, 0.1, n).astype("float32") for n in (RATE, 2 * RATE))
     clean = embedded.prepare(one, "Which digit is first?", sampling_rate=RATE)
     longer = embedded.prepare(two, "Which digit is first?", sampling_rate=RATE)
     with pytest.raises(InputError, match="equal"):

@@ -227,6 +227,24 @@ def test_a_question_comes_before_its_clip(model: HookedKimiAudio) -> None:
     assert inputs.audio_mask[0].nonzero().flatten().tolist() == list(range(4, 10))
 
 
+def test_a_clip_asked_about_twice_needs_its_tokens_once(model: HookedKimiAudio) -> None:
+    inputs = prepared(model, CLIP, ["hi", "what"], audio_tokens=CODES)
+    alone = prepared(model, CLIP, "what", audio_tokens=CODES)
+    assert inputs.clips_per_row == (1, 1)
+    assert torch.equal(inputs[1].tokens[:, -alone.shape[1] :], alone.tokens)
+    assert torch.allclose(model(inputs)[1, -1], model(alone)[0, -1], atol=1e-4)
+    assert torch.equal(inputs.with_text(["ha", "what"]).tokens, inputs.tokens)
+
+
+def test_text_alone_needs_no_tokens(model: HookedKimiAudio) -> None:
+    inputs = prepared(model, None, "hi")
+    assert inputs.tokens.tolist() == [[USER, BLANK, BLANK, MESSAGE_END, ASSISTANT]]
+    assert inputs.further_tokens[0, 0].tolist() == [BLANK, *words("hi"), BLANK, BLANK]
+    assert model(inputs).isfinite().all()
+    with pytest.raises(InputError, match="needs a question"):
+        prepared(model, None)
+
+
 def test_clips_may_say_all_and_ask_for_speech(model: HookedKimiAudio) -> None:
     inputs = prepared(model, [[CLIP, CLIP[:1]]], audio_tokens=[CODES, [0]], answer="both")
     codes = [FIRST_CODE + code for code in CODES]

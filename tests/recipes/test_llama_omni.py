@@ -276,7 +276,7 @@ def model_with_words() -> HookedLlamaOmni:
 
 def test_prompts_are_those_of_the_published_code() -> None:
     model = model_with_words()
-    wave = np.random.default_rng(0).normal(size=8000).astype(np.float32)
+    wave = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
     inputs = model.prepare(wave, text=QUESTION, sampling_rate=16_000)
     prompt = TEMPLATE.removeprefix(BEGIN).format(audio="<speech>", question=QUESTION)
     at_once = cut_at_speech(prompt, model.tokenizer)

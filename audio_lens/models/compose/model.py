@@ -93,6 +93,19 @@ class HookedComposed(AudioLLM):
 
     # ---------------------------------------------------------------- hearing
 
+    @property
+    def mixes_lengths(self) -> str:
+        """Where one of the ears does so, or the connector may read what an ear makes of padding."""
+        reasons = (
+            ear.mixes_lengths and f"{name}: {ear.mixes_lengths}" for name, ear in self.ears.items()
+        )
+        if reason := next(filter(None, reasons), ""):
+            return reason
+        is_open = any(ear.cfg.need_encoder.n_ctx is None for ear in self.ears.values())
+        if is_open and not self.connector.reads_apart:
+            return "its connector may read what the encoder makes of padding"
+        return ""
+
     def enter_encoder(self, inputs: AudioInputs) -> Float[Tensor, "segments frames d"]:
         return self.ear.enter_encoder(inputs)
 
@@ -112,7 +125,7 @@ class HookedComposed(AudioLLM):
     def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         return self.ear.extract_features(clips)
 
-    def hear(
+    def hear_beside(
         self, name: str, inputs: AudioInputs, segment: Int[Tensor, " rows"] | None = None
     ) -> Float[Tensor, "rows frames d"]:
         """The output of an ear beside the encoder, for some segments or for all."""
@@ -127,9 +140,9 @@ class HookedComposed(AudioLLM):
         features, mask = inputs.extra[name], inputs.extra.get(f"{name}.mask")
         return replace(inputs, features=features, feature_mask=mask, extra={})
 
-    def _encode(
+    def hear(
         self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
-    ) -> Tensor:
+    ) -> Tensor | None:
         """As in every model; where the connector reads several blocks, these are kept for it.
 
         Raises:
@@ -137,7 +150,7 @@ class HookedComposed(AudioLLM):
         """
         taps = self.connector.taps
         if not taps or stop is not None:
-            return super()._encode(inputs, resid, start, stop)
+            return super().hear(inputs, resid, start, stop)
         if start > min(taps):
             raise InputError(
                 f"the connector reads blocks {', '.join(map(str, taps))} of the encoder: start at "
@@ -145,12 +158,12 @@ class HookedComposed(AudioLLM):
             )
         tapped, begin = [], start
         for tap in taps:
-            heard = super()._encode(inputs, resid, begin, tap + 1)
+            heard = super().hear(inputs, resid, begin, tap + 1)
             resid = needed(heard, "the connector reads an encoder, and there is none")
             begin = tap + 1
             tapped.append(resid)
         tapped[-1] = self.encoder.finish(tapped[-1])
-        others = [self.hear(name, inputs) for name in self.cfg.ears]
+        others = [self.hear_beside(name, inputs) for name in self.cfg.ears]
         return self.connector(torch.cat(tapped, dim=-1), *others).to(self.device)
 
     def send_rows(
@@ -160,7 +173,7 @@ class HookedComposed(AudioLLM):
         segment: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows t d_out"]:
         """The connector's output, of what all ears heard."""
-        others = [self.hear(name, inputs, segment) for name in self.cfg.ears]
+        others = [self.hear_beside(name, inputs, segment) for name in self.cfg.ears]
         return self.connector(self.encoder.finish(resid), *others)
 
     def whole_because(self, place: str, streams: Set[str] | None) -> str:
@@ -236,6 +249,8 @@ class HookedComposed(AudioLLM):
         self, inputs: AudioInputs, first: int, segments: Sequence[Segment]
     ) -> dict[str, list[Track]]:
         """The positions of the ears beside the encoder."""
+        if not segments:
+            return {name: [] for name in self.cfg.ears}
         tracks = {}
         for name in self.cfg.ears:
             ear, heard = self.ears[name], self._heard_by(name, inputs)

@@ -245,7 +245,7 @@ class HookedShrinking(HookedComposed):
         return seconds[kept.clamp(min=0)].masked_fill(kept == FILLER, torch.nan)
 
     def _segments(self, inputs: AudioInputs) -> Iterator[list[ShrunkSegment]]:
-        kept = iter(inputs.extra[KEPT].cpu())
+        kept = iter(inputs.extra[KEPT].cpu() if len(inputs.features) else ())
         for segments in super()._segments(inputs):
             yield [ShrunkSegment.of(segment, next(kept)) for segment in segments]
 

@@ -136,6 +136,7 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
     encoder: BeatsEncoder
     lends_encoder = True
     features_key = "source"  # as the published model calls it
+    mixes_lengths = "padding is heard in its last patches and by its positional convolution"
     weight_names: ClassVar = {
         "patch_embedding": "encoder.patch_embed",
         "layer_norm": "encoder.ln_patches",
@@ -362,6 +363,7 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
             TokenError: no such class.
         """
         clips = self.load_clips(audio, sampling_rate)
+        self.tell_of_lengths([len(clip) for clip in clips])
         texts = texts_per_clip(text, len(clips))
         return self._inputs(
             self.extract_features(clips),

@@ -129,6 +129,7 @@ class HookedGraniteSpeech(HookedAudioLLM):
     hf_class = "GraniteSpeechForConditionalGeneration"
     mask_key = "input_features_mask"
     masks_padding = False
+    mixes_lengths = "its encoder hears the padding of a clip, and its windows end with the longest"
     weight_names: ClassVar = {
         "model.encoder.input_linear": "encoder.linear",
         **conformer_weight_names("model.encoder", "encoder"),
@@ -243,13 +244,6 @@ class HookedGraniteSpeech(HookedAudioLLM):
 
     # ---------------------------------------------------------------- forward
 
-    def _encode(self, inputs: AudioInputs, *route: Any) -> Tensor:
-        """As in every model; of prompts without audio there is nothing."""
-        if not len(inputs.features):
-            width = self.cfg.need_decoder.d_model
-            return torch.zeros(0, 0, width, dtype=self.dtype, device=self.device)
-        return super()._encode(inputs, *route)
-
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Float[Tensor, "b t d"]:
@@ -276,13 +270,6 @@ class HookedGraniteSpeech(HookedAudioLLM):
             return super()._continue(inputs, max_new_tokens)
 
     # ---------------------------------------------------------------- inputs
-
-    def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
-        """Inputs from what `GraniteSpeechProcessor` returns, with audio or without."""
-        if mapping.get(self.features_key) is None:
-            silence = torch.zeros(0, 0, STACKED * self.cfg.need_n_mels)
-            mapping = {**mapping, self.features_key: silence}
-        return super().inputs_from_mapping(mapping)
 
     def make_feature_extractor(self) -> GraniteMel:
         """The usual settings: `GraniteSpeechFeatureExtractor` itself needs torchaudio."""

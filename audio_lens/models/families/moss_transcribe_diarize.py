@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import transformers
+from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.models.config import AudioConfig
@@ -70,6 +72,10 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
         return transformers.MossTranscribeDiarizeFeatureExtractor(
             feature_size=self.cfg.need_n_mels, chunk_length=round(self.cfg.segment_s)
         )
+
+    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """As in every model; the extractor takes a lone sample for a number, so it gets silence."""
+        return super().extract_features([np.pad(c, (0, int(len(c) == 1))) for c in clips])
 
     def token_count(self, n_valid: int) -> int:
         """One token per group of encoder frames; the last one is filled up with padding."""

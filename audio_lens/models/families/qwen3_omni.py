@@ -77,6 +77,8 @@ class HookedQwen3Omni(HookedThinker, Qwen3AudioLLM):
         decoder = mixture_config(thinker.text_config, name)
         return Conv2dConfig(family="qwen3_omni", **ear_pieces(ear, decoder, name))
 
+    mixes_lengths = "beside a longer clip, one under a second is heard with silence behind it"
+
     def make_encoder(self, cfg: Conv2dConfig) -> TrimmedEncoder:
         return TrimmedEncoder(cfg.need_encoder, cfg.need_n_mels, cfg.n_channels)
 

@@ -340,6 +340,18 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
             )
 
     @property
+    def mixes_lengths(self) -> str:
+        """Where a norm of the stem or the positions make something of the padding."""
+        cfg = self.cfg.encoder
+        if self.cfg.stem.norm == "group":
+            return "the group norm of its stem runs over padding, too"
+        if cfg.position_batch_norm:
+            return "the batch norm before its positional convolution makes something of padding"
+        if (cfg.n_position_convs or 1) > 1:
+            return "of its positional convolutions, later ones read what earlier made of padding"
+        return ""
+
+    @property
     def _least(self) -> str:
         reach = self.cfg.stem.reach
         return f"{reach} samples ({1000 * reach / self.cfg.sampling_rate:g} ms)"
@@ -401,6 +413,7 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
         clips = self.load_clips(audio, sampling_rate)
         texts = texts_per_clip(text, len(clips))
         made = self.extract_features(clips)
+        self.tell_of_lengths([len(clip) for clip in clips])
         return self._inputs(
             made["features"],
             made["mask"],

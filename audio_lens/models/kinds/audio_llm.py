@@ -140,9 +140,10 @@ class AudioLLM(Prompts, Ear):
     def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
         """Where each connector position of each segment enters the language model."""
         row, position = self.is_audio(inputs).nonzero(as_tuple=True)
-        counts = torch.tensor(self._token_counts(inputs), device=inputs.device)
+        counts = torch.tensor(self._token_counts(inputs), dtype=torch.long, device=inputs.device)
         segment = torch.arange(len(counts), device=inputs.device).repeat_interleave(counts)
-        index = torch.cat([torch.arange(int(n), device=inputs.device) for n in counts])
+        index = torch.arange(len(segment), device=inputs.device)
+        index = index - (counts.cumsum(0) - counts)[segment]
         return AudioPlaces(row, position, segment, index)
 
     def enter_audio(
@@ -159,6 +160,8 @@ class AudioLLM(Prompts, Ear):
         return [inputs.n_valid(segment) for segment in range(len(inputs.features))]
 
     def _token_counts(self, inputs: AudioInputs) -> list[int]:
+        if not len(inputs.features):
+            return []
         return self.counts_of(self._lengths(inputs), inputs.extra)
 
     def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
@@ -172,7 +175,7 @@ class AudioLLM(Prompts, Ear):
         inputs = self.as_inputs(inputs)
         is_audio = self.is_audio(inputs).cpu()
         attended = inputs.attended.cpu()
-        length = self.encoder_length(inputs)
+        length = self.encoder_length(inputs) if len(inputs.features) else 0
         rows, first = [], 0
         for row, segments in enumerate(self._segments(inputs)):
             tracks = {

@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from audio_lens.audio import AudioError
 from audio_lens.inputs import InputError
 from audio_lens.models.kinds.audio_llm import HookedAudioLLM
 
@@ -76,14 +77,19 @@ class ChunkedAudioLLM(HookedAudioLLM):
         return self.cut(features.to(self.device), masks.to(self.device))
 
     def _extracted(self, clip: Float[Any, " _"]) -> tuple[Tensor, Bool[Tensor, "1 frames"]]:
-        made = self.feature_extractor(
-            clip,
-            sampling_rate=self.cfg.sampling_rate,
-            truncation=False,
-            return_attention_mask=True,
-            return_tensors="pt",
-            **self.padding_of(clip),
-        )
+        try:
+            made = self.feature_extractor(
+                clip,
+                sampling_rate=self.cfg.sampling_rate,
+                truncation=False,
+                return_attention_mask=True,
+                return_tensors="pt",
+                **self.padding_of(clip),
+            )
+        except RuntimeError as error:  # it mirrors the ends of a clip for its first window
+            raise AudioError(
+                f"the clip has {len(clip)} samples, too few for the feature extractor: {error}"
+            ) from error
         return made["input_features"], made["attention_mask"].bool()
 
     def padding_of(self, clip: Float[Any, " _"]) -> dict[str, Any]:

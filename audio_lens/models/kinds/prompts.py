@@ -67,13 +67,17 @@ class Prompts(HookedAudioTransformer):
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what the family's processor returns; single placeholders are expanded.
 
+        Without features, prompts of text alone.
+
         Raises:
-            InputError: without tokens or features, or placeholders that do not fit the clips.
+            InputError: without tokens, or placeholders that do not fit the clips.
         """
-        given = self._mapping_tensors(mapping, self.known_keys)
+        given = self._mapping_tensors(mapping, self.known_keys, needs_audio=False)
         if "input_ids" not in given:
             raise InputError("inputs hold no input_ids: an audio LLM needs a text prompt")
         self.check_tokens(given["input_ids"])
+        if not len(given[self.features_key]):
+            return self._of_text(given)
         frames = given.get(self.mask_key)
         features, frames, per_clip = self.cut(
             given[self.features_key], None if frames is None else frames.bool()
@@ -86,6 +90,30 @@ class Prompts(HookedAudioTransformer):
             frames,
             per_clip,
             self.extra_given(given),
+            position_ids=given.get("position_ids"),
+        )
+
+    def _of_text(self, given: Mapping[str, Tensor]) -> AudioInputs:
+        """Inputs of prompts without audio.
+
+        Raises:
+            InputError: if these have a place for some, or anything beside it was given.
+        """
+        if (given["input_ids"] == self.audio_token_id).any():
+            raise InputError(
+                f"the prompts have places for audio, and the inputs hold no {self.features_key}"
+            )
+        own = ("input_ids", "attention_mask", "position_ids", self.features_key)
+        beside = [key for key, x in given.items() if key not in own and x.numel()]
+        if beside:
+            raise InputError(f"{', '.join(beside)} without {self.features_key}: pass audio")
+        return self._assembled(
+            given["input_ids"],
+            given.get("attention_mask"),
+            self.no_features(),
+            None,
+            (),
+            {},
             position_ids=given.get("position_ids"),
         )
 
@@ -122,11 +150,12 @@ class Prompts(HookedAudioTransformer):
         position_ids: Tensor | None = None,
     ) -> AudioInputs:
         """Inputs of prompts and segments, with one placeholder per token of audio."""
-        self.check_features(features)
-        n_frames = features.shape[-1]
+        n_frames, counts = features.shape[-1], []
         lengths = [n_frames] * len(features) if frames is None else frames.sum(1).tolist()
-        extra = self.extra_of(features, frames, extra)
-        counts = self.counts_of(lengths, extra)
+        if len(features):
+            self.check_features(features)
+            extra = self.extra_of(features, frames, extra)
+            counts = self.counts_of(lengths, extra)
         per_clip = per_clip or self._segments_per_clip(tokens, counts, lengths, n_frames)
         of_clips = _summed(counts, per_clip)
         mask = torch.ones_like(tokens) if mask is None else mask
@@ -228,12 +257,13 @@ class Prompts(HookedAudioTransformer):
 
         Args:
             audio: a path, array, tensor or mapping (see `audio.load`); a list of them gives one
-                prompt each; a list of lists gives several clips per prompt. A batch is a list, not
-                one stacked array.
+                prompt each; a list of lists gives several clips per prompt, or none (``[]`` or
+                None). None alone is text alone. A batch is a list, not one stacked array.
             text: the question, which is put behind the clips in the chat template; or a whole
                 prompt with the model's audio placeholder where each clip belongs; or a
                 conversation (a list of messages) as the chat template takes it; or a list of
-                these, one per prompt.
+                these, one per prompt. Several about the clips of a single prompt give as many
+                prompts about them, which are encoded once.
             sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
 
         Raises:
@@ -244,18 +274,31 @@ class Prompts(HookedAudioTransformer):
         self.need_tokenizer("a prompt")
         groups = _grouped(audio)
         texts = _one_per_prompt(text, len(groups))
-        prompts = [self._prompt_of(t, len(group)) for t, group in zip(texts, groups, strict=True)]
+        times = len(texts) // len(groups)
+        asked = zip(texts, groups * times, strict=True)
+        prompts = [self._prompt_of(question, len(group)) for question, group in asked]
         clips = [
             self._checked_clip(clip, rate)
             for group, of_group in with_rates(groups, sampling_rate)
             for clip, rate in with_rates(group, of_group)
         ]
-        segments = self.segments_of(clips)
-        inputs = self._assembled(
-            *self.encoded_prompts(prompts), *segments, self.heard_beside(clips)
-        )
-        rate = self.cfg.sampling_rate
+        self.tell_of_lengths([len(clip) for clip in clips])
+        inputs = self._assembled(*self.encoded_prompts(prompts), *self._heard(clips, times))
+        rate, clips = self.cfg.sampling_rate, clips * times
         return replace(inputs, audio=clips, text=prompts, sampling_rate=rate, remake=self.prepare)
+
+    def _heard(
+        self, clips: list[Float[Any, " _"]], times: int
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...], dict[str, Tensor]]:
+        """Segments of the clips and what goes beside them, all of them so many times over."""
+        if not clips:
+            return self.no_features(), None, (), {}
+        features, frames, per_clip = self.segments_of(clips)
+        beside = self.heard_beside(clips)
+        features, frames, *others = (
+            x.repeat(times, *[1] * (x.ndim - 1)) for x in (features, frames, *beside.values())
+        )
+        return features, frames, per_clip * times, dict(zip(beside, others, strict=True))
 
     def encoded_prompts(self, prompts: list[str]) -> tuple[Int[Tensor, "b t"], Tensor]:
         """Prompts as token ids, padded on the left, and the mask of what is no padding."""
@@ -332,10 +375,10 @@ def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:
 
 
 def _grouped(audio: Any) -> list[list[Any]]:
-    """Clips by prompt."""
-    groups = [sources_of(of_prompt) for of_prompt in sources_of(audio)]
-    if not groups or not all(groups):
-        raise InputError("no audio: pass at least one clip per prompt")
+    """Clips by prompt; where None stands for a prompt's or for all, it has none."""
+    groups = [[] if own is None else sources_of(own) for own in sources_of(audio)]
+    if not groups:
+        raise InputError("no audio: pass at least one clip, or None for text alone")
     return groups
 
 
@@ -344,10 +387,10 @@ def _is_conversation(text: Any) -> bool:
 
 
 def _one_per_prompt(text: Any, n_prompts: int) -> list[Any]:
-    """One text per prompt; a single one serves all."""
+    """One text per prompt, of which a single one serves all; or several of a single prompt."""
     if not isinstance(text, (list, tuple)) or _is_conversation(text):
         return [text] * n_prompts
-    if len(text) != n_prompts:
+    if not text or n_prompts not in (1, len(text)):
         raise InputError(f"{n_prompts} prompts need as many texts, got {len(text)}")
     return list(text)
 

@@ -59,6 +59,12 @@ class Host(Family, ABC):
         """
 
     @abstractmethod
+    def hear(
+        self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
+    ) -> Tensor | None:
+        """`encode` of inputs that hold audio, row by row as they are."""
+
+    @abstractmethod
     def decode(
         self,
         inputs: AudioInputs,

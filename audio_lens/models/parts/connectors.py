@@ -48,11 +48,14 @@ class Connector(nn.Module, ABC):
     Attributes:
         taps: blocks of the encoder whose `hook_resid_post` it reads in place of the encoder's
             output; none for the output.
+        reads_apart: whether a token is made of its own ``frames_per_token`` positions alone, so
+            that padding behind them says nothing.
         reads_part: the part whose positions `hook_in` has: "connector" says that every position
             of the output is made of that position of the input alone.
     """
 
     taps: tuple[int, ...] = ()
+    reads_apart: ClassVar[bool] = False
     reads_part: ClassVar[str] = "encoder"
 
     def __init__(self, *arguments: Any, frames_per_token: int = 1):
@@ -98,6 +101,7 @@ class Connector(nn.Module, ABC):
 class LinearConnector(Connector):
     """One linear map at every position."""
 
+    reads_apart = True
     reads_part = "connector"
 
     def __init__(self, d_in: int, d_out: int):
@@ -111,6 +115,7 @@ class LinearConnector(Connector):
 class MLPConnector(Connector):
     """``linear_2(act(linear_1(x)))`` at every position."""
 
+    reads_apart = True
     reads_part = "connector"
 
     def __init__(self, cfg: ConnectorConfig, d_in: int, d_out: int):

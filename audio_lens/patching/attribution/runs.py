@@ -16,7 +16,7 @@ from audio_lens.hooks import local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, precise
 from audio_lens.patching.cells import CellTable
-from audio_lens.patching.checks import batch_dims, check_finite
+from audio_lens.patching.checks import batch_dims, check_finite, rounding_notes
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import blocks_of, heard, stack_of
 from audio_lens.patching.spec import SweepSpec
@@ -342,6 +342,7 @@ class Estimate:
                 "metric's change unexplained (the worst stimulus): use more steps if that is much"
             )
         hooked = list(self.model.list_hooks(dir="fwd"))
+        notes += rounding_notes(self.model)
         return notes + ([f"your hooks were in force: {', '.join(hooked)}"] if hooked else [])
 
 

@@ -18,6 +18,7 @@ from audio_lens.hooks import AttnMode, HookFn
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.checks import rounding_notes
 from audio_lens.patching.engine.changes import is_entered
 from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
 from audio_lens.patching.engine.readout import Readout
@@ -178,7 +179,7 @@ class Request:
             notes.append(f"{self.unknown} is of its own kind: run whole from the first patch on")
         if self.source is not None:
             notes.append("patched from a source of your own, not from the other run")
-        return notes
+        return notes + rounding_notes(self.model)
 
     def identity(self, weights: str) -> dict[str, str]:
         """What makes this sweep differ from any other, for checkpoints.

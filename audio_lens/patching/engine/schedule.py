@@ -136,7 +136,8 @@ def _holds_bias(model: HookedAudioTransformer) -> bool:
 def _shape(model: HookedAudioTransformer, spec: SweepSpec) -> Shape:
     inputs, by_attention = spec.base, model.decoder_needs_encoder
     cfg = model.cfg
-    frames = 0 if cfg.encoder is None else model.encoder_reach(inputs)
+    has_audio = len(inputs.features) > 0
+    frames = model.encoder_reach(inputs) if cfg.encoder is not None and has_audio else 0
     is_merged = len(cfg.is_heard_in) > 0 and cfg.decoder is not None and not by_attention
     output = cfg.output
     width = output.d_vocab or output.d_model
@@ -148,7 +149,9 @@ def _shape(model: HookedAudioTransformer, spec: SweepSpec) -> Shape:
         clips=len(inputs.features),
         frames=frames,
         tokens=inputs.tokens.shape[1],
-        audio_start=int(model.audio_places(inputs).position.min()) if is_merged else 0,
+        audio_start=min(model.audio_places(inputs).position.tolist())
+        if is_merged and has_audio
+        else 0,
         memory=frames if by_attention else 0,
         logits=n_outputs * width if spec.reads_all else 8 * len(inputs),
         beside=beside,
