@@ -552,6 +552,7 @@ def test_the_checkpoints_own_limit_is_taken_where_none_is_named() -> None:
         setattr(hf.generation_config, name, value)
         expected = hf.generate(**texts(), do_sample=False)
         assert model.generate(texts()).shape == expected.shape
+        assert model.token_limit(texts()) == value
     for name, value in (("num_beams", 3), ("eos_token_id", 4)):
         setattr(hf.generation_config, name, value)
         with pytest.raises(InputError, match=rf"{name}={value} .* not implemented"):

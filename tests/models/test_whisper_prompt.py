@@ -160,3 +160,23 @@ def test_what_a_checkpoint_does_not_know_is_told() -> None:
     mapping = {"input_features": model.prepare(clips(1), sampling_rate=RATE).features}
     with pytest.raises(InputError, match="leave out language"):
         model.as_inputs({**mapping, "decoder_input_ids": torch.tensor([[START]]), "language": "fr"})
+
+
+def test_a_mapping_is_run_with_the_language_that_is_heard() -> None:
+    """Also while hooks are attached, which are for the run and not for what finds the language."""
+    hf, model = built(**MULTILINGUAL, task="transcribe")
+    features = model.prepare(clips(), sampling_rate=RATE).features
+    prompts = torch.tensor(prompts_in_hf(hf, features))
+    logits, cache = model.run_with_cache(input_features=features)
+    assert torch.equal(model(input_features=features, decoder_input_ids=prompts), logits)
+    assert cache["decoder.hook_embed"].shape[1] == prompts.shape[1]
+    written = quiet(
+        model.generate,
+        input_features=features,
+        language=["french", "hi"],
+        max_new_tokens=3,
+        return_type="tokens",
+    )
+    assert written[:, :4].tolist() == [[START, 152, 160, MARK], [START, 153, 160, MARK]]
+    expected = quiet(hf.generate, features, language=["french", "hi"], max_new_tokens=3)
+    assert torch.equal(written[:, 4:], expected)

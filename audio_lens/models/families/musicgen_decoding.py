@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.families.musicgen_config import MusicgenConfig
@@ -85,13 +86,21 @@ class MusicDecoding(Speaking, CodecTime):
         scale = settings.guidance_scale or 1 if guidance_scale is None else guidance_scale
         if scale < 1:
             raise InputError(f"guidance_scale is at least 1 (no guidance), got {scale}")
-        stated = stated_limit(settings) or Limit(USUAL_LIMIT, "")
-        limit = stated if max_new_tokens is None else Limit(max_new_tokens, "max_new_tokens")
+        limit = self._stated_limit(settings, 0) or self._usual_limit(inputs)
+        if max_new_tokens is not None:
+            limit = Limit(max_new_tokens, "max_new_tokens")
         held = self._plan(inputs, limit.n_tokens)
         rows = rearrange(self.codes_of(inputs), "b k t -> (b k) t")
         run = GreedyRun(settings, limit, rows, are_encoded=False)
         codes = undelayed(self._played(inputs, held, scale, run), self.cfg.delays)
         return codes if return_type == "codes" else self.sound(codes)
+
+    def _stated_limit(self, settings: GenerationConfig, n_prompt: int) -> Limit | None:
+        """As Hugging Face reads it here: ``max_length`` counts new positions only."""
+        return stated_limit(settings)
+
+    def _usual_limit(self, inputs: AudioInputs) -> Limit:
+        return Limit(USUAL_LIMIT, "the usual limit")
 
     def sound(self, codes: Int[Tensor, "b k t"]) -> Float[Tensor, "b c samples"]:
         """The audio of codes that are not delayed, one waveform per channel.

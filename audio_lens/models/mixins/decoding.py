@@ -171,7 +171,8 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
     def _room(self, inputs: AudioInputs) -> int | None:
         """How many positions of the decoder are left; None where their number is not limited."""
         cfg = self.cfg.need_decoder
-        return cfg.need_n_ctx - inputs.tokens.shape[1] if cfg.rotary_base is None else None
+        is_bounded = cfg.rotary_base is None and cfg.n_ctx is not None
+        return cfg.need_n_ctx - inputs.tokens.shape[1] if is_bounded else None
 
     def _repeatable(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """The tokens of the prompts in which repetitions count."""
