@@ -19,7 +19,7 @@ ENGLISH = ("en", "english", "<|en|>")
 
 
 def control_tokens(
-    config: Any, forced: Sequence | None, language: str | None, task: str | None
+    config: Any, forced: Sequence[Any] | None, language: str | None, task: str | None
 ) -> list[int]:
     """The control tokens of one prompt; `DETECTED` in place of a language nobody names.
 
@@ -115,13 +115,13 @@ def languages_per_clip(
     return list(language)
 
 
-def _forced_tokens(forced: Sequence | None) -> list[int | None]:
+def _forced_tokens(forced: Sequence[Any] | None) -> list[int | None]:
     """The tokens behind the start that older checkpoints force, by position.
 
     Raises:
         InputError: positions that do not follow one another.
     """
-    pairs = list(forced or ())
+    pairs = [] if forced is None else list(forced)
     if not pairs or pairs[0][0] != 1:
         return []
     if [position for position, _ in pairs] != list(range(1, len(pairs) + 1)):

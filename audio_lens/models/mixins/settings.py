@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import (
+from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
@@ -33,10 +33,10 @@ from transformers.generation import (
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    StopStringCriteria,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from audio_lens.inputs import InputError
 
@@ -205,7 +205,8 @@ class GreedyRun:
         are_encoded: bool = True,
         tokenizer: Any = None,
     ):
-        self.settings, self.limit, self.seen = settings, limit, prompts
+        self.settings, self.limit = settings, limit
+        self.seen: Any = prompts
         self.n_chosen = 0
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         self._pad = pad_token(settings)
@@ -305,7 +306,7 @@ class GreedyRun:
         if self._ends is not None:
             self.done = self.done | torch.isin(new, self._ends)
         if self._stop is not None:
-            self.done = self.done | self._stop(self.seen, scores)
+            self.done = self.done | self._stop(self.seen, None)
         return new
 
     @property
