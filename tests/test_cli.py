@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and how it says that something is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from audio_lens import HookedAudioTransformer, Span, cli, files, patching, report, results
 from audio_lens.cli import complete, shared
 from audio_lens.models import embedded as shipped
+from audio_lens.models.loading.checkpoints import embedded_path
 from audio_lens.patching.clip_pair import ClipPair
 from audio_lens.patching.engine.checkpoint import Checkpoint
 from audio_lens.patching.engine.readout import Readout
@@ -175,13 +177,13 @@ def test_every_command_runs_in_every_precision(run, clips, dtype):
 
 
 def test_same_answers_are_said_plainly(run, clips, monkeypatch, embedded):
-    monkeypatch.setattr(embedded, "generate", lambda inputs, max_new_tokens: ["seven"])
+    monkeypatch.setattr(embedded, "generate", lambda inputs, **_: ["seven"])
     assert "answers both clips the same" in run(*own(clips, *QUICK)).stdout
 
 
 def test_swapped_answers_are_noticed(run, clips, monkeypatch, embedded):
     said = iter(["seven", "two", "two", "seven"])
-    monkeypatch.setattr(embedded, "generate", lambda inputs, max_new_tokens: [next(said)])
+    monkeypatch.setattr(embedded, "generate", lambda inputs, **_: [next(said)])
     ways = [["--answer", a, "--against", b] for a, b in (("seven", "two"), ("two", "seven"))]
     outputs = [run(*own(clips, *QUICK, *way)).stdout for way in ways]
     assert sum("swapped?" in output for output in outputs) == 1
@@ -364,6 +366,44 @@ def test_ask_answers_each_clip(run, clips, embedded):
 
 
 @pytest.fixture
+def talking(tmp_path):
+    """The shipped checkpoint in a folder, that has much to say and may say 30 tokens."""
+    folder = tmp_path / "talking"
+    shutil.copytree(embedded_path(), folder)
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text()) | {"eos_token_id": 409, "max_new_tokens": 30}
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_cut_is_printed_and_the_limit_can_be_set(run, clips, talking):
+    asked = ("ask", clips.clean, "-q", "which digit is first?", "-m", talking)
+    model = HookedAudioTransformer.from_pretrained(talking)
+    inputs = model.prepare(clips.clean, text="which digit is first?")
+    usual = run(*asked)
+    with pytest.warns(UserWarning, match="cut after 30 new tokens"):
+        assert usual.stdout.strip() == model.generate(inputs)[0]
+    assert "cut after 30 new tokens, by max_new_tokens=30 of the generation" in usual.stderr
+    assert str(clips.clean) in usual.stderr
+    few = run(*asked, "--max-new-tokens", 5, "--json")
+    with pytest.warns(UserWarning, match="cut after 5 new tokens"):
+        expected = model.generate(inputs, max_new_tokens=5)
+    assert list(json.loads(few.stdout).values()) == expected
+    assert "cut after 5 new tokens, by max_new_tokens." in few.stderr
+    quiet = run("ask", clips.clean, "-q", "which digit is first?")
+    assert "cut" not in quiet.stderr
+
+
+def test_the_limit_of_a_page_and_of_a_map_can_be_set(run, clips, talking):
+    options = ("--max-new-tokens", 3, "-m", talking)
+    page = run("attention", clips.clean, "-q", "which digit is first?", "--layer", 0, *options)
+    assert "warning: the text was cut after 3 new tokens" in page.stderr
+    mapped = run(*own(clips, *QUICK, "--json"), *options)
+    assert mapped.stderr.count("cut after 3 new tokens") == 2
+    assert json.loads(mapped.stdout)["answers"]["clean"]
+
+
+@pytest.fixture
 def speaking_whisper(whisper, run, monkeypatch):
     """The tiny Whisper with a tokenizer of two words."""
     model = HookedAudioTransformer.from_pretrained(str(whisper))
@@ -391,19 +431,15 @@ def test_map_of_whisper_is_over_its_encoder(run, clips, speaking_whisper):
 
 def test_both_clips_of_a_pair_have_the_tokens_of_the_clean_one(whisper, clips, monkeypatch):
     model = HookedAudioTransformer.from_pretrained(str(whisper))
-    found, asked = iter(["de", "en"]), []
-
-    def prompt(written, language, task):
-        asked.append(language)
-        return written or [1, {"de": 3, "en": 4}[language or next(found)]]
-
-    monkeypatch.setattr(model, "_prompt_of", prompt)
+    model.generation_config.lang_to_id = {"<|de|>": 3, "<|en|>": 4}
+    found = iter([[3], [4]])
+    monkeypatch.setattr(model, "_languages", lambda features: next(found))
     pair = ClipPair(clips.clean, clips.corrupted)
     clean, corrupted = pair.inputs(model)
     assert clean.tokens.tolist() == corrupted.tokens.tolist() == [[1, 3]]
     assert not torch.equal(clean.features, corrupted.features)
     chosen, _ = replace(pair, language="en").inputs(model)
-    assert chosen.tokens.tolist() == [[1, 4]] and "en" in asked
+    assert chosen.tokens.tolist() == [[1, 4]]
 
 
 def test_each_command_names_the_other_for_the_other_kind(run, clips, whisper):

@@ -170,20 +170,23 @@ class Prompt:
                 "answer= has nothing to do here: this model writes codes, not text; show what it "
                 "played by the inputs that hold these codes, and audio="
             )
-        if self.is_codec_lm:
-            wanted = answer or self.n_ahead
-        else:
-            wanted = ANSWER_TOKENS if answer is None else answer
-        return self.answered(wanted) if wanted else self.alone()
+        wanted = answer or self.n_ahead if self.is_codec_lm else answer
+        return self.alone() if wanted == 0 else self.answered(wanted)
 
-    def answered(self, max_new_tokens: int = ANSWER_TOKENS) -> Prompt:
-        """The prompt alone, with what the model writes to it (greedily) behind its tokens."""
+    def answered(self, max_new_tokens: int | None = None) -> Prompt:
+        """The prompt alone, with what the model writes to it (greedily) behind its tokens.
+
+        None is as many tokens as is usual: what the model's own settings allow, up to 64.
+        """
         alone = self.alone()
         cfg, inputs = self.model.cfg.need_decoder, alone.inputs
-        if cfg.rotary_base is None and cfg.n_ctx is not None:
-            max_new_tokens = min(max_new_tokens, cfg.n_ctx - inputs.tokens.shape[1])
-        if max_new_tokens < 1:
+        is_bounded = cfg.rotary_base is None and cfg.n_ctx is not None
+        n_free = cfg.need_n_ctx - inputs.tokens.shape[1] if is_bounded else math.inf
+        if n_free < 1:
             return alone
+        if max_new_tokens is None:
+            max_new_tokens = min(ANSWER_TOKENS, self.model.token_limit(inputs))
+        max_new_tokens = int(min(max_new_tokens, n_free))
         if isinstance(self.model, _GoesOn):  # what enters beside the text goes on too
             longer = self.model.continued(inputs, max_new_tokens)
         else:

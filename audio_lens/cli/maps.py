@@ -20,6 +20,7 @@ from audio_lens.cli.shared import (
     Device,
     Dtype,
     Language,
+    MaxNewTokens,
     ModelName,
     ShowProgress,
     Verbose,
@@ -119,6 +120,7 @@ def map_command(
         "map.html"
     ),
     save: Annotated[Path | None, typer.Option(help="Also keep the numbers, as netCDF.")] = None,
+    max_new_tokens: MaxNewTokens = None,
     progress: ShowProgress = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -159,6 +161,7 @@ def map_command(
         shared.check_audio(case.clips.clean, case.clips.corrupted)
         listener = shared.load(model, device, dtype)
         _check_answers(listener, model)
+        shared.check_limit(listener, model, max_new_tokens)
         from audio_lens import metrics, patching, report
         from audio_lens.patching.engine.checkpoint import EVERY_S
 
@@ -172,7 +175,7 @@ def map_command(
         is_ctc = listener.cfg.output_kind == "ctc"
         difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
         metric = difference(case.answer, case.against)
-        before = _listen(listener, pair, metric)
+        before = _listen(listener, case.clips, pair, metric, max_new_tokens)
         if not as_json:
             _print_baselines(case, before)
         if before["alike"]:
@@ -295,7 +298,9 @@ def _tell_lengths(clips: ClipPair, rate: int) -> None:
         err.print(f"the shorter clip is lengthened with silence to {longer:.2f} s")
 
 
-def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
+def _listen(
+    model: Any, clips: ClipPair, pair: Sequence[Any], metric: Any, max_new_tokens: int | None
+) -> dict[str, Any]:
     """What the model answers to both clips, and the metric of both."""
     import torch
 
@@ -304,7 +309,10 @@ def _listen(model: Any, pair: Sequence[Any], metric: Any) -> dict[str, Any]:
 
     with torch.inference_mode():
         values = [metrics.bound(metric, model, inputs)(model(inputs)).mean() for inputs in pair]
-    answers = [shared.said(model, inputs) for inputs in pair]
+    answers = [
+        shared.said(model, inputs, path, max_new_tokens)
+        for path, inputs in zip((clips.clean, clips.corrupted), pair, strict=True)
+    ]
     return {
         "model": model.cfg.model_name,
         "answers": dict(zip(("clean", "corrupted"), answers, strict=True)),

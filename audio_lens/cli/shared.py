@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
@@ -20,7 +21,6 @@ from rich.markup import escape
 from audio_lens.cli import complete
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-ANSWER_TOKENS = 16
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 
 app = typer.Typer(
@@ -70,7 +70,16 @@ Dtype = Annotated[
 ]
 AudioFiles = Annotated[list[Path], typer.Argument(help="Sound files (wav, flac, mp3 ...).")]
 Language = Annotated[
-    str | None, typer.Option(help='What Whisper hears, a code like "en"; default: found.')
+    str | None,
+    typer.Option(
+        help='What Whisper hears, like "en" or "french"; default: as its checkpoint says, or found.'
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="How many tokens the model may write; default: as its checkpoint says."
+    ),
 ]
 ShowProgress = Annotated[
     bool | None,
@@ -123,17 +132,25 @@ def _how_to_go_on(checkpoint: Path | None) -> str:
 
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
-    """What the package logs goes to stderr."""
+    """What the package logs, and warnings, go to stderr."""
     package = logging.getLogger("audio_lens")
     handler = RichHandler(console=err, show_time=False, show_path=False)
     before = package.level
     package.addHandler(handler)
     package.setLevel(level)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            yield
     finally:
         package.removeHandler(handler)
         package.setLevel(before)
+
+
+def _print_warning(message: Warning | str, *_: Any, name: str = "") -> None:
+    """A warning as one line of stderr, of the clip of this name."""
+    of_clip = f"{name}: " if name else ""
+    err.print(f"[yellow]warning:[/] {escape(of_clip + str(message))}", soft_wrap=True)
 
 
 def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
@@ -163,11 +180,26 @@ def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
     return model
 
 
-def said(model: Any, inputs: Any, max_new_tokens: int = ANSWER_TOKENS) -> str:
-    """What the model says to one prompt; one that writes along with the clip says all it can."""
-    is_bounded = {"encoder", "decoder"} <= model.cfg.parts.keys()
-    options = {"max_new_tokens": max_new_tokens} if is_bounded else {}
-    return model.generate(inputs, **options)[0]
+def said(model: Any, inputs: Any, clip: Path, max_new_tokens: int | None = None) -> str:
+    """What the model says to one prompt, and on stderr whether a limit cut it.
+
+    Args:
+        clip: what the prompt is about, to be named there.
+        max_new_tokens: the limit; None leaves it to the model.
+    """
+    options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        text = model.generate(inputs, **options)[0]
+    for warning in told:
+        _print_warning(warning.message, name=str(clip))
+    return text
+
+
+def check_limit(model: Any, name: str, max_new_tokens: int | None) -> None:
+    """Raise for a limit of what a model does not write token by token."""
+    if max_new_tokens is not None and model.cfg.decoder is None:
+        raise ValueError(f"{name} writes all at once: leave out --max-new-tokens")
 
 
 def check_writes_text(model: Any, name: str) -> None:

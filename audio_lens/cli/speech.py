@@ -18,6 +18,7 @@ from audio_lens.cli.shared import (
     Device,
     Dtype,
     Language,
+    MaxNewTokens,
     ModelName,
     Verbose,
     app,
@@ -25,14 +26,13 @@ from audio_lens.cli.shared import (
     plain_errors,
 )
 
-TRANSCRIPT_TOKENS = 200
-
 
 @app.command()
 def transcribe(
     audio: AudioFiles,
     model: ModelName = "openai/whisper-tiny",
     language: Language = None,
+    max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -55,10 +55,11 @@ def transcribe(
         if listener.pools:
             raise ValueError(f"{model} names classes: audio-lens classify CLIP")
         shared.check_writes_text(listener, model)
+        shared.check_limit(listener, model, max_new_tokens)
         from audio_lens.patching.clip_pair import language_options
 
         options = language_options(listener, language)
-        _print_texts(_texts_of(listener, audio, TRANSCRIPT_TOKENS, **options), as_json)
+        _print_texts(_texts_of(listener, audio, max_new_tokens, **options), as_json)
 
 
 @app.command()
@@ -66,6 +67,7 @@ def ask(
     audio: AudioFiles,
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
     model: ModelName = "embedded",
+    max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
@@ -87,7 +89,7 @@ def ask(
             raise ValueError(
                 f"{model} takes no question: audio-lens transcribe, or audio-lens classify"
             )
-        _print_texts(_texts_of(listener, audio, shared.ANSWER_TOKENS, text=question), as_json)
+        _print_texts(_texts_of(listener, audio, max_new_tokens, text=question), as_json)
 
 
 @app.command()
@@ -140,11 +142,14 @@ def _classes(model: Any, path: Path, top: int) -> dict[str, float]:
 
 
 def _texts_of(
-    model: Any, audio: Sequence[Path], max_new_tokens: int, **options: str | None
+    model: Any, audio: Sequence[Path], max_new_tokens: int | None, **options: str | None
 ) -> dict[str, str]:
     """What the model says to each clip; all are prepared first, so that a bad one costs no work."""
-    prepared = {str(path): model.prepare(path, **options) for path in audio}
-    return {path: shared.said(model, inputs, max_new_tokens) for path, inputs in prepared.items()}
+    prepared = {path: model.prepare(path, **options) for path in audio}
+    return {
+        str(path): shared.said(model, inputs, path, max_new_tokens)
+        for path, inputs in prepared.items()
+    }
 
 
 def _print_texts(texts: dict[str, str], as_json: bool) -> None:

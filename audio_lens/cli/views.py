@@ -18,6 +18,7 @@ from audio_lens.cli.shared import (
     Device,
     Dtype,
     Language,
+    MaxNewTokens,
     ModelName,
     Verbose,
     app,
@@ -143,6 +144,7 @@ def attention(
         list[int] | None, typer.Option(help="A head to show, may be repeated; default: all.")
     ] = None,
     language: Language = None,
+    max_new_tokens: MaxNewTokens = None,
     textgrid: TextGrid = None,
     html: Page = None,
     device: Device = None,
@@ -174,7 +176,9 @@ def attention(
         from audio_lens.analysis.attention import read_attention, sites_of
         from audio_lens.report.attention_page import prompt_shown, write_attention
 
-        answer = 0 if text is not None else None
+        if max_new_tokens is not None and text is not None:
+            raise ValueError("--text is all that is written: leave out --max-new-tokens")
+        answer = 0 if text is not None else max_new_tokens
         prompts, told = asked.prompts(listener), {}
         for path, prompt, page in zip(asked.clips, prompts, pages, strict=True):
             shown = prompt_shown(prompt, None, answer)

@@ -30,7 +30,9 @@ from audio_lens.models.config import LoadingError
 from audio_lens.models.families.voxtral import StackedAudioLLM
 from audio_lens.models.families.whisper import WhisperEncoder
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
+from audio_lens.models.loading.generation import stored_settings
 from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.mixins.settings import GreedyRun, stated_limit
 from audio_lens.models.parts.connectors import NormedConnector
 from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.recipes.kimi_audio_config import (
@@ -54,6 +56,8 @@ from audio_lens.recipes.kimi_audio_config import (
 )
 from audio_lens.recipes.tiktoken import tiktoken_tokenizer
 from audio_lens.timeline import Timeline
+
+SPOKEN_LIMIT = 750  # new tokens of each stream, where nothing else is said
 
 # -------------------------------------------------------------------------------- the model
 
@@ -422,20 +426,27 @@ class HookedKimiAudio(StackedAudioLLM):
 
     @torch.no_grad()
     def speak(
-        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 750
+        self,
+        inputs: AudioInputs | Mapping[str, Any],
+        max_new_tokens: int | None = None,
+        **settings: Any,
     ) -> list[TextAndCodes]:
         """Continue both streams greedily: a text and discrete audio tokens for every prompt.
 
         Prompts are those prepared with ``answer="both"``. The audio tokens are numbered as those of
-        `prepare`; a detokenizer that makes sound of them is published with the model.
+        `prepare`; a detokenizer that makes sound of them is published with the model. Settings are
+        those of `generate`, and act on the text; without a limit of theirs there are 750 tokens of
+        each stream at most, a minute.
 
         Raises:
-            InputError: prompts that are padded on the right.
+            InputError: prompts that are padded on the right, or settings that are not implemented.
             TokenError: the model was loaded without a tokenizer.
         """
         tokenizer = self.need_tokenizer("text")
-        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
-        audio, text = self._written(inputs, max_new_tokens, speaks=True).unbind(1)
+        if max_new_tokens is None and stated_limit(self.generation_settings(settings)) is None:
+            max_new_tokens = SPOKEN_LIMIT
+        inputs, run = self._begun(inputs, max_new_tokens, settings)
+        audio, text = self._written(inputs, run, speaks=True).unbind(1)
         texts = tokenizer.batch_decode(text, skip_special_tokens=True)
         first = self.cfg.first_code
         codes = [[token - first for token in row if token >= first] for row in audio.tolist()]
@@ -443,15 +454,21 @@ class HookedKimiAudio(StackedAudioLLM):
 
     @torch.no_grad()
     def continued(
-        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 64
+        self,
+        inputs: AudioInputs | Mapping[str, Any],
+        max_new_tokens: int | None = None,
+        **settings: Any,
     ) -> AudioInputs:
         """The prompts with the text that the model writes greedily behind them.
 
+        Limits and settings are those of `generate`.
+
         Raises:
-            InputError: prompts that are padded on the right.
+            InputError: prompts that are padded on the right, or settings that are not implemented.
         """
-        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
-        new = self._written(inputs, max_new_tokens, speaks=False)
+        inputs, run = self._begun(inputs, max_new_tokens, settings)
+        new = self._written(inputs, run, speaks=False)
+        run.tell_cut()
         added = torch.ones_like(new[:, 0], dtype=torch.bool)
         tokens = torch.cat([inputs.tokens, new[:, 0]], dim=1)
         heard, seen = self.is_audio(inputs), inputs.attention_mask
@@ -466,33 +483,47 @@ class HookedKimiAudio(StackedAudioLLM):
         is_padded = longer.attention_mask is not None
         return replace(longer, position_ids=longer.counted_positions()) if is_padded else longer
 
-    def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
+    def _begun(
+        self,
+        inputs: object,
+        max_new_tokens: int | None,
+        options: Mapping[str, Any],
+        **own: Any,
+    ) -> tuple[AudioInputs, GreedyRun]:
+        """Texts end with a token of their own, and are blank behind it."""
+        own |= {"eos_token_id": self.cfg.special(TEXT_END), "pad_token_id": self._pad_token()}
+        return super()._begun(inputs, max_new_tokens, options, **own)
+
+    def _repeatable(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
+        return _text_stream(inputs)[:, 0]
+
+    def _continue(self, inputs: AudioInputs, run: GreedyRun) -> Int[Tensor, "b t"]:
         """The text stream with its continuation, while the audio stream stays blank."""
-        text = self._written(inputs, max_new_tokens, speaks=False)[:, 1]
+        text = self._written(inputs, run, speaks=False)[:, 1]
         return torch.cat([_text_stream(inputs)[:, 0], text], dim=1)
 
-    def _written(
-        self, inputs: AudioInputs, max_new_tokens: int, speaks: bool
-    ) -> Int[Tensor, "b 2 n"]:
+    def _written(self, inputs: AudioInputs, run: GreedyRun, speaks: bool) -> Int[Tensor, "b 2 n"]:
         """What is written to the audio stream and to the text stream."""
         cfg, past, encoded = self.cfg, KVCache(), self.encode(inputs)
-        blank, text_end = cfg.special(BLANK), cfg.special(TEXT_END)
+        blank = cfg.special(BLANK)
         ends = torch.tensor([cfg.special("<|im_msg_end|>"), cfg.special(END)]).to(inputs.device)
-        has_said = has_spoken = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
+        has_spoken = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         written, step = [], inputs
-        for index in range(max_new_tokens):
+        for index in range(run.limit.n_tokens):
             hidden = self.decode(step, encoded, past=past)
             logits = self.hook_logits(self.read_out(hidden, step))[:, -1]
-            text = self.stream(logits, TEXT).argmax(-1).masked_fill(has_said, blank)
-            has_said = has_said | (text == text_end)
+            text = run.choose(self.stream(logits, TEXT))
             is_silent = has_spoken | (not speaks or index < cfg.delay)
             audio = self.stream(logits, AUDIO).argmax(-1).masked_fill(is_silent, blank)
             has_spoken = has_spoken | torch.isin(audio, ends)
             written.append(torch.stack([audio, text], dim=1))
-            if (has_spoken if speaks else has_said).all():
+            if (has_spoken.all() or run.is_late) if speaks else run.is_over:
                 break
             step = self._next_step(replace(step, further_tokens=None), audio)
             step = replace(step, further_tokens=text[:, None, None])
+        if speaks:
+            run.done = has_spoken
+            run.tell_cut()
         return torch.stack(written, dim=-1)
 
     def _pad_token(self) -> int:
@@ -542,6 +573,7 @@ def kimi_audio(
     state, whisper = (read_weights(where) for where in (folder, folder / WHISPER_FOLDER))
     model = kimi_audio_of(kimi_audio_config(own, ear, str(checkpoint)), state, whisper, dtype)
     model.speech_tokenizer = speech_tokenizer
+    model.generation_config = stored_settings(folder)
     words = folder / "tiktoken.model"
     if words.is_file():
         model.tokenizer = model.processor = kimi_audio_tokenizer(words, model.cfg)

@@ -33,6 +33,7 @@ from audio_lens.models.config import LoadingError
 from audio_lens.models.kinds.encoder_only import CTCConfig
 from audio_lens.models.layers import Context, PartConfig, PreNormBlock, Rotary, Stack
 from audio_lens.models.loading.checkpoints import processor_of
+from audio_lens.models.loading.generation import stored_settings
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import ConnectorConfig, StackingConnector
 from audio_lens.models.parts.language_model import (
@@ -235,6 +236,7 @@ def _read(
     processor, problem = processor_of(str(folder))
     tokenizer = getattr(processor, "tokenizer", processor)
     model = llama_omni_of(config, read_weights(folder), release, whisper, tokenizer, dtype)
+    model.generation_config = stored_settings(folder, model.generation_config)
     model.tokenizer_problem = problem
     model.cfg.model_name = str(checkpoint)
     return model

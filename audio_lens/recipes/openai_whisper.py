@@ -166,6 +166,8 @@ def _generation(n_vocab: int) -> GenerationConfig:
         pad_token_id=end,
         lang_to_id={f"<|{code}|>": start + 1 + i for i, code in enumerate(languages)},
         task_to_id={"translate": tasks, "transcribe": tasks + 1},
+        task="transcribe" if is_multilingual else None,
+        is_multilingual=is_multilingual,
         no_timestamps_token_id=tasks + 5,
         begin_suppress_tokens=[220, end],
         suppress_tokens=[*(i for i in silent if i < end), start, *range(tasks, tasks + 5)],

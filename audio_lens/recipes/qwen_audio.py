@@ -29,6 +29,7 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.families.qwen2_audio import PooledAudioLLM
 from audio_lens.models.layers import Context, KVCache, PartConfig
+from audio_lens.models.loading.generation import stored_settings
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import LinearConnector
 from audio_lens.models.parts.language_model import LanguageModel
@@ -287,9 +288,9 @@ def qwen_audio(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Hook
         model.tokenizer = model.processor = qwen_tokenizer(words)
     else:
         model.tokenizer_problem = f"{folder} holds no qwen.tiktoken"
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        model.generation_config = _generation(json.loads(generation.read_text()))
+    settings = stored_settings(folder)
+    if settings is not None:
+        model.generation_config = _with_ends(settings)
     return model
 
 
@@ -309,11 +310,20 @@ def qwen_audio_of(
     return model.eval()
 
 
-def _generation(config: Mapping[str, Any]) -> GenerationConfig:
-    """When to stop: at the end of the text, and of a turn where the model was trained to chat."""
-    end = config["eos_token_id"]
-    ends = [end, end + 1, end + 2] if config.get("chat_format") == "chatml" else [end]
-    return GenerationConfig(eos_token_id=ends, pad_token_id=config.get("pad_token_id", end))
+def _with_ends(settings: GenerationConfig) -> GenerationConfig:
+    """The settings, ending texts also with a turn where the model was trained to chat.
+
+    Raises:
+        LoadingError: if they do not say what ends a text.
+    """
+    end = settings.eos_token_id
+    if not isinstance(end, int):
+        raise LoadingError(f"eos_token_id of the generation settings is {end!r}, not one token")
+    chats = getattr(settings, "chat_format", None) == "chatml"
+    settings.eos_token_id = [end, end + 1, end + 2] if chats else [end]
+    if settings.pad_token_id is None:
+        settings.pad_token_id = end
+    return settings
 
 
 # -------------------------------------------------------------------------------- the tokenizer

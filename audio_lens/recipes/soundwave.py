@@ -39,6 +39,7 @@ from audio_lens.models.families.whisper import HookedWhisper, encoder_weight_nam
 from audio_lens.models.layers import Attention, Context, LayerNorm, PartConfig
 from audio_lens.models.layers.lone import LoneBlock
 from audio_lens.models.loading.checkpoints import load_pretrained, processor_of
+from audio_lens.models.loading.generation import stored_settings
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.language_model import (
     LanguageModel,
@@ -186,6 +187,7 @@ def soundwave(
     model = soundwave_of(
         state, text, ear, tokenizer, token_id=config.get("audio_patch_token"), dtype=dtype
     )
+    model.generation_config = stored_settings(folder, model.generation_config)
     model.tokenizer_problem = problem
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from audio_lens.models.kinds.streams import UNKNOWN, delayed, undelayed
 from audio_lens.models.layers import KVCache
 from families import kyutai_stt, moshi
 from families.moshi import N_CODES, N_TEXTS, N_VOICE
+from generation import new_tokens, quiet, settings_for, with_settings
 
 RATE, STEP_S = 200, 0.08  # of the tiny Mimi
 N_STEPS = 6
@@ -691,3 +693,64 @@ def test_codes_that_lie_ahead_count_to_the_length_of_the_clip(speaking: tuple) -
     alone, answered = model.conversation(user), model.conversation(user, user, [[7] * 6])
     lengths = [model.timeline(inputs).duration_s(0) for inputs in (alone, answered)]
     assert lengths == [pytest.approx(0.8), pytest.approx(0.8)]
+
+
+# -------------------------------------------------------------------------------- settings
+
+
+def test_settings_act_on_moshis_text_as_in_hugging_face(speaking: tuple) -> None:
+    hf, model = speaking
+    own, user, text = random_codes(seed=3), random_codes(seed=2), random_text()
+    given = {"input_ids": torch.tensor(text), "moshi_audio_codes": own, "user_audio_codes": user}
+    given |= {"return_audio_waveforms": False, "return_audio_codes": False, "do_sample": False}
+    prompt = model.conversation(user, own, text)
+    n_prompt, kept = prompt.tokens.shape[1], hf.generation_config
+    plain = quiet(model.continued, prompt, 6).tokens[:, n_prompt:]
+    hf.generation_config = model.generation_config = transformers.GenerationConfig()
+    try:
+        for name, settings in settings_for(plain).items():
+            with_settings(hf, **settings, pad_token_id=None)  # their Moshi cannot look for one
+            made = quiet(model.continued, prompt, 6)
+            theirs = quiet(hf.generate, **given, max_new_tokens=6)
+            assert torch.equal(made.tokens, theirs), name
+        with_settings(hf, max_length=5)
+        assert quiet(model.continued, prompt).tokens.shape[1] == n_prompt + 5
+        assert quiet(hf.generate, **given).shape[1] == n_prompt + 5
+        model.generation_config.depth_decoder_config = {"repetition_penalty": 1.5}
+        with pytest.raises(InputError, match=r"repetition_penalty=1\.5 in depth_decoder_config"):
+            model.generate(prompt, return_type="tokens")
+    finally:
+        hf.generation_config = model.generation_config = kept
+
+
+def test_settings_act_on_kyutais_text_as_in_hugging_face() -> None:
+    hf = talkative("kyutai_stt")
+    model = HookedAudioTransformer.from_hf(hf, extractor())
+    heard = extractor()(waves(0.3, 0.2), sampling_rate=RATE, return_tensors="pt")
+    plain = new_tokens(model, heard)
+    for name, settings in list(settings_for(plain).items())[::3]:
+        with_settings(hf, **settings)
+        expected = quiet(hf.generate, **heard, do_sample=False)[:, 1:]
+        assert torch.equal(new_tokens(model, heard), expected), name
+
+
+def test_texts_that_end_before_their_audio_are_told() -> None:
+    model = HookedAudioTransformer.from_hf(talkative("kyutai_stt"), extractor())
+    inputs = model.prepare(waves(1.0), sampling_rate=RATE)
+    with pytest.warns(UserWarning, match="cut after 2 new tokens"):
+        model.continued(inputs, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.continued(inputs)
+
+
+def test_moshi_goes_on_to_the_end_of_what_the_user_says(speaking: tuple) -> None:
+    _, model = speaking
+    prompt = model.prepare(waves(0.9), sampling_rate=RATE)
+    n_ahead = prompt.further_tokens.shape[2] - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.continued(prompt).tokens.shape[1] == 1 + n_ahead
+    assert model.token_limit(prompt) == n_ahead
+    with pytest.warns(UserWarning, match="cut after 3 new tokens"):
+        model.continued(prompt, 3)

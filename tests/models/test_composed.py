@@ -22,6 +22,7 @@ from audio_lens.models.embedded import default_pair
 from audio_lens.models.parts.connectors import Connector, ConnectorConfig, StackingConnector
 from families import FAMILIES
 from families.base import TINY_LANGUAGE_MODEL, randomise
+from generation import N_NEW, new_tokens, quiet, settings_for, talkative, with_settings
 
 AUDIO_TOKEN = 90
 D_EAR, D_LM, N_CTX = 32, 48, 110
@@ -388,3 +389,21 @@ def test_a_question_without_any_template_raises() -> None:
     model = composed(tokenizer=tokenizer())
     with pytest.raises(InputError, match="no chat template: pass template= to compose"):
         model.prepare(noise(0.5), "what ?", sampling_rate=RATE)
+
+
+# -------------------------------------------------------------------------------- settings
+
+
+@torch.no_grad()
+def test_settings_act_as_on_prompts_that_are_embedded() -> None:
+    """As where research models call `generate(inputs_embeds=...)`: they see new tokens alone."""
+    model, language = composed(), talkative(language_model())
+    model.decoder.token_embed.weight = language.get_input_embeddings().weight
+    prompts = model.run_with_cache(mapping(), names_filter="decoder.hook_embed")[1]
+    given = {"inputs_embeds": prompts["decoder.hook_embed"], "do_sample": False}
+    plain = quiet(language.generate, **given, max_new_tokens=N_NEW)
+    for name, settings in settings_for(plain).items():
+        model.generation_config = with_settings(language, **settings).generation_config
+        ours = new_tokens(model, mapping(), max_new_tokens=N_NEW)
+        expected = quiet(language.generate, **given, max_new_tokens=N_NEW)
+        assert torch.equal(ours, expected), name

@@ -174,7 +174,9 @@ def test_unknown_language_or_task_is_named() -> None:
         model.prepare(0.1 * torch.randn(8000), sampling_rate=16_000, language="xx")
     with pytest.raises(InputError, match="unknown task 'sing'; known: transcribe, translate"):
         model.prepare(0.1 * torch.randn(8000), sampling_rate=16_000, language="en", task="sing")
-    english_only = HookedAudioTransformer.from_hf(tiny_whisper_hf())
+    hf = tiny_whisper_hf()
+    hf.generation_config.is_multilingual = False
+    english_only = HookedAudioTransformer.from_hf(hf)
     with pytest.raises(InputError, match="only English transcription"):
         english_only.prepare(0.1 * torch.randn(8000), sampling_rate=16_000, language="fr")
 

@@ -520,3 +520,41 @@ def test_float16_stays_finite_where_the_text_encoders_stream_overflows() -> None
     assert cache[name].abs().max() == torch.tensor(64504.0).half()
     assert torch.equal(cache[name].abs() == 64504, expected.abs() == 64504)
     assert cache["hook_logits"].isfinite().all()
+
+
+# -------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suppress_tokens": [3, 5, 8], "begin_suppress_tokens": [1]},
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.6},
+        {"bad_words_ids": [[4], [7, 2]]},
+        {"sequence_bias": [[[6], 0.8]]},
+    ],
+    ids=str,
+)
+def test_settings_act_on_codes_as_in_hugging_face(settings: dict[str, Any]) -> None:
+    hf, model = playing()
+    plain = model.generate(texts(), max_new_tokens=14)
+    for name, value in settings.items():
+        setattr(hf.generation_config, name, value)
+    ours, expected = model.generate(texts(), max_new_tokens=14), theirs(hf, texts(), 14, None)
+    assert (ours - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert not torch.equal(ours, plain)
+
+
+def test_the_checkpoints_own_limit_is_taken_where_none_is_named() -> None:
+    hf, model = playing()
+    for name, value in (("max_length", 9), ("max_new_tokens", 7)):
+        setattr(hf.generation_config, name, value)
+        expected = hf.generate(**texts(), do_sample=False)
+        assert model.generate(texts()).shape == expected.shape
+        assert model.token_limit(texts()) == value
+    for name, value in (("num_beams", 3), ("eos_token_id", 4)):
+        setattr(hf.generation_config, name, value)
+        with pytest.raises(InputError, match=rf"{name}={value} .* not implemented"):
+            model.generate(texts())
+        setattr(hf.generation_config, name, None)

@@ -439,6 +439,17 @@ def test_it_writes_what_the_published_loop_writes(
         assert torch.equal(tokens[:, : inputs.shape[1]], inputs.further_tokens[:, 0])
 
 
+def test_settings_act_on_the_text(model: HookedKimiAudio) -> None:
+    inputs = prepared(model, CLIP, "hi?", audio_tokens=CODES, answer="both")
+    plain = model.speak(inputs, max_new_tokens=6)[0]
+    first = model.continued(inputs, 6).further_tokens[0, 0, inputs.shape[1]].item()
+    changed = model.continued(inputs, 6, suppress_tokens=[first]).further_tokens[0, 0]
+    assert first not in changed[inputs.shape[1] :]
+    assert model.speak(inputs, 6, suppress_tokens=[first])[0].text != plain.text
+    with pytest.raises(InputError, match="num_beams=2"):
+        model.speak(inputs, 6, num_beams=2)
+
+
 def saying(model: HookedKimiAudio, when: dict[int, tuple[str, int]]) -> Any:
     """A hook that makes a stream say a token at some steps."""
     step = iter(range(100))

@@ -125,6 +125,9 @@ def test_from_a_directory_with_its_own_encoder(tmp_path: Path) -> None:
     model = llama_omni(written(tmp_path, published, published.state_dict(), eos_token_id=[2, 3]))
     check_equal(model, published)
     assert model.generation_config.eos_token_id == [2, 3]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1}))
+    settings = llama_omni(tmp_path).generation_config
+    assert (settings.eos_token_id, settings.repetition_penalty) == ([2, 3], 1.1)
     assert model.speaker is None
     assert model.cfg.model_name == str(tmp_path)
 

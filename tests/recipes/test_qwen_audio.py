@@ -80,6 +80,7 @@ def written(
     """A directory with the published files."""
     (folder / "config.json").write_text(json.dumps({**published.config, "model_type": "qwen"}))
     generation = {"chat_format": chat_format, "eos_token_id": END, "pad_token_id": END}
+    generation |= {"do_sample": True, "top_p": 0.5, "repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     state = published.state_dict() if state is None else state
     save_file({name: x.contiguous() for name, x in state.items()}, folder / "model.safetensors")
@@ -130,6 +131,7 @@ def test_when_to_stop(tmp_path: Path, chat_format: str, ends: list[int]) -> None
     model = qwen_audio(written(tmp_path, wordy(), chat_format=chat_format))
     assert model.generation_config.eos_token_id == ends
     assert model.generation_config.pad_token_id == END
+    assert model.generation_config.repetition_penalty == 1.1
 
 
 def test_weights_and_files_are_checked(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class HookedComposed(AudioLLM):
     """
 
     masks_padding = False
+    reads_prompts = False  # prompts enter the language model as embeddings
     cfg: ComposedConfig
     connector: Connector
     ears: dict[str, Ear]

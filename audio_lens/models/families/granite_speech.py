@@ -27,6 +27,7 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.kinds.audio_llm import HookedAudioLLM, Segment
 from audio_lens.models.layers import KVCache
+from audio_lens.models.mixins.settings import GreedyRun
 from audio_lens.models.parts.conformer import Conformer, ConformerConfig, conformer_weight_names
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.language_model import (
@@ -262,12 +263,12 @@ class HookedGraniteSpeech(HookedAudioLLM):
     def _is_adapted(self) -> bool:
         return hasattr(self, "replaced") and self.lora.enabled
 
-    def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
+    def _continue(self, inputs: AudioInputs, run: GreedyRun) -> Int[Tensor, "b t"]:
         """As in every model, with the adapter off if the prompts hold no audio."""
         if sum(inputs.clips_per_row) or not self._is_adapted():
-            return super()._continue(inputs, max_new_tokens)
+            return super()._continue(inputs, run)
         with self.lora_disabled():
-            return super()._continue(inputs, max_new_tokens)
+            return super()._continue(inputs, run)
 
     # ---------------------------------------------------------------- inputs
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from audio_lens.audio import Rates
 from audio_lens.inputs import AudioInputs, InputError
@@ -31,7 +32,8 @@ from audio_lens.models.kinds.codec_lm import (
     block_weight_names,
     decoder_config,
 )
-from audio_lens.models.kinds.streams import codes_in, delayed
+from audio_lens.models.kinds.streams import delayed
+from audio_lens.models.mixins.settings import GreedyRun, Limit, checked_count
 
 _UNDERSTOOD = """
     audio_bos_token_id audio_pad_token_id codebook_vocab_size codec_config ffn_dim frame_size
@@ -245,47 +247,26 @@ class HookedKyutaiSTT(HookedCodecLM):
 
     # ---------------------------------------------------------------- generation
 
-    def generate(
-        self,
-        inputs: AudioInputs | Mapping[str, Any] | None = None,
-        max_new_tokens: int | None = None,
-        return_type: Literal["text", "tokens"] = "text",
-        **mapping: Any,
-    ) -> list[str] | Int[Tensor, "b t"]:
-        """Write greedily what is said in the codes that lie ahead, all of them by default.
+    def _limit(
+        self, settings: GenerationConfig, inputs: AudioInputs, asked: int | None = None
+    ) -> Limit:
+        """All codes that lie ahead, or as many of them as asked; settings state no other limit.
 
         Raises:
             InputError: if there are not as many.
         """
-        inputs = self.as_inputs(inputs, mapping)
-        n_new = self._n_ahead(inputs, max_new_tokens)
-        if return_type == "tokens":
-            return super().generate(inputs, n_new, return_type=return_type)
-        return super().generate(inputs, n_new, return_type)
-
-    def continued(
-        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int | None = None
-    ) -> AudioInputs:
-        """The prompts with the text of the codes that lie ahead, of all of them by default.
-
-        Raises:
-            InputError: if there are not as many.
-        """
-        inputs = self.as_inputs(inputs)
-        return super().continued(inputs, self._n_ahead(inputs, max_new_tokens))
-
-    def _n_ahead(self, inputs: AudioInputs, wanted: int | None) -> int:
-        n_ahead = codes_in(inputs).shape[2] - inputs.tokens.shape[1]
-        if n_ahead == 0 or (wanted or 0) > n_ahead:
+        n_ahead = self._n_ahead(inputs)
+        if n_ahead == 0 or (asked or 0) > n_ahead:
             raise InputError(f"{n_ahead} steps of audio lie ahead, so there is no more to write")
-        return n_ahead if wanted is None else wanted
+        if asked is None:
+            return Limit(n_ahead, "the end of the codes")
+        return Limit(checked_count(asked), "max_new_tokens")
 
     def choose(
-        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"]
+        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"], run: GreedyRun
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, "b k 1"]]:
         """The most probable text, and the codes that lie ahead."""
-        logits = self.hook_logits(self.decoder.unembed(hidden))
-        return logits[:, -1].argmax(-1), ahead
+        return run.choose(self.hook_logits(self.decoder.unembed(hidden))[:, -1]), ahead
 
 
 def _taken_apart(mapping: Mapping[str, Any]) -> Mapping[str, Any]:

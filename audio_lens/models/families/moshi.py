@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from audio_lens.audio import Rates
 from audio_lens.inputs import AudioInputs, InputError
@@ -43,6 +44,7 @@ from audio_lens.models.kinds.codec_lm import (
     shape_of_stack,
 )
 from audio_lens.models.kinds.streams import UNKNOWN, CodeTables, code_track, codes_in, delayed
+from audio_lens.models.mixins.settings import NOT_GREEDY, GreedyRun
 from audio_lens.models.parts.depth import DepthConfig, DepthDecoder
 from audio_lens.timeline import Track
 
@@ -51,6 +53,16 @@ _UNDERSTOOD = """
     hidden_size input_size max_position_embeddings num_attention_heads num_codebooks
     num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters sliding_window vocab_size
 """
+
+_NOT_OF_CODES = {
+    **NOT_GREEDY,
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), ([],)),
+    **dict.fromkeys(("sequence_bias", "forced_bos_token_id", "forced_eos_token_id"), ()),
+}
+"""Settings of the depth decoder's generation that are not implemented, and what is neutral."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +98,7 @@ class HookedMoshi(HookedCodecLM):
 
     cfg: MoshiConfig
     decoder: MoshiDecoder
+    encodes_prompts = False  # they enter Hugging Face's as embeddings
     depth: DepthDecoder
     writes_behind = True
     features_key = "user_audio_codes"
@@ -340,8 +353,24 @@ class HookedMoshi(HookedCodecLM):
 
     # ---------------------------------------------------------------- generation
 
+    def generation_settings(self, asked: Mapping[str, Any]) -> GenerationConfig:
+        """The generation settings of the text; codes are chosen without any.
+
+        Raises:
+            InputError: naming a setting of either that is not implemented.
+        """
+        found = super().generation_settings(asked)
+        of_depth = getattr(found, "depth_decoder_config", None) or {}
+        for name, neutral in _NOT_OF_CODES.items():
+            if of_depth.get(name) not in (None, *neutral):
+                raise InputError(
+                    f"{name}={of_depth[name]!r} in depth_decoder_config of the generation settings "
+                    "is not implemented: codes are the likeliest"
+                )
+        return found
+
     def choose(
-        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"]
+        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"], run: GreedyRun
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, "b k 1"]]:
         """The most probable text and, given it, code after code; silence where the user is unknown.
 
@@ -350,12 +379,11 @@ class HookedMoshi(HookedCodecLM):
         text = ahead.new_full((len(hidden), 1), self.initial_text)
         own = ahead.new_full((len(hidden), self.n_spoken, 1), self.initial_code)
         for index, (stream, _) in enumerate(self.cfg.streams):
-            logits = self.hook_logits(self._columns(hidden, text, own))
-            chosen = self.stream(logits, stream).argmax(-1)
+            logits = self.stream(self.hook_logits(self._columns(hidden, text, own)), stream)
             if index == 0:
-                text = chosen
+                text = run.choose(logits[:, -1])[:, None]
             else:
-                own[:, index - 1] = chosen
+                own[:, index - 1] = logits.argmax(-1)
         is_known = ahead != UNKNOWN
         user = ahead[:, self.n_spoken :]
         if not is_known[:, self.n_spoken :].all():

@@ -5,24 +5,41 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.families.musicgen_config import MusicgenConfig
 from audio_lens.models.kinds.streams import UNKNOWN, CodecTime, undelayed
 from audio_lens.models.layers import KVCache, needed
+from audio_lens.models.mixins.settings import (
+    NOT_GREEDY,
+    GreedyRun,
+    Limit,
+    Neutral,
+    settings_apart,
+    stated_limit,
+)
 from audio_lens.models.parts.codecs import Speaking
+
+USUAL_LIMIT = 256  # new positions, where nothing else is said
 
 
 class MusicDecoding(Speaking, CodecTime):
     """Playing on greedily with a key-value cache; mixed into `HookedMusicgen`."""
 
     cfg: MusicgenConfig
+    encodes_prompts = False
+    refused_settings: ClassVar[Neutral] = {
+        **{name: neutral for name, neutral in NOT_GREEDY.items() if name != "guidance_scale"},
+        "eos_token_id": (),
+        "stop_strings": (),
+    }
 
     @abstractmethod
     def codes_of(self, inputs: AudioInputs) -> Int[Tensor, "b k t"]:
@@ -32,41 +49,58 @@ class MusicDecoding(Speaking, CodecTime):
     def generate(
         self,
         inputs: AudioInputs | Mapping[str, Any] | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         return_type: Literal["audio", "codes"] = "audio",
         guidance_scale: float | int | None = None,
-        **mapping: Any,
+        **options: Any,
     ) -> Float[Tensor, "b c samples"] | Int[Tensor, "b k t"]:
         """Play on greedily, with a key-value cache.
 
         Hooks that are attached run at every step: the first call holds the whole prompt, each later
         one a single new position. With guidance the decoder runs twice per step, with the text and
-        then with nothing in its place, and hooks run in both.
+        then with nothing in its place, and hooks run in both. The checkpoint's generation settings
+        are honoured as in other models, codebook by codebook, behind the guidance.
 
         Args:
             inputs: `AudioInputs`, or the mapping a Hugging Face processor returns (which may also
                 be given as keywords).
-            max_new_tokens: how many positions to add. The steps that come out whole are fewer, by
-                what the last codebook lags.
+            max_new_tokens: how many positions to add; None takes what the settings state, else 256.
+                The steps that come out whole are fewer, by what the last codebook lags.
             return_type: "audio" at ``cfg.sampling_rate`` Hz, or "codes" (not delayed); of prompt
                 and continuation.
             guidance_scale: how much further than the text's logits to go, from those without text:
                 1 is no guidance; None takes the checkpoint's own.
+            options: generation settings in place of the checkpoint's, and keywords of the mapping.
 
         Raises:
-            InputError: prompts that are padded, too few positions, or a scale below 1.
+            InputError: prompts that are padded, too few positions, a scale below 1, or settings
+                that are not implemented.
         """
         if return_type not in ("audio", "codes"):
             raise InputError(f"return_type must be audio or codes, got {return_type!r}")
+        asked, mapping = settings_apart(options, self.refused_settings)
         inputs = self.as_inputs(inputs, mapping)
         if not inputs.attended.all():
             raise InputError("prompts that are padded cannot be continued: make them equally long")
-        own = getattr(self.generation_config, "guidance_scale", None) or 1
-        scale = own if guidance_scale is None else guidance_scale
+        settings = self.generation_settings(asked)
+        scale = settings.guidance_scale or 1 if guidance_scale is None else guidance_scale
         if scale < 1:
             raise InputError(f"guidance_scale is at least 1 (no guidance), got {scale}")
-        codes = undelayed(self._played(inputs, max_new_tokens, scale), self.cfg.delays)
+        limit = self._stated_limit(settings, 0) or self._usual_limit(inputs)
+        if max_new_tokens is not None:
+            limit = Limit(max_new_tokens, "max_new_tokens")
+        held = self._plan(inputs, limit.n_tokens)
+        rows = rearrange(self.codes_of(inputs), "b k t -> (b k) t")
+        run = GreedyRun(settings, limit, rows, are_encoded=False)
+        codes = undelayed(self._played(inputs, held, scale, run), self.cfg.delays)
         return codes if return_type == "codes" else self.sound(codes)
+
+    def _stated_limit(self, settings: GenerationConfig, n_prompt: int) -> Limit | None:
+        """As Hugging Face reads it here: ``max_length`` counts new positions only."""
+        return stated_limit(settings)
+
+    def _usual_limit(self, inputs: AudioInputs) -> Limit:
+        return Limit(USUAL_LIMIT, "the usual limit")
 
     def sound(self, codes: Int[Tensor, "b k t"]) -> Float[Tensor, "b c samples"]:
         """The audio of codes that are not delayed, one waveform per channel.
@@ -78,10 +112,13 @@ class MusicDecoding(Speaking, CodecTime):
         return torch.stack([self.codec.decode(own) for own in channels], dim=1)
 
     def _played(
-        self, inputs: AudioInputs, n_new: int, scale: float | int
+        self,
+        inputs: AudioInputs,
+        held: Int[Tensor, "b k positions"],
+        scale: float | int,
+        run: GreedyRun,
     ) -> Int[Tensor, "b k positions"]:
-        """The codes of prompt and continuation, as they enter."""
-        held = self._plan(inputs, n_new)
+        """The codes of prompt and continuation, as they enter; ``held`` are those known before."""
         encoded = needed(self.encode(inputs), "MusicGen plays what a text says")
         passes = [(inputs, encoded, KVCache())]
         if scale > 1:
@@ -93,7 +130,8 @@ class MusicDecoding(Speaking, CodecTime):
             entering = held[..., begin:position]
             logits = [self._next_logits(entering, *one) for one in passes]
             chosen = logits[-1] + scale * (logits[0] - logits[-1])
-            new = rearrange(chosen, "b (k v) -> b k v", k=held.shape[1]).argmax(-1)
+            each = rearrange(chosen, "b (k v) -> (b k) v", k=held.shape[1])
+            new = rearrange(run.choose(each), "(b k) -> b k", k=held.shape[1])
             held[..., position] = new.where(held[..., position] == UNKNOWN, held[..., position])
             begin = position
         return held

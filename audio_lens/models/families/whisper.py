@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from audio_lens.audio import Rates
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError, padded, texts_per_clip
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
+from audio_lens.models.families.whisper_prompt import DETECTED, control_tokens, settled_prompt
 from audio_lens.models.kinds.ear import Ear
 from audio_lens.models.layers import (
     Block,
@@ -32,6 +34,7 @@ from audio_lens.models.layers import (
     PartConfig,
     Stack,
 )
+from audio_lens.models.mixins.settings import NOT_GREEDY, Limit, Neutral, stated_limit
 from audio_lens.models.mixins.vocabulary import TokenError
 from audio_lens.timeline import Row, Timeline, Track
 
@@ -120,6 +123,12 @@ class HookedWhisper(Ear, HookedAudioTransformer):
     encoder: WhisperEncoder
     decoder: WhisperDecoder
     lends_encoder = True
+    encodes_prompts = False
+    refused_settings: ClassVar[Neutral] = {
+        **NOT_GREEDY,
+        "return_timestamps": (False,),
+        "no_speech_threshold": (),
+    }
     model_types = ("whisper",)
     hf_class = "WhisperForConditionalGeneration"
     bare_class = "WhisperModel"
@@ -146,6 +155,7 @@ class HookedWhisper(Ear, HookedAudioTransformer):
 
     def __init__(self, cfg: AudioConfig):
         super().__init__(cfg)
+        self.forced_ids: Sequence | None = None  # by position, as older configs name them
         self.encoder = WhisperEncoder(cfg.need_encoder, cfg.need_n_mels)
         if cfg.decoder is not None:  # else it is what hears, in a composed model
             self.decoder = WhisperDecoder(cfg.decoder)
@@ -195,6 +205,10 @@ class HookedWhisper(Ear, HookedAudioTransformer):
         whole = {f"model.{key}": tensor for key, tensor in state.items()}
         return {**whole, "proj_out.weight": whole["model.decoder.embed_tokens.weight"]}
 
+    def take_special_tokens(self, hf_config: Any) -> None:
+        """Remember the control tokens that older configs force."""
+        self.forced_ids = getattr(hf_config, "forced_decoder_ids", None)
+
     # ---------------------------------------------------------------- forward
 
     def decoder_context(
@@ -233,7 +247,11 @@ class HookedWhisper(Ear, HookedAudioTransformer):
     # ---------------------------------------------------------------- inputs
 
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
-        """Inputs from what `WhisperProcessor` returns; without tokens, English transcription."""
+        """Inputs from what `WhisperProcessor` returns.
+
+        Without tokens the prompts are the control tokens that `prepare` makes; the mapping may name
+        their ``language`` and ``task`` as well.
+        """
         known = (
             "input_features",
             "attention_mask",
@@ -241,11 +259,18 @@ class HookedWhisper(Ear, HookedAudioTransformer):
             "decoder_attention_mask",
             "decoder_position_ids",
         )
-        given = self._mapping_tensors(mapping, known)
+        spoken = {name: mapping[name] for name in ("language", "task") if name in mapping}
+        given = self._mapping_tensors(
+            {key: value for key, value in mapping.items() if key not in spoken}, known
+        )
         features, tokens = given["input_features"], given.get("decoder_input_ids")
         self.check_features(features)
         if tokens is None:
-            tokens = torch.tensor([self.prompt()] * len(features), device=features.device)
+            tokens = torch.tensor(self._controls(features, **spoken), device=features.device)
+        elif any(value is not None for value in spoken.values()):
+            raise InputError(
+                f"decoder_input_ids say all of a prompt: leave out {', '.join(spoken)}"
+            )
         self.check_tokens(tokens)
         mask, frames = given.get("decoder_attention_mask"), given.get("attention_mask")
         return AudioInputs(
@@ -262,8 +287,8 @@ class HookedWhisper(Ear, HookedAudioTransformer):
         audio: Any,
         text: str | Sequence | None = None,
         sampling_rate: Rates = None,
-        language: str | None = None,
-        task: str = "transcribe",
+        language: str | Sequence[str | None] | None = None,
+        task: str | None = None,
     ) -> AudioInputs:
         """Inputs from clips (one per prompt) and, if given, the text decoded so far.
 
@@ -273,25 +298,26 @@ class HookedWhisper(Ear, HookedAudioTransformer):
             text: what the decoder has already written, after the control tokens; or token ids,
                 which are then the whole decoder prompt; or a list of either, one per clip.
             sampling_rate: of arrays, in Hz, or one per clip; files and mappings know their own.
-            language: a code like "en" for multilingual checkpoints; None lets the model choose.
-            task: "transcribe" or "translate" (multilingual checkpoints).
+            language: for multilingual checkpoints: a name, a code or a token ("french", "fr",
+                "<|fr|>"), or a list with one per clip; None takes that of the checkpoint's
+                generation settings, and lets the model choose where they name none.
+            task: "transcribe" or "translate" (multilingual checkpoints); None takes that of the
+                generation settings.
 
         Raises:
             AudioError: unusable or too long audio.
-            InputError: one text per clip is needed, an unknown language or task.
+            InputError: one text per clip is needed, an unknown language or task, or one that the
+                checkpoint does not take.
             TokenError: text without a tokenizer.
         """
         clips = self.load_clips(audio, sampling_rate)
         texts = texts_per_clip(text, len(clips))
         made = self.extract_features(clips)
         if any(written is None or isinstance(written, str) for written in texts):
-            languages = self._languages(made["features"], language)
+            controls = self._controls(made["features"], language, task)
         else:  # whole prompts of token ids
-            languages = [language] * len(clips)
-        prompts = [
-            self._prompt_of(written, spoken, task)
-            for written, spoken in zip(texts, languages, strict=True)
-        ]
+            controls = [[] for _ in clips]
+        prompts = [self._prompt_of(*one) for one in zip(texts, controls, strict=True)]
         if not all(prompts):
             raise TokenError("the decoder needs at least one token to start from")
         tokens, mask = padded(prompts, self._pad_token(), self.device)
@@ -310,47 +336,58 @@ class HookedWhisper(Ear, HookedAudioTransformer):
         is_padded = inputs.attention_mask is not None
         return replace(inputs, position_ids=inputs.counted_positions()) if is_padded else inputs
 
-    def prompt(self, language: str | None = None, task: str = "transcribe") -> list[int]:
+    def prompt(self, language: str | None = None, task: str | None = None) -> list[int]:
         """The control tokens decoding starts from: start, language, task, no timestamps.
 
         Raises:
-            InputError: an unknown language or task, or one given to an English-only model.
+            InputError: an unknown language or task, one given to an English-only model, or a
+                language that nobody names, so that only a clip can tell it.
         """
         config = self.generation_config
-        tokens = [config.decoder_start_token_id]
-        languages = getattr(config, "lang_to_id", None)
-        if languages:
-            tokens.append(_chosen(languages, f"<|{language or 'en'}|>", "language"))
-            tokens.append(_chosen(config.task_to_id, task, "task"))
-        elif language not in (None, "en") or task != "transcribe":
-            raise InputError("this checkpoint knows only English transcription")
-        no_timestamps = getattr(config, "no_timestamps_token_id", None)
-        return tokens + ([] if no_timestamps is None else [no_timestamps])
+        (spoken,), wanted = settled_prompt(config, language, task, 1)
+        tokens = control_tokens(config, self.forced_ids, spoken, wanted)
+        if DETECTED in tokens:
+            raise InputError("the language is found by the clip: name one, or prepare(audio)")
+        return tokens
 
-    def _prompt_of(self, text: Any, language: str | None, task: str) -> list[int]:
+    def _prompt_of(self, text: Any, control: list[int]) -> list[int]:
         if text is not None and not isinstance(text, str):
             return [int(token) for token in text]
         written = []
         if text:
             tokenizer = self.need_tokenizer("text for the decoder")
             written = tokenizer.encode(text, add_special_tokens=False)
-        return self.prompt(language, task) + written
+        return control + written
+
+    def _controls(
+        self,
+        features: Float[Tensor, "b mels frames"],
+        language: str | Sequence[str | None] | None = None,
+        task: str | None = None,
+    ) -> list[list[int]]:
+        """The control tokens of each clip, with the language that the model itself finds likeliest
+        where nobody names one.
+        """
+        config = self.generation_config
+        languages, wanted = settled_prompt(config, language, task, len(features))
+        rows = [control_tokens(config, self.forced_ids, one, wanted) for one in languages]
+        if any(DETECTED in row for row in rows):
+            found = self._languages(features)
+            rows = [
+                [best if token == DETECTED else token for token in row]
+                for row, best in zip(rows, found, strict=True)
+            ]
+        return rows
 
     @torch.no_grad()
-    def _languages(
-        self, features: Float[Tensor, "b mels frames"], language: str | None
-    ) -> list[str | None]:
-        """The language of each clip: as given, or what the model itself finds likeliest."""
-        known = getattr(self.generation_config, "lang_to_id", None)
-        if language is not None or not known:
-            return [language] * len(features)
-        start = self.generation_config.decoder_start_token_id
-        tokens = torch.full((len(features), 1), start, device=features.device)
+    def _languages(self, features: Float[Tensor, "b mels frames"]) -> list[int]:
+        """The token of the likeliest language of each clip."""
+        config = self.generation_config
+        tokens = torch.full((len(features), 1), config.decoder_start_token_id).to(features.device)
         with self.without_hooks():  # the user's hooks are for the run that follows
             logits = self(AudioInputs(features, tokens, (1,) * len(tokens)))[:, -1]
-        names, ids = zip(*known.items(), strict=True)
-        best = logits[:, list(ids)].argmax(-1).tolist()
-        return [names[i].strip("<|>") for i in best]
+        ids = torch.tensor(list(config.lang_to_id.values()), device=logits.device)
+        return ids[logits[:, ids].argmax(-1)].tolist()
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """Encoder frame i is centred at 0.02 i seconds; decoder positions have no time."""
@@ -368,14 +405,15 @@ class HookedWhisper(Ear, HookedAudioTransformer):
 
     # ---------------------------------------------------------------- generation
 
-    def _allowed(self, logits: Float[Tensor, "b v"], is_first: bool) -> Float[Tensor, "b v"]:
-        config = self.generation_config
-        banned = list(getattr(config, "suppress_tokens", None) or [])
-        if is_first:
-            banned += getattr(config, "begin_suppress_tokens", None) or []
-        if not banned:
-            return logits
-        return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
+    def _stated_limit(self, settings: GenerationConfig, n_prompt: int) -> Limit | None:
+        """As Hugging Face reads it here: ``max_length`` counts no control tokens."""
+        n_free = self.cfg.need_decoder.need_n_ctx // 2 - 1
+        return stated_limit(settings, max(n_prompt - n_free, 0))
+
+    def _usual_limit(self, inputs: AudioInputs) -> Limit:
+        """As many as the decoder has positions for."""
+        n_ctx = self.cfg.need_decoder.need_n_ctx
+        return Limit(n_ctx - inputs.tokens.shape[1], f"the {n_ctx} positions of the decoder")
 
 
 # -------------------------------------------------------------------------------- shared pieces
@@ -400,9 +438,3 @@ def encoder_config(ear: Any, model_name: str, n_ctx: int | None = None) -> PartC
         scales_queries=True,
         model_name=model_name,
     )
-
-
-def _chosen(known: Mapping[str, int], key: str, what: str) -> int:
-    if key not in known:
-        raise InputError(f"unknown {what} {key!r}; known: {', '.join(sorted(known))}")
-    return known[key]

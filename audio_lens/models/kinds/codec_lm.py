@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
@@ -20,6 +21,7 @@ from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.kinds.streams import UNKNOWN, CodecStack, CodecTime, codes_in
 from audio_lens.models.layers import KVCache, PartConfig, Rotary, causal_mask
 from audio_lens.models.layers.norms import PreciseRMSNorm
+from audio_lens.models.mixins.settings import GreedyRun, Limit, stated_limit
 from audio_lens.models.parts.codecs import Speaking
 from audio_lens.models.parts.depth import PreciseBlock
 
@@ -165,9 +167,12 @@ class HookedCodecLM(Speaking, CodecTime):
 
     @abstractmethod
     def choose(
-        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"]
+        self, hidden: Float[Tensor, "b 1 d"], ahead: Int[Tensor, "b k 1"], run: GreedyRun
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, "b k 1"]]:
-        """The text and the codes that enter next, from a hidden state and the codes known ahead."""
+        """The text and the codes that enter next, from a hidden state and the codes known ahead.
+
+        The run chooses the text.
+        """
 
     # ---------------------------------------------------------------- forward
 
@@ -285,31 +290,35 @@ class HookedCodecLM(Speaking, CodecTime):
 
     @torch.no_grad()
     def continued(
-        self, inputs: AudioInputs | Mapping[str, Any], max_new_tokens: int = 64
+        self,
+        inputs: AudioInputs | Mapping[str, Any],
+        max_new_tokens: int | None = None,
+        **settings: Any,
     ) -> AudioInputs:
         """The prompts with what the model writes greedily behind them, all streams of it.
 
         Codes that lie ahead in the prompts' streams enter as they are. Hooks that are attached run
-        at every step.
+        at every step. Limits and generation settings are those of `generate`, and act on the text.
 
         Raises:
-            InputError: prompts that are padded on the right.
+            InputError: prompts that are padded on the right, or settings that are not implemented.
         """
-        inputs = self._continuable(self.as_inputs(inputs), max_new_tokens)
-        n_given = inputs.tokens.shape[1]
-        ahead = F.pad(codes_in(inputs)[..., n_given:], (0, max_new_tokens), value=UNKNOWN)
+        inputs, run = self._begun(inputs, max_new_tokens, settings)
+        made = self._continued(inputs, run)
+        self._tell_cut(inputs, run)
+        return made
+
+    def _continued(self, inputs: AudioInputs, run: GreedyRun) -> AudioInputs:
+        n_given, n_new = inputs.tokens.shape[1], run.limit.n_tokens
+        ahead = F.pad(codes_in(inputs)[..., n_given:], (0, n_new), value=UNKNOWN)
         step = replace(inputs, further_tokens=codes_in(inputs)[..., :n_given])
-        ends = torch.tensor(self._end_tokens(), dtype=torch.long, device=inputs.device)
-        done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         past, made = KVCache(), [step]
-        for index in range(max_new_tokens):
+        for index in range(n_new):
             hidden = self.decode(step, None, past=past)[:, -1:]
-            text, codes = self.choose(hidden, ahead[..., index : index + 1])
-            text = torch.where(done, self._pad_token(), text)
+            text, codes = self.choose(hidden, ahead[..., index : index + 1], run)
             step = replace(self._next_step(step, text), further_tokens=codes)
             made.append(step)
-            done = done | torch.isin(text, ends)
-            if done.all():
+            if run.is_over:
                 break
         return replace(
             inputs,
@@ -319,5 +328,23 @@ class HookedCodecLM(Speaking, CodecTime):
             position_ids=None,
         )
 
-    def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
-        return self.continued(inputs, max_new_tokens).tokens
+    def _continue(self, inputs: AudioInputs, run: GreedyRun) -> Int[Tensor, "b t"]:
+        return self._continued(inputs, run).tokens
+
+    def _n_ahead(self, inputs: AudioInputs) -> int:
+        """How many steps of codes lie ahead of the text."""
+        return codes_in(inputs).shape[2] - inputs.tokens.shape[1]
+
+    def _stated_limit(self, settings: GenerationConfig, n_prompt: int) -> Limit | None:
+        """As Hugging Face reads it here: ``max_length`` counts new tokens only."""
+        return stated_limit(settings)
+
+    def _usual_limit(self, inputs: AudioInputs) -> Limit:
+        """Until the end of what lies ahead."""
+        n_ahead = self._n_ahead(inputs)
+        return Limit(n_ahead, "the end of the codes") if n_ahead else super()._usual_limit(inputs)
+
+    def _tell_cut(self, inputs: AudioInputs, run: GreedyRun) -> None:
+        """Warn of texts that end before the codes they go along with."""
+        if run.n_chosen < self._n_ahead(inputs):
+            run.tell_cut()

@@ -4,85 +4,182 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import KVCache
 from audio_lens.models.mixins.hearing import Hearing
+from audio_lens.models.mixins.settings import (
+    NOT_GREEDY,
+    GreedyRun,
+    Limit,
+    Neutral,
+    checked_count,
+    end_tokens,
+    pad_token,
+    settings_apart,
+    settled,
+    stated_limit,
+)
 from audio_lens.models.mixins.vocabulary import Vocabulary
 from audio_lens.models.mixins.writing import Writing
+
+USUAL_LIMIT = 64  # new tokens, where nothing else is said
 
 
 class GreedyDecoding(Hearing, Writing, Vocabulary):
     """How a `HookedAudioTransformer` writes; mixed into it."""
 
+    reads_prompts: ClassVar[bool] = True  # whether repetitions count in prompts too
+    encodes_prompts: ClassVar[bool] = True  # whether an encoder's settings act on them
+    refused_settings: ClassVar[Neutral] = NOT_GREEDY  # of the checkpoint, with what is neutral
+
     @overload
     def generate(
         self,
         inputs: AudioInputs | Mapping[str, Any] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         return_type: Literal["text"] = "text",
-        **mapping: Any,
+        **options: Any,
     ) -> list[str]: ...
 
     @overload
     def generate(
         self,
         inputs: AudioInputs | Mapping[str, Any] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
         return_type: Literal["tokens"],
-        **mapping: Any,
+        **options: Any,
     ) -> Int[Tensor, "b t"]: ...
 
     @torch.no_grad()
     def generate(
         self,
         inputs: AudioInputs | Mapping[str, Any] | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         return_type: Literal["text", "tokens"] = "text",
-        **mapping: Any,
+        **options: Any,
     ) -> list[str] | Int[Tensor, "b t"]:
         """Continue the prompts greedily, with a key-value cache.
 
         Hooks that are attached run at every step: the first call holds the whole prompt, each
         later one a single new position.
 
+        The checkpoint's settings (``model.generation_config``) are honoured as Hugging Face does in
+        greedy decoding: penalties, forbidden and forced tokens, lengths, ends. Those of sampling
+        change nothing.
+
         Args:
             inputs: `AudioInputs`, or the mapping a Hugging Face processor returns (which may also
                 be given as keywords).
-            max_new_tokens: how many tokens to add at most.
+            max_new_tokens: how many tokens to add at most; None takes the limit that the settings
+                state, else that of `token_limit`. Texts that a limit cuts are warned of.
             return_type: "text" gives the new text of each row; "tokens" prompt and continuation
                 ids, padded after the end.
+            options: generation settings in place of the checkpoint's, such as
+                ``repetition_penalty=1.2``; and keywords of the mapping.
 
         Raises:
-            InputError: prompts that are padded on the right, or no room for so many tokens.
+            InputError: prompts that are padded on the right, no room for so many tokens, or
+                settings that are not implemented (beams, sampling that is asked for).
         """
         if return_type not in ("text", "tokens"):
             raise InputError(f"return_type must be text or tokens, got {return_type!r}")
         if return_type == "text":
             self.need_tokenizer("text")
-        inputs = self._continuable(self.as_inputs(inputs, mapping), max_new_tokens)
-        tokens = self._continue(inputs, max_new_tokens)
+        inputs, run = self._begun(inputs, max_new_tokens, options)
+        tokens = self._continue(inputs, run)
+        self._tell_cut(inputs, run)
         if return_type == "tokens":
             return tokens
         new = tokens[:, inputs.tokens.shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
-    def _continuable(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs:
+    def token_limit(self, inputs: AudioInputs | Mapping[str, Any]) -> int:
+        """How many tokens `generate` adds to these prompts at most, where it is not told.
+
+        Raises:
+            InputError: if there is no room behind the prompts.
+        """
+        return self._limit(self.generation_settings({}), self.as_inputs(inputs)).n_tokens
+
+    def generation_settings(self, asked: Mapping[str, Any]) -> GenerationConfig:
+        """The checkpoint's generation settings with what a call asks for in their place.
+
+        Raises:
+            InputError: naming a setting that is not implemented.
+        """
+        return settled(self.generation_config, asked, self.refused_settings)
+
+    # ---------------------------------------------------------------- one run
+
+    def _begun(
+        self,
+        inputs: object,
+        max_new_tokens: int | None,
+        options: Mapping[str, Any],
+        **own: Any,
+    ) -> tuple[AudioInputs, GreedyRun]:
+        """Inputs that can be continued and the run that does; ``own`` settings are the family's."""
+        asked, mapping = settings_apart(options, self.refused_settings)
+        batch = self._continuable(self.as_inputs(inputs, mapping))
+        settings = self.generation_settings({**asked, **own})
+        tokens = self._repeatable(batch)
+        run = GreedyRun(
+            settings,
+            self._limit(settings, batch, max_new_tokens),
+            tokens if self.reads_prompts else tokens[:, :0],
+            mask=batch.attention_mask if self.reads_prompts else None,
+            n_unread=0 if self.reads_prompts else batch.tokens.shape[1],
+            are_encoded=self.reads_prompts and self.encodes_prompts,
+            tokenizer=self.tokenizer,
+        )
+        return batch, run
+
+    def _limit(
+        self, settings: GenerationConfig, inputs: AudioInputs, asked: int | None = None
+    ) -> Limit:
+        """How many tokens may be added: as asked, else as the settings state, else usually."""
+        n_prompt, room = inputs.tokens.shape[1], self._room(inputs)
+        if asked is not None:
+            if room is not None and checked_count(asked) > room + 1:
+                raise InputError(
+                    f"{n_prompt} prompt tokens and {asked} new ones are more "
+                    f"than the {self.cfg.need_decoder.n_ctx} positions of the decoder"
+                )
+            return Limit(checked_count(asked), "max_new_tokens")
+        found = self._stated_limit(settings, n_prompt) or self._usual_limit(inputs)
+        if room is not None and room < 1:
+            raise InputError(f"a prompt of {n_prompt} tokens fills the decoder: there is no room")
+        if room is None or found.n_tokens <= room:
+            return found
+        return Limit(room, f"the {self.cfg.need_decoder.n_ctx} positions of the decoder")
+
+    def _stated_limit(self, settings: GenerationConfig, n_prompt: int) -> Limit | None:
+        return stated_limit(settings, n_prompt)
+
+    def _usual_limit(self, inputs: AudioInputs) -> Limit:
+        """The limit where neither the caller nor the checkpoint names one."""
+        return Limit(USUAL_LIMIT, "the usual limit (the generation settings state none)")
+
+    def _room(self, inputs: AudioInputs) -> int | None:
+        """How many positions of the decoder are left; None where their number is not limited."""
+        cfg = self.cfg.need_decoder
+        is_bounded = cfg.rotary_base is None and cfg.n_ctx is not None
+        return cfg.need_n_ctx - inputs.tokens.shape[1] if is_bounded else None
+
+    def _repeatable(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
+        """The tokens of the prompts in which repetitions count."""
+        return inputs.tokens
+
+    def _continuable(self, inputs: AudioInputs) -> AudioInputs:
         """The inputs, with positions that count attended tokens only; checked."""
-        cfg, last = self.cfg.need_decoder, inputs.tokens.shape[1] + max_new_tokens - 1
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if cfg.rotary_base is None and last > cfg.need_n_ctx:
-            raise InputError(
-                f"{inputs.tokens.shape[1]} prompt tokens and {max_new_tokens} new ones are more "
-                f"than the {cfg.n_ctx} positions of the decoder"
-            )
         if inputs.attention_mask is None or inputs.position_ids is not None:
             return inputs
         if not inputs.attention_mask[:, -1].all():
@@ -92,23 +189,21 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
             )
         return replace(inputs, position_ids=inputs.counted_positions())
 
-    def _continue(self, inputs: AudioInputs, max_new_tokens: int) -> Int[Tensor, "b t"]:
+    def _continue(self, inputs: AudioInputs, run: GreedyRun) -> Int[Tensor, "b t"]:
         past, encoded = KVCache(), self.encode(inputs)
-        ends = torch.tensor(self._end_tokens(), dtype=torch.long, device=inputs.device)
-        done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        tokens = inputs.tokens
-        step = inputs
-        for index in range(max_new_tokens):
+        tokens, step = [inputs.tokens], inputs
+        for _ in range(run.limit.n_tokens):
             hidden = self.decode(step, encoded, past=past)
-            logits = self.hook_logits(self.read_out(hidden, step))[:, -1]
-            new = self._allowed(logits, is_first=index == 0).argmax(-1)
-            new = torch.where(done, self._pad_token(), new)
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-            done = done | torch.isin(new, ends)
-            if done.all():
+            new = run.choose(self.hook_logits(self.read_out(hidden, step))[:, -1])
+            tokens.append(new[:, None])
+            if run.is_over:
                 break
             step = self._next_step(step, new)
-        return tokens
+        return torch.cat(tokens, dim=1)
+
+    def _tell_cut(self, inputs: AudioInputs, run: GreedyRun) -> None:
+        """Warn of texts that a limit has cut."""
+        run.tell_cut()
 
     def _next_step(self, step: AudioInputs, new: Int[Tensor, " b"]) -> AudioInputs:
         """Inputs of the next decoding step: one new token per row, masks grown by one."""
@@ -124,13 +219,7 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
         )
 
     def _end_tokens(self) -> list[int]:
-        ends = getattr(self.generation_config, "eos_token_id", None)
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return end_tokens(self.generation_config)
 
     def _pad_token(self) -> int:
-        pad = getattr(self.generation_config, "pad_token_id", None)
-        return pad if pad is not None else (self._end_tokens() or [0])[0]
-
-    def _allowed(self, logits: Float[Tensor, "b v"], is_first: bool) -> Float[Tensor, "b v"]:
-        """Logits with the tokens the family forbids at this step set to -inf: none here."""
-        return logits
+        return pad_token(self.generation_config)
