@@ -6,7 +6,6 @@ the config that would change what the adapter computes is refused by its name.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.lora import LowRank
+from audio_lens.models.loading.stored import read_json
+from audio_lens.models.loading.weights import read_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -105,6 +104,16 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
+def check_beside(path: Path) -> None:
+    """Raise if the adapter that lies beside a model is a pickle.
+
+    Raises:
+        LoadingError: naming what is missing.
+    """
+    if (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
+        raise LoadingError(f"{path} holds an {CONFIG} and no {WEIGHTS}: others can run code")
+
+
 def base_of(path: Path) -> str:
     """The model that an adapter's directory names as its base.
 
@@ -142,10 +151,9 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def _config_in(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / CONFIG).read_text())
-    except FileNotFoundError as error:
-        raise LoadingError(f"{path} is no adapter: it holds no {CONFIG}") from error
+    if not (path / CONFIG).is_file():
+        raise LoadingError(f"{path} is no adapter: it holds no {CONFIG}")
+    return read_json(path / CONFIG)
 
 
 def _tensors_in(path: Path) -> dict[str, Tensor]:
@@ -153,10 +161,7 @@ def _tensors_in(path: Path) -> dict[str, Tensor]:
         raise LoadingError(
             f"{path} holds no {WEIGHTS}: save the adapter with safe_serialization=True"
         )
-    try:
-        return load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise LoadingError(f"{path / WEIGHTS} is corrupt: {error}") from error
+    return read_weights(path / WEIGHTS)
 
 
 def _sorted(
