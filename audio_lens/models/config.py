@@ -16,6 +16,7 @@ from audio_lens.inputs import InputError
 from audio_lens.models.layers import PartConfig, needed
 
 OutputKind = Literal["tokens", "streams", "ctc", "classes", None]
+MOST_LAYERS = 1_000  # the largest models have hundreds
 TEXT = "text"  # the stream that a tokenizer writes; of several writing stacks, the decoder's
 
 
@@ -182,6 +183,8 @@ def check_part(name: str, part: PartConfig) -> None:
     sizes = ("n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
     source = f"the {name} of {part.model_name}" if part.model_name else f"the {name}"
     _check_sizes(source, {"n_layers": part.n_layers or 1} | {k: getattr(part, k) for k in sizes})
+    if part.n_layers > MOST_LAYERS:
+        raise LoadingError(f"{source} has {part.n_layers} layers: no model has so many")
     if part.n_heads % part.n_key_value_heads:
         raise LoadingError(
             f"{source} has {part.n_heads} heads of queries for {part.n_key_value_heads} of keys, "
@@ -193,6 +196,8 @@ def check_part(name: str, part: PartConfig) -> None:
         )
     if not (isinstance(part.eps, int | float) and 0 <= part.eps < math.inf):
         raise LoadingError(f"{source} has norms with eps={part.eps!r}")
+    if part.rotary_base is not None and not 0 < part.rotary_base < math.inf:
+        raise LoadingError(f"{source} turns its heads by the base {part.rotary_base!r}")
 
 
 def _check_sizes(source: str, sizes: Mapping[str, Any]) -> None:

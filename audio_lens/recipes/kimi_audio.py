@@ -10,7 +10,6 @@ side by side, ``b t (text audio)``; ``model.stream(logits, "text")`` gives those
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from audio_lens.models.config import LoadingError
 from audio_lens.models.families.voxtral import StackedAudioLLM
 from audio_lens.models.families.whisper import WhisperEncoder
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
+from audio_lens.models.loading.stored import read_config, reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import NormedConnector
 from audio_lens.models.parts.language_model import LanguageModel
@@ -510,6 +510,7 @@ def _per_clip(audio_tokens: Any) -> Iterable[Any]:
 # -------------------------------------------------------------------------------- loading
 
 
+@reads_checkpoint
 def kimi_audio(
     checkpoint: str | Path,
     dtype: torch.dtype | None = None,
@@ -572,4 +573,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise LoadingError(f"{folder} holds no config.json, so this is no directory of Kimi-Audio")
-    return json.loads(file.read_text())
+    return read_config(file)

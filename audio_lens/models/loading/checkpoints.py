@@ -75,9 +75,9 @@ def load_pretrained(
         adapter, source = source, base_of(Path(source))
     _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
     hf_config = _config(source)
-    family = family_of(hf_config, kind)
-    hf_class = _hf_class(family, hf_config)
     with told_of(f"{source}/config.json"):
+        family = family_of(hf_config, kind)
+        hf_class = _hf_class(family, hf_config)
         family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
     processor, problem = processor_of(source)
     found = None if adapter is None else read_adapter(adapter)

@@ -6,24 +6,28 @@ and whatever a foreign library says of it becomes a `LoadingError` that names it
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file, cached_files
 
 from audio_lens.errors import AudioLensError
-from audio_lens.models.config import HubError, LoadingError
+from audio_lens.models.config import MOST_LAYERS, HubError, LoadingError
 
+Given = ParamSpec("Given")
+Model = TypeVar("Model")
 CONFIG = "config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_REPEATED = re.compile(r"(layers|blocks|depth|experts|quantizers|codebooks)$")
-_MOST, _MOST_LABELS = 1_000, 100_000  # the largest models have hundreds, and thousands
+_REPEATED = re.compile(r"(layers?|blocks?|depth|experts|quantizers|codebooks)$")
+_MOST_LABELS = 100_000  # the largest models have thousands
 
 
 class Header(NamedTuple):
@@ -57,6 +61,20 @@ def told_of(source: str | Path) -> Iterator[None]:
             f"{source} cannot be loaded: {first or type(error).__name__}"
             + ("" if isinstance(error, OSError | ValueError) else f" ({type(error).__name__})")
         ) from error
+
+
+def reads_checkpoint(load: Callable[Given, Model]) -> Callable[Given, Model]:
+    """Let errors of a loader name the checkpoint, which is its first argument; see `told_of`."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def told(*args: Given.args, **options: Given.kwargs) -> Model:
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
+        with told_of(next(iter(given.arguments.values()))):
+            return load(*args, **options)
+
+    return told
 
 
 def first_line(error: Exception) -> str:
@@ -95,7 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return held
 
 
-def check_numbers(config: Mapping[str, Any], source: str | Path) -> None:
+def check_numbers(config: Any, source: str | Path) -> None:
     """Raise if a config repeats anything more often than models do.
 
     Raises:
@@ -103,7 +121,9 @@ def check_numbers(config: Mapping[str, Any], source: str | Path) -> None:
     """
     for key, value in entries(config):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        most = _MOST_LABELS if key == "num_labels" else _MOST if _REPEATED.search(key) else None
+        most = (
+            _MOST_LABELS if key == "num_labels" else MOST_LAYERS if _REPEATED.search(key) else None
+        )
         if is_number and most is not None and not value <= most:
             raise LoadingError(f"{source} asks for {key}={value:.6g}: no model has so many")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from audio_lens.models.config import LoadingError
-from audio_lens.models.loading.stored import first_line, opened
+from audio_lens.models.loading.stored import check_numbers, first_line, opened
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
@@ -83,17 +83,20 @@ def read_pickle(path: str | Path) -> Any:
     """What a ``.pt`` or ``.pth`` holds (tensors, numbers and words), without running code of it.
 
     Raises:
-        LoadingError: nothing there, or what would need code to be read.
+        LoadingError: nothing there, what would need code to be read, or a number of layers or the
+            like that no model has.
     """
     path = Path(path)
     if not path.is_file():
         raise LoadingError(f"no such file: {path}")
     try:
         mappable = zipfile.is_zipfile(path)  # older files cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except _UNREADABLE as error:
         said = first_line(error)
         raise LoadingError(f"{path} cannot be read as plain tensors: {said}") from error
+    check_numbers(held, path)
+    return held
 
 
 def _from_pickle(path: Path, key: str | None) -> dict[str, Tensor]:
