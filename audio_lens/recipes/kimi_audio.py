@@ -31,6 +31,7 @@ from audio_lens.models.families.whisper import WhisperEncoder
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
 from audio_lens.models.loading.stored import read_config, reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.parts.connectors import NormedConnector
 from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.recipes.kimi_audio_config import (
@@ -402,7 +403,7 @@ class HookedKimiAudio(StackedAudioLLM):
         return super()._prompt_of(text, n_clips)
 
     def templated(self, conversation: list) -> str:
-        return self.tokenizer.apply_chat_template(conversation, chat_template=CHAT, tokenize=False)
+        return chat_prompt(self.tokenizer, conversation, chat_template=CHAT)
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """What stands at every position: the text, and the audio stream where that is blank."""

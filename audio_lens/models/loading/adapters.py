@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.lora import LowRank
+from audio_lens.models.loading.patterns import check_patterns, patterns_of
 from audio_lens.models.loading.stored import read_json
 from audio_lens.models.loading.weights import read_weights
 
@@ -104,14 +105,21 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
-def check_beside(path: Path) -> None:
-    """Raise if the adapter that lies beside a model is a pickle.
+def check_beside(path: Path, weights: Iterable[str]) -> None:
+    """Raise if an adapter that lies beside a model is a pickle, or its patterns never end.
+
+    Args:
+        weights: of the model, by name.
 
     Raises:
-        LoadingError: naming what is missing.
+        LoadingError: naming what is missing, or the patterns.
     """
-    if (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
+    if not (path / CONFIG).is_file():
+        return
+    if not (path / WEIGHTS).is_file():
         raise LoadingError(f"{path} holds an {CONFIG} and no {WEIGHTS}: others can run code")
+    modules = {name.rpartition(".")[0] for name in weights}
+    check_patterns(patterns_of(_config_in(path)), modules, path / CONFIG)
 
 
 def base_of(path: Path) -> str:
@@ -144,6 +152,7 @@ def read_adapter(path: str | Path) -> Adapter:
             "changes the base model: save it with path_initial_model_for_weight_conversion"
         )
     halves, saved = _sorted(_tensors_in(path))
+    check_patterns(patterns_of(config), halves, path / CONFIG)
     low_rank = {}
     for module, (down, up) in halves.items():
         low_rank[module] = LowRank(down, up, _scale(config, module, len(down)), _dropout(config))

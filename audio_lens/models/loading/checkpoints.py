@@ -288,7 +288,6 @@ def _check_directory(source: str, is_path: bool) -> None:
             + (f", only pickles ({', '.join(pickles)}), which can run code" if pickles else "")
             + ": save the model with save_pretrained(..., safe_serialization=True)"
         )
-    check_beside(path)
 
 
 def _config(source: str) -> Any:
@@ -321,6 +320,7 @@ def _read(
         if stored:
             check_plain(stored, source)
             check_fits(hf_class, hf_config, stored, source)
+            check_beside(Path(source), stored)
         with refusal_told():
             hf_model, info = hf_class.from_pretrained(
                 source,

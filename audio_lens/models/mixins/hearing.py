@@ -60,7 +60,7 @@ class Hearing(Host):
             raise InputError(f"inputs hold no {self.features_key}: pass audio")
         device = self.device
         given = {
-            key: torch.as_tensor(mapping[key]).to(device)
+            key: _tensor(key, mapping[key]).to(device)
             for key in known
             if mapping.get(key) is not None
         }
@@ -135,3 +135,15 @@ class Hearing(Host):
             "features": made["input_features"].to(self.device),
             "mask": made[self.extracted_mask].bool().to(self.device),
         }
+
+
+def _tensor(key: str, given: Any) -> Tensor:
+    """What a mapping holds, as a tensor.
+
+    Raises:
+        InputError: if it can be none.
+    """
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{key} cannot be made a tensor: {error}") from error
