@@ -90,9 +90,10 @@ class HookedAudioTransformer(
                 low-rank path (``...q_proj.hook_lora_A``) and a switch (``model.lora.enabled``).
 
         Raises:
-            LoadingError: unsupported architecture, missing, unexpected, quantised or corrupt
-                weights, a checkpoint without safetensors, an adapter that does not fit, or no such
-                directory.
+            LoadingError: unsupported architecture, missing, unexpected, quantised, corrupt, NaN or
+                infinite weights, a checkpoint without safetensors or with code of its own, an
+                adapter that does not fit, or no such directory.
+            HubError: a name that is no folder here and that the hub does not give.
             PlacementError: devices that are not there, or a part without one.
         """
         return load_pretrained(name, dtype, device, devices, adapter, merge, kind=cls)

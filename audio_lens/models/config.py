@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
@@ -15,6 +16,7 @@ from audio_lens.inputs import InputError
 from audio_lens.models.layers import PartConfig, needed
 
 OutputKind = Literal["tokens", "streams", "ctc", "classes", None]
+MOST_LAYERS = 1_000  # the largest models have hundreds
 TEXT = "text"  # the stream that a tokenizer writes; of several writing stacks, the decoder's
 
 
@@ -54,6 +56,21 @@ class AudioConfig:
     ears: dict[str, PartConfig] = field(default_factory=dict)
     further_decoders: dict[str, PartConfig] = field(default_factory=dict)
     streams: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise on sizes that no model has.
+
+        Raises:
+            LoadingError: naming them.
+        """
+        held = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name, part in (held | self.parts).items():
+            if isinstance(part, PartConfig):
+                check_part(name, part)
+        _check_sizes(
+            self.model_name or self.family,
+            {key: getattr(self, key) for key in ("n_mels", "n_frames", "sampling_rate", "hop")},
+        )
 
     @property
     def parts(self) -> dict[str, PartConfig]:
@@ -156,6 +173,46 @@ class AudioConfig:
 
 class LoadingError(AudioLensError, ValueError):
     """A checkpoint or model that cannot be taken over; the message says why."""
+
+
+class HubError(LoadingError, OSError):
+    """A checkpoint that is neither a folder here nor to be had from the hub."""
+
+
+def check_part(name: str, part: PartConfig) -> None:
+    """Raise unless a part has sizes that one can be built of and run with.
+
+    Raises:
+        LoadingError: naming what it has.
+    """
+    sizes = ("n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
+    source = f"the {name} of {part.model_name}" if part.model_name else f"the {name}"
+    _check_sizes(source, {"n_layers": part.n_layers or 1} | {k: getattr(part, k) for k in sizes})
+    if part.n_layers > MOST_LAYERS:
+        raise LoadingError(f"{source} has {part.n_layers} layers: no model has so many")
+    if part.n_heads % part.n_key_value_heads:
+        raise LoadingError(
+            f"{source} has {part.n_heads} heads of queries for {part.n_key_value_heads} of keys, "
+            "which do not divide them"
+        )
+    if part.act_fn not in ACT2FN:
+        raise LoadingError(
+            f"{source} has the activation {part.act_fn!r}; {suggest(str(part.act_fn), ACT2FN)}"
+        )
+    if not (isinstance(part.eps, int | float) and 0 <= part.eps < math.inf):
+        raise LoadingError(f"{source} has norms with eps={part.eps!r}")
+    if part.rotary_base is not None and not 0 < part.rotary_base < math.inf:
+        raise LoadingError(f"{source} turns its heads by the base {part.rotary_base!r}")
+
+
+def _check_sizes(source: str, sizes: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{key}={size!r}"
+        for key, size in sizes.items()
+        if size is not None and not (isinstance(size, int) and size >= 1)
+    ]
+    if wrong:
+        raise LoadingError(f"{source} has {', '.join(wrong)}: whole numbers from 1 on are needed")
 
 
 _OF_TRAINING = """

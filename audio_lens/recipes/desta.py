@@ -33,7 +33,9 @@ from audio_lens.models.compose.model import HookedComposed
 from audio_lens.models.config import LoadingError
 from audio_lens.models.layers import Context, LayerNorm, PartConfig, Stack
 from audio_lens.models.loading.checkpoints import stored_file
+from audio_lens.models.loading.stored import reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.qformer import QFormerConfig, ReadingBlock, qformer_weight_names
 
@@ -213,9 +215,8 @@ class HookedDesta(HookedComposed):
             TokenError: the model was loaded without a tokenizer.
         """
         turns = self.asked(question) if isinstance(question, str) else list(question)
-        context = self.need_tokenizer("a prompt").apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
+        tokenizer = self.need_tokenizer("a prompt")
+        context = chat_prompt(tokenizer, turns, add_generation_prompt=True)
         first, *others = context.split(LOCATOR)
         if len(others) != len(transcripts):
             raise InputError(
@@ -310,6 +311,7 @@ class HookedDesta25(HookedDesta):
 # -------------------------------------------------------------------------------- putting together
 
 
+@reads_checkpoint
 def desta2(
     checkpoint: str | Path = "DeSTA-ntu/DeSTA2-8B-beta",
     encoder: Any = "openai/whisper-small",
@@ -337,6 +339,7 @@ def desta2(
     return HookedDesta2.of(state, encoder, decoder, taps, tokenizer, dtype)
 
 
+@reads_checkpoint
 def desta25(
     checkpoint: str | Path = "DeSTA-ntu/DeSTA2.5-Audio-Llama-3.1-8B",
     encoder: Any = "openai/whisper-large-v3",

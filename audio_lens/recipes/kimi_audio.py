@@ -10,7 +10,6 @@ side by side, ``b t (text audio)``; ``model.stream(logits, "text")`` gives those
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,8 +30,10 @@ from audio_lens.models.families.voxtral import StackedAudioLLM
 from audio_lens.models.families.whisper import WhisperEncoder
 from audio_lens.models.layers import KVCache, PartConfig, PreNormBlock, Stack
 from audio_lens.models.loading.generation import stored_settings
+from audio_lens.models.loading.stored import read_config, reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.mixins.settings import GreedyRun, stated_limit
+from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.parts.connectors import NormedConnector
 from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.recipes.kimi_audio_config import (
@@ -415,7 +416,7 @@ class HookedKimiAudio(StackedAudioLLM):
         return super()._prompt_of(text, n_clips)
 
     def templated(self, conversation: list) -> str:
-        return self.tokenizer.apply_chat_template(conversation, chat_template=CHAT, tokenize=False)
+        return chat_prompt(self.tokenizer, conversation, chat_template=CHAT)
 
     def text_of(self, inputs: AudioInputs) -> Int[Tensor, "b t"]:
         """What stands at every position: the text, and the audio stream where that is blank."""
@@ -550,6 +551,7 @@ def _per_clip(audio_tokens: Any) -> Iterable[Any]:
 # -------------------------------------------------------------------------------- loading
 
 
+@reads_checkpoint
 def kimi_audio(
     checkpoint: str | Path,
     dtype: torch.dtype | None = None,
@@ -613,4 +615,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise LoadingError(f"{folder} holds no config.json, so this is no directory of Kimi-Audio")
-    return json.loads(file.read_text())
+    return read_config(file)

@@ -14,7 +14,6 @@ What speaks in LLaMA-Omni2, a language model that writes units one by one, is le
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from audio_lens.models.kinds.encoder_only import CTCConfig
 from audio_lens.models.layers import Context, PartConfig, PreNormBlock, Rotary, Stack
 from audio_lens.models.loading.checkpoints import processor_of
 from audio_lens.models.loading.generation import stored_settings
+from audio_lens.models.loading.stored import check_numbers, read_config, reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import ConnectorConfig, StackingConnector
 from audio_lens.models.parts.language_model import (
@@ -192,6 +192,7 @@ def _followed(inputs: AudioInputs, more: Int[Tensor, "b n"]) -> AudioInputs:
 # -------------------------------------------------------------------------------- loading
 
 
+@reads_checkpoint
 def llama_omni(
     checkpoint: str | Path, whisper: Any = None, dtype: torch.dtype | None = None
 ) -> HookedLlamaOmni:
@@ -210,6 +211,7 @@ def llama_omni(
     return _read(checkpoint, FIRST, whisper, dtype)
 
 
+@reads_checkpoint
 def llama_omni2(
     checkpoint: str | Path, whisper: Any = None, dtype: torch.dtype | None = None
 ) -> HookedLlamaOmni:
@@ -232,7 +234,7 @@ def _read(
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise LoadingError(f"{folder} holds no config.json, so it is no directory of LLaMA-Omni")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     processor, problem = processor_of(str(folder))
     tokenizer = getattr(processor, "tokenizer", processor)
     model = llama_omni_of(config, read_weights(folder), release, whisper, tokenizer, dtype)
@@ -342,6 +344,7 @@ def _speaker(
         "intermediate_size": d_mlp,
         "vocab_size": config["unit_vocab_size"] + 1,
     }
+    check_numbers(sizes, "ctc_decoder_config")
     own = type(text).from_dict({**text.to_dict(), **sizes})
     cfg = replace(language_model_config(own, "llama_omni"), final_norm=False)
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.families.whisper import HookedWhisper
+from audio_lens.models.loading.stored import reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_pickle, read_weights, renamed
 
 _BLOCK = {
@@ -63,6 +64,7 @@ WEIGHT_NAMES: dict[str, str | None] = {
 }
 
 
+@reads_checkpoint
 def openai_whisper(path: str | Path, dtype: torch.dtype | None = None) -> HookedWhisper:
     """A whole Whisper from one of openai's ``.pt`` files, which is read without running its code.
 

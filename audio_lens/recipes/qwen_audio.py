@@ -10,7 +10,6 @@ the rotary base beyond it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.families.qwen2_audio import PooledAudioLLM
 from audio_lens.models.layers import Context, KVCache, PartConfig
 from audio_lens.models.loading.generation import stored_settings
+from audio_lens.models.loading.stored import read_config, reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import LinearConnector
 from audio_lens.models.parts.language_model import LanguageModel
@@ -266,6 +266,7 @@ class HookedQwenAudio(PooledAudioLLM):
         return super()._prompt_of(text, n_clips)
 
 
+@reads_checkpoint
 def qwen_audio(checkpoint: str | Path, dtype: torch.dtype | None = None) -> HookedQwenAudio:
     """Qwen-Audio or Qwen-Audio-Chat, from a directory with the published files.
 
@@ -280,7 +281,7 @@ def qwen_audio(checkpoint: str | Path, dtype: torch.dtype | None = None) -> Hook
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise LoadingError(f"{folder} holds no config.json, so it is no directory of Qwen-Audio")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     cfg = qwen_audio_config(config, str(checkpoint))
     model = qwen_audio_of(cfg, read_weights(folder), dtype)
     words = folder / "qwen.tiktoken"

@@ -27,6 +27,7 @@ from audio_lens.models.families.beats import HookedBeats
 from audio_lens.models.layers import LayerNorm
 from audio_lens.models.loading.adapters import Adapter
 from audio_lens.models.loading.lora import LowRank, attach
+from audio_lens.models.loading.stored import reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.qformer import QFormer, QFormerConfig, qformer_weight_names
@@ -237,6 +238,7 @@ def _merge(model: HookedSalmonn, adapter: Adapter) -> None:
         model.get_submodule(name).weight = nn.Parameter(merged)
 
 
+@reads_checkpoint
 def salmonn(
     checkpoint: str | Path,
     beats: str | Path | HookedBeats,

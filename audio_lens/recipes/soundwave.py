@@ -17,7 +17,6 @@ The label for nothing (CTC's blank) is treated as any other: a frame of each of 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,6 +39,7 @@ from audio_lens.models.layers import Attention, Context, LayerNorm, PartConfig
 from audio_lens.models.layers.lone import LoneBlock
 from audio_lens.models.loading.checkpoints import load_pretrained, processor_of
 from audio_lens.models.loading.generation import stored_settings
+from audio_lens.models.loading.stored import read_config, reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
 from audio_lens.models.parts.language_model import (
     LanguageModel,
@@ -156,6 +156,7 @@ class HookedSoundwave(HookedShrinking):
 # -------------------------------------------------------------------------------- checkpoints
 
 
+@reads_checkpoint
 def soundwave(
     checkpoint: str | Path, whisper: str | Path | None = None, dtype: torch.dtype | None = None
 ) -> HookedSoundwave:
@@ -174,7 +175,7 @@ def soundwave(
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise LoadingError(f"{folder} holds no config.json, so it is no directory of Soundwave")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder / "config.json")
     text = soundwave_text_config(config, str(checkpoint))
     whisper = whisper or config.get("audio_tower")
     if whisper is None:

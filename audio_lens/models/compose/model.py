@@ -20,6 +20,7 @@ from audio_lens.models.config import AudioConfig
 from audio_lens.models.kinds.audio_llm import AudioLLM, Segment
 from audio_lens.models.kinds.ear import Ear
 from audio_lens.models.layers import Context, needed
+from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.language_model import LanguageModel
 from audio_lens.timeline import Track
@@ -332,7 +333,7 @@ class HookedComposed(AudioLLM):
             {**turn, "content": "\n".join(filter(None, text))}
             for turn, text in zip(conversation, texts, strict=True)
         ]
-        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return chat_prompt(self.tokenizer, turns, add_generation_prompt=True)
 
 
 def _as_text(content: Any, placeholder: str) -> tuple[str, str]:

@@ -41,7 +41,8 @@ from audio_lens.models.kinds.ear import Ear
 from audio_lens.models.kinds.encoder_only import IGNORED, EncoderOutput
 from audio_lens.models.layers import Block, Context, LayerNorm, PostNormBlock, padding_mask
 from audio_lens.models.layers.weight_norm import with_gains
-from audio_lens.models.loading.weights import fill, read_pickle, renamed
+from audio_lens.models.loading.stored import told_of
+from audio_lens.models.loading.weights import check_finite, fill, read_pickle, renamed
 from audio_lens.timeline import Row, Timeline, Track
 
 # -------------------------------------------------------------------------------- parts
@@ -184,7 +185,9 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
             LoadingError: no such file, or one that is no checkpoint of BEATs; a shape that is not
                 implemented; missing or unexpected weights.
         """
-        return cls.from_published(read_pickle(path), str(path)).to(device=device, dtype=dtype)
+        with told_of(path):
+            model = cls.from_published(read_pickle(path), str(path))
+        return model.to(device=device, dtype=dtype)
 
     @classmethod
     def from_published(cls, checkpoint: Mapping[str, Any], name: str = "beats") -> HookedBeats:
@@ -202,6 +205,7 @@ class HookedBeats(EncoderOutput, Ear, HookedAudioTransformer):
         cfg = beats_config(checkpoint["cfg"], checkpoint.get("label_dict"), name)
         with torch.device("meta"):
             model = cls(cfg)
+        check_finite(checkpoint["model"], name)
         fill(model, renamed(cls.adapt_state(checkpoint["model"], cfg), cls.weight_names))
         return model.eval()
 

@@ -28,6 +28,7 @@ from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.kinds.audio_llm import HookedAudioLLM, Segment
 from audio_lens.models.layers import KVCache
 from audio_lens.models.mixins.settings import GreedyRun
+from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.parts.conformer import Conformer, ConformerConfig, conformer_weight_names
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.language_model import (
@@ -305,7 +306,7 @@ class HookedGraniteSpeech(HookedAudioLLM):
         """The prompt of a conversation; Granite's chat template takes turns of plain text."""
         turns = [{**turn, "content": self._written(turn["content"])} for turn in conversation]
         speaker = self.tokenizer if self.tokenizer.chat_template else self.processor
-        return speaker.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return chat_prompt(speaker, turns, add_generation_prompt=True)
 
     def _written(self, content: str | list[dict[str, str]]) -> str:
         """A turn as plain text, with the placeholder where each clip belongs."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.families.whisper import WhisperEncoder, encoder_config, encoder_weight_names
 from audio_lens.models.kinds.audio_llm import FRAME_S, HookedAudioLLM, check_encoder
+from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.mixins.vocabulary import TokenError
 from audio_lens.models.parts.connectors import (
     ConnectedConfig,
@@ -172,6 +173,4 @@ class HookedVoxtral(StackedAudioLLM):
                 "whole prompt with the audio placeholder where each clip belongs, or give the "
                 "model what processor.apply_chat_template(conversation) returns"
             )
-        return self.tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=False
-        )
+        return chat_prompt(self.tokenizer, conversation, add_generation_prompt=True)

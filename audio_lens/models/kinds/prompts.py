@@ -15,6 +15,7 @@ from torch import Tensor
 from audio_lens.audio import AudioError, Rates, sources_of, with_rates
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.mixins.templates import chat_prompt
 
 
 class Prompts(HookedAudioTransformer):
@@ -283,7 +284,9 @@ class Prompts(HookedAudioTransformer):
             for clip, rate in with_rates(group, of_group)
         ]
         self.tell_of_lengths([len(clip) for clip in clips])
-        inputs = self._assembled(*self.encoded_prompts(prompts), *self._heard(clips, times))
+        tokens, mask = self.encoded_prompts(prompts)
+        self.check_tokens(tokens)
+        inputs = self._assembled(tokens, mask, *self._heard(clips, times))
         rate, clips = self.cfg.sampling_rate, clips * times
         return replace(inputs, audio=clips, text=prompts, sampling_rate=rate, remake=self.prepare)
 
@@ -363,9 +366,7 @@ class Prompts(HookedAudioTransformer):
 
     def templated(self, conversation: list) -> str:
         """The prompt of a conversation by the chat template, with one placeholder per clip."""
-        return self.processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=False
-        )
+        return chat_prompt(self.processor, conversation, add_generation_prompt=True)
 
 
 def _summed(counts: Sequence[int], per_clip: Sequence[int]) -> list[int]:

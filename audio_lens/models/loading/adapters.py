@@ -6,21 +6,21 @@ the config that would change what the adapter computes is refused by its name.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.lora import LowRank
+from audio_lens.models.loading.patterns import check_patterns, patterns_of
+from audio_lens.models.loading.stored import read_json
+from audio_lens.models.loading.weights import read_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -120,6 +120,23 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
+def check_beside(path: Path, weights: Iterable[str]) -> None:
+    """Raise if an adapter that lies beside a model is a pickle, or its patterns never end.
+
+    Args:
+        weights: of the model, by name.
+
+    Raises:
+        LoadingError: naming what is missing, or the patterns.
+    """
+    if not (path / CONFIG).is_file():
+        return
+    if not (path / WEIGHTS).is_file():
+        raise LoadingError(f"{path} holds an {CONFIG} and no {WEIGHTS}: others can run code")
+    modules = {name.rpartition(".")[0] for name in weights}
+    check_patterns(patterns_of(_config_in(path)), modules, path / CONFIG)
+
+
 def base_of(path: Path) -> str:
     """The model that an adapter's directory names as its base.
 
@@ -145,6 +162,7 @@ def read_adapter(path: str | Path) -> Adapter:
     check_directory(path)
     config = _config_in(path)
     halves, saved = _sorted(_tensors_in(path))
+    check_patterns(patterns_of(config), halves, path / CONFIG)
     low_rank = {}
     for module, (down, up) in halves.items():
         low_rank[module] = LowRank(down, up, _scale(config, module, len(down)), _dropout(config))
@@ -168,12 +186,11 @@ def check_directory(path: Path) -> None:
 
 
 def _config_in(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / CONFIG).read_text())
-    except FileNotFoundError as error:
+    if not (path / CONFIG).is_file():
         inside = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
         hint = f" (those in it do: {', '.join(inside)})" if inside else ""
-        raise LoadingError(f"{path} is no adapter: it holds no {CONFIG}{hint}") from error
+        raise LoadingError(f"{path} is no adapter: it holds no {CONFIG}{hint}")
+    return read_json(path / CONFIG)
 
 
 def _tensors_in(path: Path) -> dict[str, Tensor]:
@@ -181,10 +198,7 @@ def _tensors_in(path: Path) -> dict[str, Tensor]:
         raise LoadingError(
             f"{path} holds no {WEIGHTS}: save the adapter with safe_serialization=True"
         )
-    try:
-        return load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise LoadingError(f"{path / WEIGHTS} is corrupt: {error}") from error
+    return read_weights(path / WEIGHTS)
 
 
 def _sorted(

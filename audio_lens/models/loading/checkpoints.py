@@ -18,24 +18,30 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.adapted import beside_told, is_adapted, taken_apart
-from audio_lens.models.loading.adapters import Adapter, base_of, is_adapter, read_adapter
+from audio_lens.models.loading.adapters import (
+    Adapter,
+    base_of,
+    check_beside,
+    is_adapter,
+    read_adapter,
+)
 from audio_lens.models.loading.classes import check_class, check_named, class_of, model_type
+from audio_lens.models.loading.fits import UNQUANTISED, check_fits, check_plain
 from audio_lens.models.loading.lora import attach
 from audio_lens.models.loading.placement import Devices, guard_borders, layout, unit_of
-from audio_lens.models.loading.weights import fill, renamed
+from audio_lens.models.loading.stored import first_line, headers, told_of, weight_files
+from audio_lens.models.loading.trust import check_config_code, check_piece_code, processor_loader
+from audio_lens.models.loading.weights import check_finite, fill, infinite, renamed
 from audio_lens.models.registry import Family, Kind, family_of, supported
 
 EMBEDDED = "embedded"
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_UNQUANTISED = "packed weights cannot be hooked: load it in float16, bfloat16 or float32"
-_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")  # how safetensors names what is not packed
 
 
 def embedded_path() -> Path:
@@ -68,11 +74,13 @@ def load_pretrained(
         adapter, source = source, base_of(Path(source))
     _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
     hf_config = _config(source)
-    family = family_of(hf_config, kind)
-    hf_class = _hf_class(family, hf_config)
-    family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
+    with told_of(f"{source}/config.json"):
+        family = family_of(hf_config, kind)
+        hf_class = _hf_class(family, hf_config)
+        family.config_from_hf(_named(hf_config, hf_class))  # refuses before anything is read
+    processor, problem = processor_of(source)
     found = None if adapter is None else read_adapter(adapter)
-    hf_model = _read(hf_class, source, dtype, family.outdated_names)
+    hf_model = _read(hf_class, hf_config, source, dtype, family.outdated_names)
     base, state = hf_model, hf_model.state_dict()
     if is_adapted(hf_model):  # transformers reads the adapter that lies beside a model
         if found is not None:
@@ -83,8 +91,8 @@ def load_pretrained(
     if merge and found is None:
         raise LoadingError("merge=True merges an adapter: pass adapter=, or its directory as name")
     model = _built(family, base, state, found, merge, devices if device is None else device)
-    processor, problem = processor_of(source)
-    _attach(model, processor)
+    with told_of(source):
+        _attach(model, processor)
     model.tokenizer_problem = model.tokenizer_problem or problem
     model.cfg.model_name = str(name)
     return model
@@ -107,9 +115,11 @@ def read_model(
     """
     source = str(name)
     _check_directory(source, is_path=isinstance(name, Path) or _looks_like_path(source))
-    hf_class = hf_class_of(_config(source))
+    hf_config = _config(source)
+    with told_of(f"{source}/config.json"):
+        hf_class = hf_class_of(hf_config)
     named = getattr(transformers, hf_class) if isinstance(hf_class, str) else hf_class
-    return _read(named, source, dtype)
+    return _read(named, hf_config, source, dtype)
 
 
 def take_over(
@@ -131,6 +141,8 @@ def take_over(
     check_class(family, base)
     model = _built(family, base, state, adapter, merge, None)
     _attach(model, processor)
+    if wrong := infinite(state):
+        _log.warning("weights that are NaN or infinite: %s", ", ".join(wrong))
     return model
 
 
@@ -285,36 +297,45 @@ def _check_directory(source: str, is_path: bool) -> None:
 
 
 def _config(source: str) -> Any:
-    try:
-        hf_config = transformers.AutoConfig.from_pretrained(source)
-    except ValueError as error:
-        raise LoadingError(
-            f"the architecture of {source} is not supported; supported: {supported()} "
-            f"(transformers says: {str(error).splitlines()[0]})"
-        ) from error
+    with told_of(f"{source}/config.json" if Path(source).is_dir() else source):
+        check_config_code(source)
+        try:
+            hf_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except ValueError as error:
+            raise LoadingError(
+                f"the architecture of {source} is not supported; supported: {supported()} "
+                f"(transformers says: {first_line(error)})"
+            ) from error
     quantised = getattr(hf_config, "quantization_config", None)
     if quantised is not None:
         method = dict(quantised).get("quant_method", "of an unnamed kind")
-        raise LoadingError(f"{source} is quantised ({method}); {_UNQUANTISED}")
+        raise LoadingError(f"{source} is quantised ({method}); {UNQUANTISED}")
     return hf_config
 
 
 def _read(
-    hf_class: Any, source: str, dtype: torch.dtype | None, outdated: tuple[str, ...] = ()
+    hf_class: Any,
+    hf_config: Any,
+    source: str,
+    dtype: torch.dtype | None,
+    outdated: tuple[str, ...] = (),
 ) -> transformers.PreTrainedModel:
     """The Hugging Face model, with every weight from the checkpoint but the outdated."""
-    try:
+    with told_of(source):
+        stored = headers(weight_files(source, getattr(hf_config, "transformers_weights", None)))
+        if stored:
+            check_plain(stored, source)
+            check_fits(hf_class, hf_config, stored, source)
+            check_beside(Path(source), stored)
         with beside_told(source):
             hf_model, info = hf_class.from_pretrained(
                 source,
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # they are reported below, by name
                 output_loading_info=True,
             )
-    except SafetensorError as error:
-        raise LoadingError(f"{_corrupt_file(source)} is corrupt: {error}") from error
-    _check_stored(source)
     info["unexpected_keys"] = set(info["unexpected_keys"]) - set(outdated)
     problems = {
         what.replace("_", " "): sorted(map(str, info[what]))[:10]
@@ -326,18 +347,8 @@ def _read(
             f"{source} does not hold the weights its config describes: "
             + "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items())
         )
+    check_finite(hf_model.state_dict(), source)
     return hf_model
-
-
-def _corrupt_file(source: str) -> Path:
-    """The first file of weights that cannot be opened."""
-    for path in sorted(Path(source).glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError:
-            return path
-    return Path(source)
 
 
 def stored_file(source: str, name: str) -> Path:
@@ -352,35 +363,26 @@ def stored_file(source: str, name: str) -> Path:
     return Path(path)
 
 
-def _check_stored(source: str) -> None:
-    """Raise on files that hold packed numbers: transformers may take them for plain ones."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = stored_file(source, "config.json").parent
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-        packed = [key for key, kind in kinds.items() if kind not in _PLAIN]
-        if packed:
-            raise LoadingError(
-                f"{source} is quantised ({packed[0]} is stored as {kinds[packed[0]]}); "
-                f"{_UNQUANTISED}"
-            )
-
-
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
     plain = (*_DTYPES, torch.int64, torch.bool)
     packed = [key for key, tensor in state.items() if tensor.dtype not in plain]
     if packed:
-        raise LoadingError(f"the model is quantised ({', '.join(packed[:3])} ...); {_UNQUANTISED}")
+        raise LoadingError(f"the model is quantised ({', '.join(packed[:3])} ...); {UNQUANTISED}")
     offloaded = [key for key, tensor in state.items() if tensor.is_meta]
     if offloaded:
         raise LoadingError(f"weights that are offloaded or empty: {', '.join(offloaded[:3])} ...")
 
 
 def processor_of(source: str) -> tuple[Any, str]:
-    """The checkpoint's processor or the pieces of it that load, and why a tokenizer does not."""
-    processor, _ = _loaded(transformers.AutoProcessor, source)
+    """The checkpoint's processor or the pieces of it that load, and why a tokenizer does not.
+
+    Raises:
+        LoadingError: if one of them needs code of its own, or a file is no JSON.
+    """
+    with told_of(source):
+        check_piece_code(source)
+        loader = processor_loader(source)
+    processor, _ = _loaded(loader, source)
     if processor is not None:
         return processor, ""
     extractor, no_extractor = _loaded(transformers.AutoFeatureExtractor, source)
@@ -391,12 +393,11 @@ def processor_of(source: str) -> tuple[Any, str]:
 
 
 def _loaded(auto: Any, source: str) -> tuple[Any, str]:
-    """What a transformers Auto class loads, or None and the cause."""
+    """What a class of transformers loads, or None and the cause."""
     try:
-        return auto.from_pretrained(source), ""
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        return None, f"{auto.__name__} says: {cause}"
+        return auto.from_pretrained(source, trust_remote_code=False), ""
+    except Exception as error:  # pieces that fail to load do so in many ways
+        return None, f"{auto.__name__} says: {first_line(error)}"
 
 
 def _attach(model: Family, processor: Any) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from audio_lens.models.config import LoadingError
+from audio_lens.models.loading.stored import check_numbers, first_line, opened
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
@@ -31,42 +31,72 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         Tensors that lie in the file until they are used, where the file can be mapped.
 
     Raises:
-        LoadingError: nothing there, a corrupt file, or one that holds more than tensors.
+        LoadingError: nothing there, a corrupt file, one that holds more than tensors, or tensors
+            that are NaN or infinite.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise LoadingError(f"{path} holds no safetensors")
-        return {name: x for file in files for name, x in _from_safetensors(file).items()}
-    if not path.is_file():
+        held = {name: x for file in files for name, x in _from_safetensors(file).items()}
+    elif not path.is_file():
         raise LoadingError(f"no such file or directory: {path}")
-    return _from_pickle(path, key) if path.suffix in _PICKLES else _from_safetensors(path)
+    else:
+        held = _from_pickle(path, key) if path.suffix in _PICKLES else _from_safetensors(path)
+    check_finite(held, path)
+    return held
 
 
 def _from_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise LoadingError(f"{path} is corrupt: {error}") from error
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise if weights are NaN or infinite, which would make all that is computed so.
+
+    Raises:
+        LoadingError: naming them.
+    """
+    if wrong := infinite(tensors):
+        raise LoadingError(
+            f"{source} holds weights that are NaN or infinite: {', '.join(wrong[:10])}"
+        )
+
+
+def infinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with a NaN or an infinite number in them; shared memory counts once."""
+    own = {(x.data_ptr(), x.shape): name for name, x in reversed(list(tensors.items()))}
+    return [name for name in tensors if name in {*own.values()} and _is_wrong(tensors[name])]
+
+
+def _is_wrong(tensor: Tensor) -> bool:
+    """One pass without a copy: the least and the greatest number carry any NaN."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    least, greatest = torch.aminmax(tensor.detach())
+    return not (least.isfinite() and greatest.isfinite())
 
 
 def read_pickle(path: str | Path) -> Any:
     """What a ``.pt`` or ``.pth`` holds (tensors, numbers and words), without running code of it.
 
     Raises:
-        LoadingError: nothing there, or what would need code to be read.
+        LoadingError: nothing there, what would need code to be read, or a number of layers or the
+            like that no model has.
     """
     path = Path(path)
     if not path.is_file():
         raise LoadingError(f"no such file: {path}")
     try:
         mappable = zipfile.is_zipfile(path)  # older files cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except _UNREADABLE as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LoadingError(f"{path} cannot be read as plain tensors: {first}") from error
+        said = first_line(error)
+        raise LoadingError(f"{path} cannot be read as plain tensors: {said}") from error
+    check_numbers(held, path)
+    return held
 
 
 def _from_pickle(path: Path, key: str | None) -> dict[str, Tensor]:

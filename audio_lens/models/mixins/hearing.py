@@ -136,7 +136,7 @@ class Hearing(Running, Host):
             mapping = {**mapping, self.features_key: self.no_features()}
         device = self.device
         given = {
-            key: torch.as_tensor(mapping[key]).to(device)
+            key: _tensor(key, mapping[key]).to(device)
             for key in known
             if mapping.get(key) is not None
         }
@@ -216,3 +216,15 @@ class Hearing(Running, Host):
             "features": made["input_features"].to(self.device),
             "mask": made[self.extracted_mask].bool().to(self.device),
         }
+
+
+def _tensor(key: str, given: Any) -> Tensor:
+    """What a mapping holds, as a tensor.
+
+    Raises:
+        InputError: if it can be none.
+    """
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{key} cannot be made a tensor: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor
 
 from audio_lens.errors import AudioLensError
@@ -21,11 +22,13 @@ class Vocabulary(Host):
     """What a `HookedAudioTransformer` knows of tokens; mixed into it."""
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise unless every token id is in the vocabulary.
+        """Raise unless every token id is a whole number in the vocabulary.
 
         Raises:
             InputError: naming the first that is not.
         """
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(f"token ids are whole numbers, got {tokens.dtype}")
         n = self.cfg.output.need_d_vocab
         unknown = tokens[(tokens < 0) | (tokens >= n)]
         if len(unknown):

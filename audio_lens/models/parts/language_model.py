@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from audio_lens.hooks import HookPoint
-from audio_lens.models.config import LoadingError, check_switches, declared
+from audio_lens.models.config import LoadingError, check_part, check_switches, declared
 from audio_lens.models.layers import Block, PartConfig, PreNormBlock, Rotary, Stack, multiplied
 
 _QKV = ("q", "k", "v")
@@ -68,7 +68,7 @@ def language_model_config(text: Any, model_name: str | None) -> PartConfig:
             f"the language model is a {text.model_type!r}; implemented: {', '.join(_KINDS)}"
         )
     _check_features(text)
-    return PartConfig(
+    cfg = PartConfig(
         n_layers=text.num_hidden_layers,
         n_heads=text.num_attention_heads,
         n_key_value_heads=text.num_key_value_heads,
@@ -92,6 +92,8 @@ def language_model_config(text: Any, model_name: str | None) -> PartConfig:
         **_KINDS[text.model_type],
         **_rotary(text),
     )
+    check_part("language model", cfg)
+    return cfg
 
 
 def weight_names(theirs: str, head: str) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Subject:
 
     def __init__(self, folder: Path):
         self.model = Qwen2AudioForConditionalGeneration.from_pretrained(folder).eval()
-        self.prompter = Prompter(AutoProcessor.from_pretrained(folder))
+        self.prompter = Prompter(AutoProcessor.from_pretrained(folder, trust_remote_code=False))
         self.vocabulary = self.prompter.processor.tokenizer
 
     @torch.no_grad()
