@@ -15,12 +15,12 @@ from .alignment import read_textgrid as read_textgrid
 from .audio import AudioError as AudioError
 from .cache import AudioCache as AudioCache
 from .errors import AudioLensError as AudioLensError
+from .errors import InputError as InputError
 from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
 from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint
 from .inputs import AudioInputs as AudioInputs
-from .inputs import InputError as InputError
 from .models import HookedAudioTransformer as HookedAudioTransformer
 from .models import LoadingError as LoadingError
 from .models import TokenError as TokenError

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.audio import AudioSource
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.inputs import InputError
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.timeline import Span, Timeline
@@ -59,7 +59,7 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
         from praatio.data_classes.interval_tier import Interval, IntervalTier
         from praatio.utilities.errors import PraatioException
     except ImportError as error:
-        raise ImportError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
+        raise ExtraError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
     if not Path(path).is_file():
         raise AlignmentError(f"no TextGrid at {path}")
     try:

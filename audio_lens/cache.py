@@ -15,6 +15,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from audio_lens.errors import InputError
 from audio_lens.hooks import (
     HookNameError,
     PosSlice,
@@ -124,7 +125,7 @@ class AudioCache(ActivationCache):
         for name, part in parts.items():
             held, found = self.parts[name].cfg.n_layers, part.cfg.n_layers
             if held != found:
-                raise ValueError(
+                raise InputError(
                     f"the cache is of another model: its {name} has {held} layers, this one {found}"
                 )
         return AudioCache(self.cache_dict, parts, self.main_part, self.has_batch_dim, self.prefixed)
@@ -160,7 +161,7 @@ class AudioCache(ActivationCache):
             return self
         size = self._batch_size() if batch_size is None else batch_size
         if size != 1:
-            raise ValueError(f"the batch axis holds {size} prompts: choose one of them first")
+            raise InputError(f"the batch axis holds {size} prompts: choose one of them first")
         kept = {name: x if is_flat(name) else x[0] for name, x in self.items()}
         self.cache_dict, self.has_batch_dim = kept, False
         return self
@@ -168,7 +169,7 @@ class AudioCache(ActivationCache):
     def _batch_size(self) -> int:
         sizes = {len(tensor) for name, tensor in self.items() if not is_flat(name)}
         if len(sizes) > 1:
-            raise ValueError(
+            raise InputError(
                 "some prompts hold several clips, so the first axis counts prompts in the decoder "
                 "and clips in the encoder: slice one part, cache.part(...)"
             )
@@ -182,7 +183,7 @@ class AudioCache(ActivationCache):
         """
         rows = as_slice(batch_slice)
         if not self.has_batch_dim:
-            raise ValueError("this cache has no batch axis")
+            raise InputError("this cache has no batch axis")
         self._batch_size()
         chosen = {n: rows.apply(tensor, dim=0) for n, tensor in self.items() if not is_flat(n)}
         return AudioCache(chosen, self.parts, self.main_part, rows.mode != "int", self.prefixed)
@@ -252,7 +253,7 @@ class AudioCache(ActivationCache):
 
     def _check_adds_up(self) -> None:
         if not all(block.adds_up for block in self.model.blocks):
-            raise ValueError(
+            raise InputError(
                 f"the residual stream of the {self.main_part} is no sum of what its layers write: "
                 "every block norms it. Use accumulated_resid, or patching"
             )
@@ -261,7 +262,7 @@ class AudioCache(ActivationCache):
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
         if mlp_input and layer >= n_layers:
-            raise ValueError(f"no MLP reads layer {layer}: mlp_input needs one below {n_layers}")
+            raise InputError(f"no MLP reads layer {layer}: mlp_input needs one below {n_layers}")
         return layer
 
     def _stream_into(self, layer: int, mlp_input: bool = False) -> Float[Tensor, "*batch_pos d"]:
@@ -433,7 +434,7 @@ class AudioCache(ActivationCache):
         """What neurons are, and what each writes where it is 1."""
         mlp = getattr(self.model.blocks[layer], sublayer)
         if not hasattr(mlp, "W_out"):
-            raise ValueError(
+            raise InputError(
                 f"the {sublayer} of the {self.main_part}'s block {layer} is a mixture of experts, "
                 "whose neurons are not kept one by one: use decompose_resid, or expand_neurons="
                 "False"
@@ -543,12 +544,12 @@ class AudioCache(ActivationCache):
             return
         instead = "use apply_ln=False, or a layer before the last"
         if hasattr(self._module, "pool"):
-            raise ValueError(
+            raise InputError(
                 f"the {self.main_part} pools pairs of frames before its final norm, so frames "
                 f"cannot be normed by it: {instead}"
             )
         if not hasattr(self._module, "ln_final"):
-            raise ValueError(f"the {self.main_part} has no final norm: {instead}")
+            raise InputError(f"the {self.main_part} has no final norm: {instead}")
 
     def apply_ln_to_stack(
         self,
@@ -590,7 +591,7 @@ def _of_positions(
     """
     n_steps, rest = divmod(n_positions, len(weights))
     if rest:
-        raise ValueError(
+        raise InputError(
             f"{n_positions} positions are no whole steps of {len(weights)}, which have weights of "
             "their own each: cache all positions"
         )

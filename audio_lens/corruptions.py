@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 
 from audio_lens.audio import AudioError, AudioSource, check, load
+from audio_lens.errors import InputError
 from audio_lens.timeline import Seconds, Span
 
 Stretch = Float[np.ndarray, " n"]
@@ -51,7 +52,7 @@ class Corruption(ABC):
         if self.span is not None:
             Span.of(self.span)
         if not (math.isfinite(self.fade_s) and self.fade_s >= 0):
-            raise ValueError(f"fade_s must be seconds, 0 or more, got {self.fade_s}")
+            raise InputError(f"fade_s must be seconds, 0 or more, got {self.fade_s}")
 
     def __call__(
         self, samples: AudioSource, sampling_rate: int
@@ -122,7 +123,7 @@ class Noise(Corruption):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not math.isfinite(self.snr_db):
-            raise ValueError(f"snr_db must be a finite number of dB, got {self.snr_db}")
+            raise InputError(f"snr_db must be a finite number of dB, got {self.snr_db}")
         if self.clip is not None:
             _check_clip(self.clip, self.sampling_rate)
 
@@ -189,7 +190,7 @@ class Splice(Corruption):
         _check_clip(self.clip, self.sampling_rate)
         span, source = self._replaced, self._source
         if _duration(source) > _duration(span) + 1e-3:
-            raise ValueError(
+            raise InputError(
                 f"the source lasts {_duration(source):.3f} s and the span {_duration(span):.3f} s: "
                 "widen the span, or take less of the source"
             )
@@ -197,7 +198,7 @@ class Splice(Corruption):
     @property
     def _replaced(self) -> Span:
         if self.span is None:
-            raise ValueError(
+            raise InputError(
                 "Splice needs span=: the stretch to replace (OtherUtterance needs none)"
             )
         return Span.of(self.span)
@@ -227,7 +228,7 @@ class TimeShuffle(Corruption):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.width_s) and self.width_s > 0):
-            raise ValueError(f"width_s must be a positive number of seconds, got {self.width_s}")
+            raise InputError(f"width_s must be a positive number of seconds, got {self.width_s}")
 
     def change(self, stretch: Stretch, start: int, sampling_rate: int) -> Stretch:
         count = round(len(stretch) / sampling_rate / self.width_s)
@@ -288,7 +289,7 @@ class TextSwap:
 
     def __post_init__(self) -> None:
         if not self.old or self.old == self.new:
-            raise ValueError(f"a swap needs two different texts, got {self}")
+            raise InputError(f"a swap needs two different texts, got {self}")
 
     def __call__(self, text: str) -> str:
         """The text with the swap made.
@@ -298,7 +299,7 @@ class TextSwap:
         """
         count = text.count(self.old)
         if count != 1:
-            raise ValueError(
+            raise InputError(
                 f"{self.old!r} occurs {count} times in {text!r}: name what occurs exactly once"
             )
         return text.replace(self.old, self.new)

@@ -21,7 +21,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint as _HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 
 AttnMode = Literal["auto", "explicit", "sdpa"]
 HookFn = Callable[..., Any]
@@ -75,7 +75,7 @@ class HookPoint(_HookPoint):
         """
         pieces = (self.name or "").split(".")
         if "blocks" not in pieces:
-            raise ValueError(f"{self.name!r} lies in no block, so it has no layer")
+            raise InputError(f"{self.name!r} lies in no block, so it has no layer")
         return int(pieces[pieces.index("blocks") + 1])
 
 
@@ -216,7 +216,7 @@ class HookedRoot(HookedRootModule):
     @attn_mode.setter
     def attn_mode(self, mode: str) -> None:
         if mode not in ("auto", "explicit", "sdpa"):
-            raise ValueError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
+            raise InputError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
         if mode == self._attn_mode:
             return
         attached = [name for name, point in self.hook_dict.items() if point.has_hooks()]
@@ -370,7 +370,7 @@ class HookedRoot(HookedRootModule):
         """
         is_whole = model_kwargs.get("stop_at_layer") is None
         if incl_bwd and not (is_whole and model_kwargs.get("return_type") == "loss"):
-            raise ValueError("incl_bwd runs backward on the loss: use return_type='loss'")
+            raise InputError("incl_bwd runs backward on the loss: use return_type='loss'")
         cache, forward, backward = self.get_caching_hooks(
             names_filter,
             incl_bwd,
@@ -453,7 +453,7 @@ class HookedRoot(HookedRootModule):
         own = [name for name in names if self._lies_on(part, name)]
         if (is_named and len(own) < len(names)) or not own:
             others = [name for name in names if name not in own]
-            raise ValueError(
+            raise InputError(
                 f"pos_slice selects positions of the {part}; {', '.join(others[:5])} do not lie on "
                 "them (slice these yourself, or cache them without pos_slice)"
             )
@@ -477,5 +477,5 @@ def _label(name: str | Callable[[str], bool]) -> str:
 
 def _without_batch(tensor: Tensor, name: str) -> Tensor:
     if tensor.shape[0] != 1:
-        raise ValueError(f"remove_batch_dim needs a batch of one, {name} has {tensor.shape[0]}")
+        raise InputError(f"remove_batch_dim needs a batch of one, {name} has {tensor.shape[0]}")
     return tensor[0]

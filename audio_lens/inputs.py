@@ -12,14 +12,10 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import InputError as InputError
 from audio_lens.pickles import all_alone
 
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
-
-
-class InputError(AudioLensError, ValueError):
-    """Inputs that the model cannot take; the message says what to change."""
 
 
 @dataclass(eq=False)

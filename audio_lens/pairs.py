@@ -80,7 +80,7 @@ def minimal_pair(
         ValueError: an unknown ``fit``, or a swap that does not fit the text.
     """
     if fit not in ("pad", "cut"):
-        raise ValueError(f"fit must be 'pad' or 'cut', got {fit!r}")
+        raise InputError(f"fit must be 'pad' or 'cut', got {fit!r}")
     rate, how = model.cfg.sampling_rate, {}
     one = other = model.load_audio(clean, sampling_rate)
     changed: list[Span] = []

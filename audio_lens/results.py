@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from xarray.backends import H5NetCDFStore
 
+from audio_lens.errors import InputError
 from audio_lens.files import write
 from audio_lens.pickles import all_alone
 from audio_lens.timeline import Band, Span, describe_span
@@ -100,15 +101,15 @@ class Result:
 
     def _check(self) -> None:
         if any(dim not in BATCH_DIMS for dim in self._batch_dims):
-            raise ValueError(f"{' and '.join(BATCH_DIMS)} come before the axes, got {self.dims}")
+            raise InputError(f"{' and '.join(BATCH_DIMS)} come before the axes, got {self.dims}")
         lengths = [len(self.coords.get(dim, [])) for dim in self.dims]
         if list(self.values.shape) != lengths:
             shape = list(self.values.shape)
-            raise ValueError(f"values have shape {shape}, but coords of {self.dims} are {lengths}")
+            raise InputError(f"values have shape {shape}, but coords of {self.dims} are {lengths}")
         for name, dims in self._arrays().items():
             shape, expected = list(getattr(self, name).shape), [len(self.coords[d]) for d in dims]
             if shape != expected:
-                raise ValueError(f"{name} has shape {shape}, expected {expected}")
+                raise InputError(f"{name} has shape {shape}, expected {expected}")
 
     def _arrays(self) -> dict[str, tuple[str, ...]]:
         """Every array by the name of its field, and the dims that it has."""
@@ -163,7 +164,7 @@ class Result:
 
     def _select(self, dim: str, wanted: Any) -> Self:
         if dim not in self.dims:
-            raise ValueError(f"no dimension {dim!r}; this result has {', '.join(self.dims)}")
+            raise InputError(f"no dimension {dim!r}; this result has {', '.join(self.dims)}")
         many = isinstance(wanted, list)
         places = [self._place(dim, one) for one in (wanted if many else [wanted])]
         at = places if many else places[0]
@@ -191,8 +192,8 @@ class Result:
             return places[0]
         listed = ", ".join(describe_span(name) if dim == "time" else str(name) for name in names)
         if not places:
-            raise ValueError(f"no {dim} {wanted!r}; there is {listed}")
-        raise ValueError(f"{len(places)} of {dim} fit {wanted!r}: name one by its Span; {listed}")
+            raise InputError(f"no {dim} {wanted!r}; there is {listed}")
+        raise InputError(f"{len(places)} of {dim} fit {wanted!r}: name one by its Span; {listed}")
 
     def of_metric(self, metric: str | None) -> Self:
         """The result of one metric, which its ``meta`` then names.
@@ -203,7 +204,7 @@ class Result:
         if metric is not None:
             return replace(self.select(metric=metric), meta=self.meta | {"metric": metric})
         if "metric" in self.dims:
-            raise ValueError(f"name one of the metrics: metric= {', '.join(self.coords['metric'])}")
+            raise InputError(f"name one of the metrics: metric= {', '.join(self.coords['metric'])}")
         return self
 
     def cells(self, metric: str | None = None) -> Sequence[Any]:
@@ -264,7 +265,7 @@ class Result:
         try:
             data = _netcdf(self.to_xarray())
         except (ValueError, TypeError) as error:
-            raise ValueError(f"netCDF cannot hold this {self.kind}: {error}") from error
+            raise InputError(f"netCDF cannot hold this {self.kind}: {error}") from error
         return write(path, data)
 
     @classmethod
@@ -276,15 +277,15 @@ class Result:
         """
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"no saved {cls.kind} at {path}")
+            raise InputError(f"no saved {cls.kind} at {path}")
         try:
             data = xr.load_dataset(path, engine="h5netcdf")
             result = cls(**cls._fields(data))
         except (OSError, KeyError) as error:
-            raise ValueError(f"{path} does not hold a saved {cls.kind}: {error}") from error
+            raise InputError(f"{path} does not hold a saved {cls.kind}: {error}") from error
         more = sorted(map(str, set(data.data_vars) - set(result.to_xarray().data_vars)))
         if more:
-            raise ValueError(f"{path} holds more than a {cls.kind}: {', '.join(more)}")
+            raise InputError(f"{path} holds more than a {cls.kind}: {', '.join(more)}")
         return result
 
     @classmethod

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.errors import InputError
+
 NO_CLIP = -1
 _EDGE = 1e-9  # seconds; keeps 3 * 0.1 s from taking in the frame centred at 0.3 s
 
@@ -40,9 +42,9 @@ class Span:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.start_s) and math.isfinite(self.end_s)):
-            raise ValueError(f"span bounds must be finite seconds, got {self}")
+            raise InputError(f"span bounds must be finite seconds, got {self}")
         if self.end_s <= self.start_s:
-            raise ValueError(f"a span must end after it starts: {self.start_s} to {self.end_s} s")
+            raise InputError(f"a span must end after it starts: {self.start_s} to {self.end_s} s")
 
     @property
     def centre_s(self) -> float:
@@ -61,7 +63,7 @@ class Span:
             start_s, end_s, label = window if len(window) == 3 else (*window, None)
             return Span(float(start_s), float(end_s), label)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"a window is a Span, (start_s, end_s) or (start_s, end_s, label), got {window!r}: "
                 f"{error}"
             ) from error
@@ -88,9 +90,9 @@ class Band:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low_hz) and math.isfinite(self.high_hz)):
-            raise ValueError(f"band bounds must be finite frequencies in Hz, got {self!r}")
+            raise InputError(f"band bounds must be finite frequencies in Hz, got {self!r}")
         if self.high_hz <= self.low_hz:
-            raise ValueError(f"a band must end above its start: {self.low_hz} to {self.high_hz} Hz")
+            raise InputError(f"a band must end above its start: {self.low_hz} to {self.high_hz} Hz")
 
     def __str__(self) -> str:
         label = f' "{self.label}"' if self.label else ""
@@ -113,7 +115,7 @@ class Band:
             low_hz, high_hz, label = band if len(band) == 3 else (*band, None)
             return Band(float(low_hz), float(high_hz), label)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"a band is a Band, (low_hz, high_hz) or (low_hz, high_hz, label), got {band!r}: "
                 f"{error}"
             ) from error
@@ -185,7 +187,7 @@ class Track:
             ValueError: if the part has none.
         """
         if self.hertz is None:
-            raise ValueError("positions of this part read the whole spectrum: it has no bands")
+            raise InputError("positions of this part read the whole spectrum: it has no bands")
         return self.hertz
 
     def same_as(self, other: Track) -> bool:
@@ -211,7 +213,7 @@ class Row:
             ValueError: if there is no such part.
         """
         if part not in self.tracks:
-            raise ValueError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
+            raise InputError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
         return self.tracks[part]
 
     def track(self, part: str, clip: int) -> Track:
@@ -225,7 +227,7 @@ class Row:
         """Length of a clip in seconds, without padding."""
         n_clips = len(self.durations_s)
         if not 0 <= clip < n_clips:
-            raise ValueError(f"clip {clip} does not exist; the prompt holds {n_clips} clip(s)")
+            raise InputError(f"clip {clip} does not exist; the prompt holds {n_clips} clip(s)")
         return self.durations_s[clip]
 
 
@@ -257,7 +259,7 @@ class Timeline:
     def _agreed(self, what: str, ask: Callable[[Row], Answer], same: Callable) -> Answer:
         first, *others = [ask(row) for row in self.rows]
         if not all(same(first, other) for other in others):
-            raise ValueError(f"the rows of this batch differ in {what}; ask one: timeline[row]")
+            raise InputError(f"the rows of this batch differ in {what}; ask one: timeline[row]")
         return first
 
     def _track(self, part: str, clip: int) -> Track:
@@ -340,12 +342,12 @@ class Timeline:
         if isinstance(start_s, Span):
             span = start_s
         elif end_s is None:
-            raise ValueError("positions needs start_s and end_s, or a Span")
+            raise InputError("positions needs start_s and end_s, or a Span")
         else:
             span = Span(start_s, end_s, clip=clip)
         index = self.inside(part, span).nonzero().flatten()
         if len(index) == 0:
-            raise ValueError(
+            raise InputError(
                 f"no position of the {part} lies between {span.start_s:g} and {span.end_s:g} s of "
                 f"clip {span.clip} ({self.duration_s(span.clip):g} s long)"
             )
@@ -360,7 +362,7 @@ class Timeline:
         """
         track = self._track(part, span.clip)
         if not torch.isfinite(track.seconds).any():
-            raise ValueError(
+            raise InputError(
                 f"positions of the {part} are tokens and have no time; address them by position "
                 f"(axes 'position'), or use a part with time: {', '.join(self._timed_parts())}"
                 + self._profile_hint()
@@ -388,7 +390,7 @@ class Timeline:
         """
         stride_s = width_s if stride_s is None else stride_s
         if not (width_s > 0 and stride_s > 0):
-            raise ValueError(f"width and stride must be positive: {width_s} and {stride_s} s")
+            raise InputError(f"width and stride must be positive: {width_s} and {stride_s} s")
         duration = self.duration_s(clip)
         count = math.ceil(duration / stride_s - _EDGE)
         spans = [
@@ -413,7 +415,7 @@ class Timeline:
             found = self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
             if isinstance(found, slice):
                 return found
-            raise ValueError(f"clip {clip} lies in several pieces; timeline.positions finds them")
+            raise InputError(f"clip {clip} lies in several pieces; timeline.positions finds them")
         return slice(int(own[0]), int(own[-1]) + 1)
 
     @property

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    "errors",
+    *("errors", "printable"),
 )
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
@@ -48,7 +48,8 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "timeline": ("errors",),
     "espeak": ("errors",),
     "progress": ("errors",),
-    "errors": (),
+    "errors": ("printable",),
+    "printable": (),
 }
 
 SHAPES = ("config", "layers")  # what everything in a model speaks of

@@ -119,7 +119,7 @@ class ClipAttention:
             ValueError: if it is not here.
         """
         if layer not in self.layers or head not in self.heads:
-            raise ValueError(
+            raise InputError(
                 f"no head {head} of layer {layer} in {self.site}: layers {self.layers}, heads "
                 f"{self.heads}"
             )

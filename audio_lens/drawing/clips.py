@@ -15,6 +15,7 @@ from transformers.audio_utils import hertz_to_mel, mel_filter_bank, spectrogram
 
 from audio_lens import audio
 from audio_lens.audio import AudioSource
+from audio_lens.errors import InputError
 from audio_lens.timeline import Span
 
 N_MELS, DB_RANGE, TICKS_HZ = 80, 80, np.array([500.0, 1000.0, 2000.0, 4000.0, 8000.0])
@@ -67,7 +68,7 @@ class Clip:
         """
         last = max((span.end_s for span in spans if not span.clip), default=0.0)
         if last > self.seconds + ROUNDING_S:
-            raise ValueError(
+            raise InputError(
                 f"the windows of the map reach to {last:.2f} s, but the audio is "
                 f"{self.seconds:.2f} s long at {self.sampling_rate} Hz: pass the clip of the "
                 "sweep, and sampling_rate= of its samples"
@@ -102,7 +103,7 @@ def clip_above(
     tiers = {"words": words, "phones": phones}
     if audio is None:
         if any(map(len, tiers.values())):
-            raise ValueError("words and phones are drawn above a clip: pass audio= too")
+            raise InputError("words and phones are drawn above a clip: pass audio= too")
         return None
     clip = Clip.load("clip", audio, sampling_rate, tiers)
     clip.check_windows(windows)

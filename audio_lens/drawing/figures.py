@@ -16,6 +16,7 @@ from plotly.colors import sample_colorscale
 from audio_lens.drawing.clips import Clip, mel_of
 from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import DIVERGING, SECONDS, STYLE, Panel, Rows, escaped, mel_axis
+from audio_lens.errors import InputError
 
 ACROSS = ("time", "position", "neuron", "head", "layer", "frequency")  # the first runs along x
 SHARES = ("effect", "recovery")  # quantities of which 1 is all there is to have
@@ -144,7 +145,7 @@ def shown_quantity(result: Labelled, quantity: str | None) -> str:
     """
     known = result.quantities
     if quantity is not None and quantity not in known:
-        raise ValueError(f"unknown quantity {quantity!r}; there is {', '.join(known)}")
+        raise InputError(f"unknown quantity {quantity!r}; there is {', '.join(known)}")
     return next(iter(known)) if quantity is None else quantity
 
 
@@ -156,7 +157,7 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
     """
     quantity = shown_quantity(result, quantity)
     if not 1 <= len(result.axes) <= 2:
-        raise ValueError(
+        raise InputError(
             f"a map has one or two axes, this result has {', '.join(result.axes) or 'none'}: "
             f"select one first, for instance {_example_selection(result)}"
         )
@@ -189,7 +190,7 @@ def _example_selection(result: Labelled) -> str:
 def _check_one_clip(result: Labelled) -> None:
     clips = sorted({span.clip for span in result.coords["time"]})
     if len(clips) > 1:
-        raise ValueError(
+        raise InputError(
             f"windows of clips {clips} cannot share an axis: select(time=[...]) those of one clip"
         )
 

@@ -14,6 +14,7 @@ from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import Axis, Map, draw_map, shown_quantity
 from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import BACKGROUND, DIVERGING, SAID_COLOURS, SECONDS, WAVE_COLOUR
+from audio_lens.errors import ExtraError
 from audio_lens.files import write
 from audio_lens.timeline import Span
 
@@ -66,7 +67,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(
+        raise ExtraError(
             "figures for papers need matplotlib: pip install 'audio_lens[figures]'"
         ) from error
     return matplotlib

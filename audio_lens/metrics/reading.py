@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, KindError
 from audio_lens.inputs import AudioInputs, InputError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def bound(
     if isinstance(metric, Reading):  # takes a copy of what it reads
         return metric
     if not callable(metric):
-        raise TypeError(f"a metric maps logits to numbers, got {type(metric).__name__}")
+        raise KindError(f"a metric maps logits to numbers, got {type(metric).__name__}")
     return functools.partial(_of_copy, metric)
 
 
@@ -184,7 +184,7 @@ def named(metric: Any) -> dict[str, Any]:
     """
     if isinstance(metric, Mapping):
         if not metric:
-            raise ValueError("the mapping of metrics is empty")
+            raise InputError("the mapping of metrics is empty")
         return dict(metric)
     return {getattr(metric, "name", None) or getattr(metric, "__name__", "metric"): metric}
 

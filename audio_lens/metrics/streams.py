@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
+from audio_lens.errors import KindError
 from audio_lens.inputs import InputError
 from audio_lens.metrics.reading import Metric, Reading, named
 from audio_lens.models.config import TEXT
@@ -28,7 +29,7 @@ def of_stream(stream: str, metric: Metric) -> Metric:
         TypeError: for a bare function, or a metric that names its stream already.
     """
     if not isinstance(metric, Metric) or metric.names_stream:
-        raise TypeError(
+        raise KindError(
             "of_stream takes a metric that names no stream yet; a function of the stream's logits "
             "is one by metrics.read_at(fn)"
         )

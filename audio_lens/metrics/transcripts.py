@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.errors import ExtraError
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.metrics.reading import Metric, Reading
 from audio_lens.models.kinds.ctc import ctc_of
@@ -57,7 +58,7 @@ def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> floa
     try:
         import jiwer
     except ImportError as error:
-        raise ImportError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
+        raise ExtraError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
     pair = [[x] if isinstance(x, str) else list(x) for x in (reference, hypothesis)]
     said, heard = ([text.strip().lower() for text in texts] for texts in pair)
     return jiwer.wer(said, heard)

@@ -443,7 +443,7 @@ class HookedAudioTransformer(
             ValueError: if the model has no such part.
         """
         if name not in self._parts:
-            raise ValueError(f"no part named {name!r}; {suggest(name, self._parts)}")
+            raise InputError(f"no part named {name!r}; {suggest(name, self._parts)}")
         return self._parts[name]
 
     def _as_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> AudioCache:

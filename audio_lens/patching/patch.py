@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
+from audio_lens.errors import InputError, KindError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers, unit_count
@@ -151,7 +152,7 @@ class _Edit:
         positions = _positions(where, patch)
         reached = where.covered(positions[None])[0]
         if not reached.any():
-            raise ValueError(f"{patch.position} of {site} holds nothing in any prompt: all padding")
+            raise InputError(f"{patch.position} of {site} holds nothing in any prompt: all padding")
         mask = _spread(positions, site, 0, site.position_dim)
         units = _units(model, site, patch)
         if site.unit is not None:
@@ -181,7 +182,7 @@ class _Edit:
 def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
     placed = patch.time is not None or patch.frequency is not None
     if placed and patch.position is not None:
-        raise ValueError("a patch has either time and frequency or position, not both")
+        raise InputError("a patch has either time and frequency or position, not both")
     if placed:
         spans = [Span.of(window) for window in _listed(patch.time, "windows")]
         bands = [Band.of(band) for band in _listed(patch.frequency, "bands")]
@@ -194,18 +195,18 @@ def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
     try:
         chosen[:, index if isinstance(index, (int, slice)) else torch.as_tensor(index)] = True
     except IndexError as error:
-        raise ValueError(
+        raise InputError(
             f"{where.site} has {chosen.shape[1]} positions here, which {index} does not fit"
         ) from error
     if not chosen.any():
-        raise ValueError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
+        raise InputError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
     return chosen
 
 
 def _listed(given: Any, what: str) -> list:
     """What is given as a list; nothing for None."""
     if isinstance(given, list) and not given:
-        raise ValueError(f"the list of {what} is empty")
+        raise InputError(f"the list of {what} is empty")
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
@@ -237,12 +238,12 @@ def _spread(mask: Bool[Tensor, "..."], site: Site, *dims: int) -> Bool[Tensor, "
 def _check_distinct(model: HookedAudioTransformer, edits: list[_Edit]) -> None:
     """Raise where two patches write the same element: which one wins would be arbitrary."""
     if not edits:
-        raise ValueError("no patches: pass at least one Patch")
+        raise InputError("no patches: pass at least one Patch")
     for one, other in itertools.combinations(edits, 2):
         places = {_place(model, name) for name in other.names}
         shared = [name for name in one.names if _place(model, name) in places]
         if shared and (one.mask & other.mask).any():
-            raise ValueError(
+            raise InputError(
                 f"two patches write the same elements of {', '.join(shared)}: narrow one of them "
                 "to other heads or positions, or leave it out"
             )
@@ -288,7 +289,7 @@ def _check_value(name: str, value: Any, expected: tuple[int | None, ...]) -> Non
     if isinstance(value, (int, float)):
         return
     if not isinstance(value, torch.Tensor):
-        raise TypeError(
+        raise KindError(
             f"the source of {name} is a {type(value).__name__}: a patch takes a cache, inputs, a "
             "tensor or a number"
         )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims
 from audio_lens.patching.engine.baselines import State, literally, prepared
@@ -167,18 +167,18 @@ class Plan:
     def _check(self, wanted: Sequence[int], verify: int) -> None:
         model = self.request.model
         if any(not 0 <= cell < len(self) for cell in wanted):
-            raise ValueError(f"cells are numbered 0 to {len(self) - 1}, got {list(wanted)}")
+            raise InputError(f"cells are numbered 0 to {len(self) - 1}, got {list(wanted)}")
         if verify < 0:
-            raise ValueError(f"verify is a number of cells, got {verify}")
+            raise InputError(f"verify is a number of cells, got {verify}")
         if verify and model.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
+            raise InputError(
                 f"verify compares up to rounding, and {model.dtype} rounds too much to tell: "
                 "verify a float32 copy of the model"
             )
         if verify and self.request.spec.precision != "exact":
-            raise ValueError(f"verify needs precision 'exact', not {self.request.spec.precision!r}")
+            raise InputError(f"verify needs precision 'exact', not {self.request.spec.precision!r}")
         if list(model.list_hooks(dir="fwd")) != self.request.hooked:
-            raise ValueError("hooks were attached or removed since this was planned: plan it anew")
+            raise InputError("hooks were attached or removed since this was planned: plan it anew")
 
     def _started(self, file: Checkpoint | None) -> State:
         """The unpatched runs, and what an earlier run left in the file."""

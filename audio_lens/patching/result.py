@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.results import Result, array, in_words
 from audio_lens.timeline import Band, Span
 
@@ -176,10 +177,10 @@ class SweepResult(Result):
 
     def _check(self) -> None:
         if self.direction not in ("denoise", "noise"):
-            raise ValueError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
+            raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
         unknown = [dim for dim in self.axes if dim not in AXES]
         if unknown:
-            raise ValueError(f"unknown axes {unknown}; a sweep has {', '.join(AXES)}")
+            raise InputError(f"unknown axes {unknown}; a sweep has {', '.join(AXES)}")
         super()._check()
 
     def _arrays(self) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ import torch
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
+from audio_lens.errors import InputError, KindError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.checks import check_pair, check_reaches
 from audio_lens.patching.sites import Site
@@ -85,7 +86,7 @@ class SweepSpec:
         """
         given = {name: value for name, value in options.items() if name not in _HOW}
         if unknown := given.keys() - set(_options()):
-            raise TypeError(f"a sweep takes no {', '.join(sorted(unknown))}")
+            raise KindError(f"a sweep takes no {', '.join(sorted(unknown))}")
         if given.get("refine") is None:
             given.pop("refine", None)
         asked = {"site": site, "axes": axes, "metric": metric, **given}
@@ -110,17 +111,17 @@ class SweepSpec:
     def _check_options(self, model: HookedAudioTransformer) -> None:
         precision = self.precision
         if self.direction not in ("denoise", "noise"):
-            raise ValueError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
+            raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
         if self.cells_per_forward is not None and self.cells_per_forward < 1:
-            raise ValueError(f"cells_per_forward must be at least 1, got {self.cells_per_forward}")
+            raise InputError(f"cells_per_forward must be at least 1, got {self.cells_per_forward}")
         if self.memory_gb is not None and self.memory_gb <= 0:
-            raise ValueError(f"memory_gb must be positive, got {self.memory_gb}")
+            raise InputError(f"memory_gb must be positive, got {self.memory_gb}")
         if precision not in ("exact", "tf32", "bf16"):
-            raise ValueError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
+            raise InputError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
         if precision == "tf32" and model.device.type != "cuda":
-            raise ValueError("precision 'tf32' exists on CUDA only; the model is elsewhere")
+            raise InputError("precision 'tf32' exists on CUDA only; the model is elsewhere")
         if precision != "exact" and model.dtype != torch.float32:
-            raise ValueError(
+            raise InputError(
                 f"precision {precision!r} is for float32 models; this is {model.dtype}"
             )
 

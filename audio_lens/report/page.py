@@ -12,6 +12,7 @@ from audio_lens.audio import AudioSource
 from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import MARKED, Map, draw_map
 from audio_lens.drawing.rows import Rows
+from audio_lens.errors import InputError
 from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.report.html import traces_json, write_page
 from audio_lens.timeline import Span
@@ -173,7 +174,7 @@ def _named(results: Results) -> list[tuple[str | None, SweepResult]]:
         several = [results] if isinstance(results, SweepResult) else results
         named = [(None, result) for result in several]
     if not named:
-        raise ValueError("no results: a page needs at least one")
+        raise InputError("no results: a page needs at least one")
     return named
 
 
@@ -193,14 +194,14 @@ def _check_distinct(views: Sequence[View]) -> None:
     """Raise unless the page can tell the views apart and all are of the same clips."""
     for one, two in itertools.combinations(views, 2):
         if one.facets == two.facets:
-            raise ValueError(
+            raise InputError(
                 f"two results are alike in {', '.join(one.facets)}, so that the page could not "
                 "tell them apart: name them, as in map_page({'first': a, 'second': b}, ...)"
             )
         for clip in ("clean_hash", "corrupted_hash"):
             hashes = {view.result.meta.get(clip) for view in (one, two)} - {None}
             if len(hashes) > 1:
-                raise ValueError(
+                raise InputError(
                     "the results are of different clips: a page shows one pair, write several"
                 )
 
@@ -211,7 +212,7 @@ def _first(views: Sequence[View], metric: str | None) -> int:
     if metric is None:
         return 0
     if metric not in names:
-        raise ValueError(f"no metric {metric!r}; there is {', '.join(dict.fromkeys(names))}")
+        raise InputError(f"no metric {metric!r}; there is {', '.join(dict.fromkeys(names))}")
     return names.index(metric)
 
 
