@@ -16,8 +16,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    *("errors", "printable"),
+    *("sound_files", "bounds", "errors", "printable"),
 )
+CHECKS = ("bounds", "errors", "printable")
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
 HOUSE: dict[str, tuple[str, ...]] = {
@@ -40,14 +41,16 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cache": GROUND,
     "synthesis": GROUND,
     "corruptions": GROUND,
-    "inputs": ("audio", "timeline", "hooks", "pickles", "errors"),
-    "hooks": ("errors",),
-    "files": ("errors",),
-    "pickles": ("errors",),
-    "audio": ("errors",),
-    "timeline": ("errors",),
-    "espeak": ("errors",),
-    "progress": ("errors",),
+    "inputs": ("audio", "timeline", "hooks", "pickles", *CHECKS),
+    "hooks": CHECKS,
+    "files": CHECKS,
+    "pickles": CHECKS,
+    "audio": ("sound_files", *CHECKS),
+    "sound_files": CHECKS,
+    "timeline": CHECKS,
+    "espeak": CHECKS,
+    "progress": CHECKS,
+    "bounds": ("errors", "printable"),
     "errors": ("printable",),
     "printable": (),
 }

@@ -160,7 +160,7 @@ def map_command(
         replace(case.clips, question=question).check_options(listener)
         if not listener.takes_question:
             case = replace(case, clips=replace(case.clips, question=None))
-        _tell_lengths(case.clips, listener.cfg.sampling_rate)
+        _tell_lengths(case.clips)
         pair = case.clips.inputs(listener)
         is_ctc = listener.cfg.output_kind == "ctc"
         difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
@@ -281,8 +281,8 @@ def _shipped_case(
     )
 
 
-def _tell_lengths(clips: ClipPair, rate: int) -> None:
-    shorter, longer = sorted(clips.seconds(rate))
+def _tell_lengths(clips: ClipPair) -> None:
+    shorter, longer = sorted(clips.seconds)
     if shorter < longer:
         err.print(f"the shorter clip is lengthened with silence to {longer:.2f} s")
 
