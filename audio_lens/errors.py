@@ -26,5 +26,9 @@ class KindError(AudioLensError, TypeError):
     """An argument of another kind than can be taken; the message names it."""
 
 
+class RangeError(AudioLensError, IndexError):
+    """A row, clip or position that does not exist; the message says which there are."""
+
+
 class ExtraError(AudioLensError, ImportError):
     """What needs an extra of the package that is not installed; the message names it."""

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from audio_lens.arguments import path_of
 from audio_lens.errors import AudioLensError
 
 _NAME_LENGTH = 40  # of the old name, in the name of the file beside it
@@ -88,7 +89,7 @@ def _same(path: Path, other: Path) -> bool:
 
 def _target(path: str | Path) -> Path:
     """The file behind links, if one may stand there."""
-    path = Path(path)
+    path = path_of("path", path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name the file to write")
     if path.exists() and not path.is_file():

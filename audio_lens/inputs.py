@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from audio_lens.arguments import numbers, whole
 from audio_lens.errors import InputError as InputError
+from audio_lens.errors import RangeError
 from audio_lens.pickles import all_alone
 
+MOST_COPIES = 1_000_000
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
 
 
@@ -162,13 +166,32 @@ class AudioInputs:
             InputError: if that leaves no prompt.
             IndexError: for a row that does not exist.
         """
-        chosen = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
-        if chosen.size == 0:
+        chosen = self._chosen(rows)
+        if not chosen:
             raise InputError(f"{rows} selects none of the {len(self)} prompts")
-        return self._select(np.atleast_1d(chosen).tolist())
+        return self._select(chosen)
+
+    def _chosen(self, rows: Any) -> list[int]:
+        everything = list(range(len(self)))
+        if isinstance(rows, slice):
+            return everything[rows]
+        asked = rows.tolist() if hasattr(rows, "tolist") else rows  # of arrays and tensors
+        if isinstance(asked, (list, tuple)) and all(isinstance(one, bool) for one in asked):
+            if len(asked) != len(self):
+                raise RangeError(f"a mask of {len(asked)} rows does not fit {len(self)} prompts")
+            return list(itertools.compress(everything, asked))
+        numbered = numbers("rows", asked)
+        if not all(-len(self) <= row < len(self) for row in numbered):
+            raise RangeError(f"there is no row {asked}: the batch holds {len(self)} prompts")
+        return [everything[row] for row in numbered]
 
     def repeat(self, times: int) -> AudioInputs:
-        """The whole batch ``times`` over, copy after copy."""
+        """The whole batch ``times`` over, copy after copy.
+
+        Raises:
+            InputError: for fewer than one.
+        """
+        whole("times", times, least=1, most=MOST_COPIES)
         return self._select(list(range(len(self))) * times)
 
     def _select(self, rows: list[int]) -> AudioInputs:

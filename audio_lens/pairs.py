@@ -143,6 +143,10 @@ def _reworded(
     """The inputs with the other text, and what was done."""
     if isinstance(corrupted_text, str):
         return inputs.with_text(corrupted_text), f"{text!r} -> {corrupted_text!r}"
+    if not isinstance(corrupted_text, TextSwap):
+        raise InputError(
+            f"corrupted_text is a text or a TextSwap, got {type(corrupted_text).__name__}"
+        )
     if not isinstance(text, str):
         raise InputError(f"{corrupted_text} needs a text to swap words in: pass text=")
     return inputs.with_text(corrupted_text(text)), corrupted_text.describe()

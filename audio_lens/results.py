@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from xarray.backends import H5NetCDFStore
 
+from audio_lens.arguments import path_of, whole
 from audio_lens.errors import InputError
 from audio_lens.files import write
 from audio_lens.pickles import all_alone
+from audio_lens.printable import printable
 from audio_lens.timeline import Band, Span, describe_span
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ def in_words(at: Mapping[str, Any]) -> str:
 def _in_words(axis: str, coordinate: Any) -> str:
     if isinstance(coordinate, Span):
         return describe_span(coordinate)
-    return str(coordinate) if isinstance(coordinate, Band) else f"{axis} {coordinate}"
+    return str(coordinate) if isinstance(coordinate, Band) else printable(f"{axis} {coordinate}")
 
 
 @dataclass
@@ -230,6 +233,7 @@ class Result:
         Raises:
             ValueError: if there are several metrics and none is named.
         """
+        whole("n", n, least=0)
         first = next(iter(self.quantities))
         sizes = [(abs(getattr(cell, first)), cell) for cell in self.cells(metric)]
         known = [(size, cell) for size, cell in sizes if math.isfinite(size)]
@@ -275,7 +279,7 @@ class Result:
         Raises:
             ValueError: if the file is missing or holds something else.
         """
-        path = Path(path)
+        path = path_of("path", path)
         if not path.is_file():
             raise InputError(f"no saved {cls.kind} at {path}")
         try:
@@ -444,6 +448,8 @@ def _names(name: Any, wanted: Any) -> bool:
         return name == wanted
     if isinstance(wanted, str):
         return name.label == wanted
+    if not isinstance(wanted, Real):
+        return False
     if isinstance(name, Band):
         return name.low_hz <= wanted < name.high_hz
     return name.start_s <= wanted < name.end_s

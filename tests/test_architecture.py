@@ -16,9 +16,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    *("sound_files", "bounds", "errors", "printable"),
+    *("sound_files", "arguments", "errors", "printable"),
 )
-CHECKS = ("bounds", "errors", "printable")
+CHECKS = ("arguments", "errors", "printable")
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 
 HOUSE: dict[str, tuple[str, ...]] = {
@@ -50,7 +50,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "timeline": CHECKS,
     "espeak": CHECKS,
     "progress": CHECKS,
-    "bounds": ("errors", "printable"),
+    "arguments": ("errors", "printable"),
     "errors": ("printable",),
     "printable": (),
 }

@@ -345,9 +345,8 @@ def _print_baselines(case: Case, before: dict[str, Any]) -> None:
         answer, value = before["answers"][name], before["metric"][name]
         table.add_row(name, escape(path.name), f"[bold]{escape(answer)}[/]", f"{value:+.3f}")
     out.print(table)
-    out.print(
-        f"[dim]metric: logit of {escape(case.answer)!r} minus logit of {escape(case.against)!r}[/]"
-    )
+    answer, against = (escape(repr(word)) for word in (case.answer, case.against))
+    out.print(f"[dim]metric: logit of {answer} minus logit of {against}[/]")
     if before["answers"]["clean"] == before["answers"]["corrupted"]:
         shared.warn("the model answers both clips the same: a map can hardly explain that")
     elif before["metric"]["clean"] < before["metric"]["corrupted"]:

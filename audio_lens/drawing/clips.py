@@ -14,6 +14,7 @@ from jaxtyping import Float, Int8
 from transformers.audio_utils import hertz_to_mel, mel_filter_bank, spectrogram
 
 from audio_lens import audio
+from audio_lens.arguments import listed
 from audio_lens.audio import AudioSource
 from audio_lens.errors import InputError
 from audio_lens.timeline import Span
@@ -47,7 +48,8 @@ class Clip:
             AudioError: for audio that cannot be read.
         """
         samples = audio.load(source, sampling_rate, sampling_rate)
-        said = {tier: tuple(spans) for tier, spans in tiers.items() if len(spans)}
+        given = {tier: listed(tier, spans, Span, "Spans") for tier, spans in tiers.items()}
+        said = {tier: tuple(spans) for tier, spans in given.items() if spans}
         return Clip(name, samples, sampling_rate, said)
 
     @property
@@ -102,7 +104,7 @@ def clip_above(
     """
     tiers = {"words": words, "phones": phones}
     if audio is None:
-        if any(map(len, tiers.values())):
+        if any(spans is None or len(spans) for spans in tiers.values()):
             raise InputError("words and phones are drawn above a clip: pass audio= too")
         return None
     clip = Clip.load("clip", audio, sampling_rate, tiers)

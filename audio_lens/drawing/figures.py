@@ -144,7 +144,7 @@ def shown_quantity(result: Labelled, quantity: str | None) -> str:
         ValueError: for one that the result does not have.
     """
     known = result.quantities
-    if quantity is not None and quantity not in known:
+    if quantity is not None and quantity not in list(known):
         raise InputError(f"unknown quantity {quantity!r}; there is {', '.join(known)}")
     return next(iter(known)) if quantity is None else quantity
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from audio_lens.arguments import number, path_of
 from audio_lens.drawing import clips as sound
 from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import Axis, Map, draw_map, shown_quantity
@@ -28,6 +29,7 @@ TIER_IN, WAVE_IN, MEL_IN, ROW_IN, MAP_IN, BARS_IN = 0.18, 0.35, 0.8, 0.16, (0.9,
 AXIS_IN = 0.45  # ticks and title of an axis
 MOST_TICKS, DARK = 16, 0.6  # named columns; share of the colour scale from which text is white
 DPI = 300
+LEAST_IN, MOST_IN = 0.5, 100.0
 
 
 def map_figure(
@@ -44,6 +46,7 @@ def map_figure(
         ValueError: as of `draw_map`.
         OutputError: a path that cannot be written; the old file stays.
     """
+    number("width_in", width_in, least=LEAST_IN, most=MOST_IN, unit="inches")
     matplotlib = _matplotlib()
     quantity = shown_quantity(result, quantity)
     drawn = draw_map(result, quantity)
@@ -56,7 +59,7 @@ def map_figure(
 
 def _save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the suffix; without one, in matplotlib's, which it adds."""
-    path = Path(path)
+    path = path_of("path", path)
     suffix = path.suffix or f".{figure.canvas.get_default_filetype()}"
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format=suffix.removeprefix("."))

@@ -15,6 +15,7 @@ from audio_lens.metrics.reading import (
     at_positions,
     blamed,
     bound,
+    check,
     measured,
     named,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "at_positions",
     "blamed",
     "bound",
+    "check",
     "ctc_diff",
     "ctc_log_prob",
     "forced_choice",

@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from audio_lens.arguments import numbers
 from audio_lens.errors import InputError
 from audio_lens.patching.sites import Site, SiteError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
@@ -203,8 +204,8 @@ def chosen_layers(
     last = site.n_layers - layer_window
     if layers is None:
         return tuple(range(last + 1))
-    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
-    is_known = all(isinstance(layer, int) and 0 <= layer <= last for layer in chosen)
+    chosen = tuple(map(int, numbers("layers", layers)))
+    is_known = all(0 <= layer <= last for layer in chosen)
     if not chosen or not is_known or len(set(chosen)) < len(chosen):
         raise InputError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
     return chosen
@@ -296,7 +297,7 @@ class Positions:
         """The bands asked for."""
         if bands == "patch":
             return self.rows[0].bands(self.part)
-        if isinstance(bands, str) or not len(bands):
+        if isinstance(bands, str) or not isinstance(bands, Sequence) or not len(bands):
             raise InputError(f"bands {bands!r} is none of {_BAND_FORMS}")
         return [Band.of(band) for band in bands]
 
@@ -313,10 +314,10 @@ class Positions:
         if windows == "position":
             return [span for clip in self._clips() for span in self._single_positions(clip)]
         if isinstance(windows, (int, float, Real)):
-            return self._tiled(float(windows), float(windows))
-        if isinstance(windows, str) or not len(windows):
+            return self._tiled(windows, windows)
+        if isinstance(windows, str) or not isinstance(windows, Sequence) or not len(windows):
             raise InputError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
-        sizes = [float(one) for one in windows if isinstance(one, (int, float, Real))]
+        sizes = [one for one in windows if isinstance(one, (int, float, Real))]
         if not sizes:
             spans = (one for one in windows if not isinstance(one, (int, float, Real)))
             return [Span.of(span) for span in spans]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
+from audio_lens.arguments import listed, number, numbers
 from audio_lens.errors import InputError, KindError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
@@ -96,7 +98,10 @@ def patch(
         MetricError: a metric that fails, or gives something else than numbers.
     """
     inputs = model.as_inputs(inputs)
-    edits = [_Edit.lay_out(model, inputs, one) for one in patches]
+    if metric is not None:
+        metrics.check(metric)
+    asked = listed("patches", patches, Patch, "Patches")
+    edits = [_Edit.lay_out(model, inputs, one) for one in asked]
     _check_distinct(model, edits)
     measures = {
         name: metrics.bound(one, model, inputs)
@@ -192,11 +197,14 @@ def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
         return where.everywhere()[0]
     chosen = torch.zeros_like(where.valid)
     index = patch.position
+    if not isinstance(index, (slice, Tensor)):
+        index = numbers("position", index)
     try:
-        chosen[:, index if isinstance(index, (int, slice)) else torch.as_tensor(index)] = True
-    except IndexError as error:
+        chosen[:, index] = True
+    except (IndexError, ValueError) as error:  # a number beyond all integers
         raise InputError(
-            f"{where.site} has {chosen.shape[1]} positions here, which {index} does not fit"
+            f"{where.site} has {chosen.shape[1]} positions here, which {patch.position} does not "
+            "fit"
         ) from error
     if not chosen.any():
         raise InputError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
@@ -221,7 +229,7 @@ def _units(model: HookedAudioTransformer, site: Site, patch: Patch) -> Bool[Tens
     count, index = unit_count(model, site), asked[site.unit]
     if index is None:
         return torch.ones(count, dtype=torch.bool)
-    indices = [index] if isinstance(index, int) else list(index)
+    indices = numbers(site.unit, index)
     if not indices or not all(0 <= one < count for one in indices):
         raise SiteError(f"{site.unit}s of {site} lie in 0 to {count - 1}, got {indices}")
     return torch.zeros(count, dtype=torch.bool).index_fill(0, torch.tensor(indices), True)
@@ -286,7 +294,8 @@ def _is_inputs(
 
 def _check_value(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
     """Raise for what is no value of an activation of this shape; a number is one."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, Real):
+        number("a source", value)
         return
     if not isinstance(value, torch.Tensor):
         raise KindError(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens.arguments import numbers, whole
 from audio_lens.errors import AudioLensError, InputError
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims
@@ -139,7 +140,7 @@ class Plan:
             VerificationError: a cell that a whole forward does not confirm.
             CheckpointError: a file that belongs to another sweep.
         """
-        wanted = range(len(self)) if only is None else [int(cell) for cell in only]
+        wanted = range(len(self)) if only is None else numbers("only", only)
         self._check(wanted, verify)
         file = None
         if checkpoint is not None:
@@ -168,8 +169,7 @@ class Plan:
         model = self.request.model
         if any(not 0 <= cell < len(self) for cell in wanted):
             raise InputError(f"cells are numbered 0 to {len(self) - 1}, got {list(wanted)}")
-        if verify < 0:
-            raise InputError(f"verify is a number of cells, got {verify}")
+        whole("verify", verify, least=0, unit="cells")
         if verify and model.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"verify compares up to rounding, and {model.dtype} rounds too much to tell: "

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import number
 from audio_lens.errors import InputError
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import SweepResult
@@ -42,8 +43,7 @@ def refined(
     """
     threshold, axes = spec.refine, spec.axes
     planned = Plan.of(model, spec)
-    if threshold is None or threshold <= 0:
-        raise InputError(f"refine is a share of the baseline gap above 0, got {threshold}")
+    number("refine", threshold, above=0, unit="the baseline gap")
     if "time" not in axes:
         raise InputError("refine splits windows: it needs axis 'time'")
     spans = planned.table.coords["time"]

@@ -10,6 +10,7 @@ import torch
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
+from audio_lens.arguments import names, number, whole
 from audio_lens.errors import InputError, KindError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.checks import check_pair, check_reaches
@@ -89,17 +90,17 @@ class SweepSpec:
             raise KindError(f"a sweep takes no {', '.join(sorted(unknown))}")
         if given.get("refine") is None:
             given.pop("refine", None)
+        metrics.check(metric)
         asked = {"site": site, "axes": axes, "metric": metric, **given}
         clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
         timeline = check_pair(model, clean, corrupted)
         given["source"] = _source(model, clean, timeline, given.get("source"))
-        names = [site] if isinstance(site, str) else site
         spec = SweepSpec(
             clean=clean,
             corrupted=corrupted,
             timeline=timeline,
-            sites=tuple(Site.parse(name, model) for name in names),
-            axes=(axes,) if isinstance(axes, str) else tuple(axes),
+            sites=tuple(Site.parse(name, model) for name in names("site", site)),
+            axes=tuple(names("axes", axes)),
             metric=metric,
             record=recorded({name: asked[name] for name in asked if name not in _NO_MATTER}),
             **given,
@@ -112,10 +113,13 @@ class SweepSpec:
         precision = self.precision
         if self.direction not in ("denoise", "noise"):
             raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
-        if self.cells_per_forward is not None and self.cells_per_forward < 1:
-            raise InputError(f"cells_per_forward must be at least 1, got {self.cells_per_forward}")
-        if self.memory_gb is not None and self.memory_gb <= 0:
-            raise InputError(f"memory_gb must be positive, got {self.memory_gb}")
+        if self.cells_per_forward is not None:
+            whole("cells_per_forward", self.cells_per_forward, least=1)
+        if self.memory_gb is not None:
+            number("memory_gb", self.memory_gb, above=0, unit="GB")
+        if self.refine is not None:
+            number("refine", self.refine, above=0, unit="the baseline gap")
+        whole("layer_window", self.layer_window, least=1)
         if precision not in ("exact", "tf32", "bf16"):
             raise InputError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
         if precision == "tf32" and model.device.type != "cuda":

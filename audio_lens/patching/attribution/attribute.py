@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from audio_lens import metrics
+from audio_lens.arguments import whole
 from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.confirm import Confirmation, confirm
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 DEFAULT_STEPS = 5
+MOST_STEPS = 10_000
 
 
 @dataclass(repr=False, init=False)
@@ -221,8 +223,8 @@ def _check_method(
         raise InputError(f"method is one of {', '.join(get_args(Method))}, got {method!r}")
     if steps is not None and method != "ig":
         raise InputError(f"steps belong to method 'ig', not to {method!r}")
-    if steps is not None and steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
+    if steps is not None:
+        whole("steps", steps, least=1, most=MOST_STEPS)
     fixed = [str(table.site) for table in tables if QueryKeyTap.fits(model, table)]
     if method == "qk_fix" and len(fixed) < len(tables):
         others = [str(table.site) for table in tables if str(table.site) not in fixed]

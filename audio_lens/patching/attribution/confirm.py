@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import names, whole
 from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.plan import Plan
@@ -154,8 +155,8 @@ def confirm(
         request: the arguments of that sweep, as `plan` takes them.
         is_signed: whether estimates have a direction, or are magnitudes only.
     """
-    if top_k < 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}")
+    whole("top_k", top_k, least=1)
+    whole("seed", seed, least=-(2**63), most=2**63 - 1)
     if exact not in ("top", "all"):
         raise InputError(f"exact is 'top' or 'all', got {exact!r}")
     site = Site.parse(estimated.site, model)
@@ -226,7 +227,7 @@ def _chosen_controls(
     if controls is None:
         report = [f"control {name} left out: {why}" for name, why in lacking.items()]
         return [name for name in CONTROLS if name not in lacking], report
-    for name in controls:
+    for name in names("controls", controls):
         if name not in CONTROLS:
             raise InputError(f"no control {name!r}; there are {', '.join(CONTROLS)}")
         if name in lacking:

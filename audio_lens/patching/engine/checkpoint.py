@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from audio_lens import files
+from audio_lens.arguments import number, path_of
 from audio_lens.errors import AudioLensError
 
 EVERY_S = 2.0
@@ -38,17 +39,15 @@ class Checkpoint:
         failure: why the last save failed; None if it did not.
 
     Raises:
-        CheckpointError: if there is no folder to write to, or ``every_s`` is no number of seconds.
+        CheckpointError: if there is no folder to write to.
+        InputError: if ``every_s`` is no number of seconds.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, str], every_s: float | int = EVERY_S):
-        self.path, self.identity, self.every_s = Path(path), identity, every_s
+        self.path, self.identity, self.every_s = path_of("checkpoint", path), identity, every_s
         self.failure: str | None = None
         self._due = -math.inf
-        if not every_s >= 0:
-            raise CheckpointError(
-                f"checkpoint_every_s is a number of seconds from 0 on, got {every_s}"
-            )
+        number("checkpoint_every_s", every_s, least=0, unit="seconds")
         is_other = self.path.exists() and not self.path.is_file()
         if is_other or not self.path.parent.is_dir():
             raise CheckpointError(f"no file can be written at {self.path}")
