@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import path_of
 from audio_lens.audio import AudioSource
 from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.inputs import InputError
@@ -60,7 +61,8 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
         from praatio.utilities.errors import PraatioException
     except ImportError as error:
         raise ExtraError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
-    if not Path(path).is_file():
+    path = path_of("a TextGrid", path)
+    if not path.is_file():
         raise AlignmentError(f"no TextGrid at {path}")
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False)

@@ -16,6 +16,8 @@ import soxr
 import torch
 from jaxtyping import Float
 
+from audio_lens.arguments import path_of
+from audio_lens.errors import InputError
 from audio_lens.sound_files import (
     LONGEST_S,
     MOST_HZ,
@@ -45,7 +47,7 @@ def read(
         AudioError: if the file is missing, empty, cut off, too long or not audio, or holds NaN or
             infinite samples.
     """
-    return _decoded(Path(path), str(path), sampling_rate, longest_s)
+    return _decoded(_path(path), str(path), sampling_rate, longest_s)
 
 
 def _decoded(
@@ -72,8 +74,15 @@ def check(path: str | Path) -> None:
     Raises:
         AudioError: if the file is missing, empty, cut off or not audio.
     """
-    with opened(Path(path), str(path)):
+    with opened(_path(path), str(path)):
         pass
+
+
+def _path(path: str | Path) -> Path:
+    try:
+        return path_of("a clip", path)
+    except InputError as error:
+        raise AudioError(str(error)) from error
 
 
 def _check_rate(value: Any) -> None:

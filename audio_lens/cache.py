@@ -15,7 +15,8 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
-from audio_lens.errors import InputError
+from audio_lens.arguments import whole
+from audio_lens.errors import InputError, RangeError
 from audio_lens.hooks import (
     HookNameError,
     PosSlice,
@@ -185,7 +186,10 @@ class AudioCache(ActivationCache):
         if not self.has_batch_dim:
             raise InputError("this cache has no batch axis")
         self._batch_size()
-        chosen = {n: rows.apply(tensor, dim=0) for n, tensor in self.items() if not is_flat(n)}
+        try:
+            chosen = {n: rows.apply(tensor, dim=0) for n, tensor in self.items() if not is_flat(n)}
+        except IndexError as error:
+            raise RangeError(f"the cache has no such rows: {error}") from error
         return AudioCache(chosen, self.parts, self.main_part, rows.mode != "int", self.prefixed)
 
     # ---------------------------------------------------------------- keys
@@ -261,6 +265,7 @@ class AudioCache(ActivationCache):
     def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
+        whole("layer", layer, least=0, most=n_layers)
         if mlp_input and layer >= n_layers:
             raise InputError(f"no MLP reads layer {layer}: mlp_input needs one below {n_layers}")
         return layer

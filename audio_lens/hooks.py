@@ -21,7 +21,8 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint as _HookPoint
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from audio_lens.errors import AudioLensError, InputError
+from audio_lens import arguments
+from audio_lens.errors import AudioLensError, InputError, RangeError
 
 AttnMode = Literal["auto", "explicit", "sdpa"]
 HookFn = Callable[..., Any]
@@ -116,7 +117,10 @@ def slice_input(wanted: PosSlice) -> Slice | SliceInput:
 
 def as_slice(wanted: PosSlice) -> Slice:
     """As TransformerLens reads slices: an int drops the axis."""
-    return wanted if isinstance(wanted, Slice) else Slice(cast("SliceInput", wanted))
+    try:
+        return wanted if isinstance(wanted, Slice) else Slice(cast("SliceInput", wanted))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{wanted!r} names no positions: {error}") from error
 
 
 def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
@@ -189,7 +193,7 @@ class HookedRoot(HookedRootModule):
         elif callable(names):
             chosen = [name for name in known if names(name)]
         else:
-            listed = [names] if isinstance(names, str) else names
+            listed = arguments.names("hook names", names)
             chosen = [self.resolve(name, part) for name in listed]
         if not chosen:
             examples = ", ".join(known[:: max(1, len(known) // 6)])
@@ -253,6 +257,9 @@ class HookedRoot(HookedRootModule):
             HookNameError: if the name or predicate matches nothing.
             DeadHookError: if it matches only what `attn_mode` "sdpa" does not compute.
         """
+        _check_hook(name, hook)
+        if dir not in ("fwd", "bwd"):
+            raise InputError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
         names = self.matching(name)
         if self.attn_mode == "sdpa" and all(local_name(n) in _PER_PAIR for n in names):
             raise DeadHookError(f"a hook on {_label(name)}: {_FUSED}")
@@ -273,6 +280,7 @@ class HookedRoot(HookedRootModule):
             HookNameError: if a name or predicate matches nothing.
             DeadHookError: on leaving, if a forward hook never ran (and does not stay attached).
         """
+        _check_hooks(fwd_hooks, bwd_hooks)
         watched = [(name, _Watched(_label(name), fn)) for name, fn in fwd_hooks]
         forward: _Listed = [(full, fn) for name, fn in watched for full in self.matching(name)]
         backward: _Listed = [(full, fn) for name, fn in bwd_hooks for full in self.matching(name)]
@@ -313,6 +321,7 @@ class HookedRoot(HookedRootModule):
             DeadHookError: if a forward hook never ran, or backward hooks would be removed before a
                 backward pass can reach them.
         """
+        _check_hooks(fwd_hooks, bwd_hooks)
         if bwd_hooks and reset_hooks_end:
             raise DeadHookError(
                 "run_with_hooks only runs forward and then removes bwd_hooks, so they never run: "
@@ -406,7 +415,8 @@ class HookedRoot(HookedRootModule):
         names = self.matching(names_filter, attention, part)
         if pos_slice is not None:
             names = self._sliceable(names, part or self.output_part, _is_named(names_filter))
-        positions = Slice.unwrap(slice_input(pos_slice))
+        positions = as_slice(pos_slice)
+        target = _device_of(device)
         sliced = {} if pos_slice is None else {name: position_dim(name) for name in names}
         cache = {} if cache is None else cache
 
@@ -415,10 +425,10 @@ class HookedRoot(HookedRootModule):
                 kept = tensor.detach()
                 dim = sliced.get(name)
                 if dim is not None:  # as a copy: a view would hold on to all positions
-                    kept = positions.apply(kept, dim=dim).clone()
+                    kept = _at(positions, kept, dim, name).clone()
                 if remove_batch_dim and not is_flat(name):
                     kept = _without_batch(kept, name)
-                cache[name + suffix] = kept.to(device)
+                cache[name + suffix] = kept.to(target)
 
             keep.only_reads = True
             return keep
@@ -464,6 +474,36 @@ class HookedRoot(HookedRootModule):
         after_pooling = tuple(f"{part}.{x}" for x in ("hook_pooled", "ln_final", "hook_out"))
         is_pooled = f"{part}.hook_pooled" in self.hook_dict and name.startswith(after_pooling)
         return is_own and not is_pooled and position_dim(name) is not None
+
+
+def _at(positions: Slice, kept: Tensor, dim: int, name: str) -> Tensor:
+    try:
+        return positions.apply(kept, dim=dim)
+    except IndexError as error:
+        raise RangeError(f"{name} has {kept.shape[dim]} positions: {error}") from error
+
+
+def _device_of(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{device!r} is no device: {str(error).splitlines()[0]}") from error
+
+
+def _check_hooks(*several: Hooks) -> None:
+    """Raise unless each is a list of pairs of a name or filter and a function."""
+    for hooks in several:
+        for pair in arguments.listed("hooks", hooks, (tuple, list), "pairs (name, function)"):
+            if len(pair) != 2:
+                raise InputError(f"a hook is a pair (name, function), got {pair!r}")
+            _check_hook(*pair)
+
+
+def _check_hook(name: Any, hook: Any) -> None:
+    if not (isinstance(name, str) or callable(name)):
+        raise InputError(f"a hook's place is a name or a filter of names, got {name!r}")
+    if not callable(hook):
+        raise InputError(f"a hook on {_label(name)} is a function, got {hook!r}")
 
 
 def _is_named(names: NamesFilter) -> bool:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import h5netcdf
+import h5py
 import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 from xarray.backends import H5NetCDFStore
 
+from audio_lens import arguments
 from audio_lens.arguments import path_of, whole
 from audio_lens.errors import InputError
 from audio_lens.files import write
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from audio_lens.audio import AudioSource
 
 BATCH_DIMS = ("metric", "stimulus")
+MOST_PACKED = 1_100  # how many bytes one of a compressed file can stand for (1,032 in deflate)
+SLACK = 2**20  # bytes, for fill values that are not written
 STRETCHES = ("time", "frequency")  # dims whose coordinates are spans or bands, not names
 
 
@@ -283,11 +287,13 @@ class Result:
         if not path.is_file():
             raise InputError(f"no saved {cls.kind} at {path}")
         try:
+            check_whole(path)
             data = xr.load_dataset(path, engine="h5netcdf")
             result = cls(**cls._fields(data))
-        except (OSError, KeyError) as error:
+            known = result.to_xarray().data_vars
+        except Exception as error:  # of HDF5, netCDF, JSON and what the numbers must be
             raise InputError(f"{path} does not hold a saved {cls.kind}: {error}") from error
-        more = sorted(map(str, set(data.data_vars) - set(result.to_xarray().data_vars)))
+        more = sorted(map(str, set(data.data_vars) - set(known)))
         if more:
             raise InputError(f"{path} holds more than a {cls.kind}: {', '.join(more)}")
         return result
@@ -296,13 +302,17 @@ class Result:
     def _fields(cls, data: xr.Dataset) -> dict[str, Any]:
         """The fields of a result that `to_xarray` wrote; a KeyError tells what is missing."""
         dims = tuple(str(dim) for dim in data["value"].dims)
-        told = {name: json.loads(data.attrs[name]) for name in ("report", "meta")}
+        report, meta = (json.loads(data.attrs[name]) for name in ("report", "meta"))
+        recipe = json.loads(data.attrs.get("recipe", "{}"))
+        if not (isinstance(meta, dict) and isinstance(recipe, dict)):
+            raise InputError("its notes are no mappings")
         return {
-            "values": torch.tensor(data["value"].values),
+            "values": numbers_of(data, "value"),
             "dims": dims,
             "coords": {dim: _coords_of(data, dim) for dim in dims},
-            "recipe": json.loads(data.attrs.get("recipe", "{}")),
-            **told,
+            "recipe": recipe,
+            "report": arguments.listed("report", report, str, "texts"),
+            "meta": {name: arguments.text(name, said) for name, said in meta.items()},
         }
 
     # ---------------------------------------------------------------- figures
@@ -381,6 +391,38 @@ def _netcdf(data: xr.Dataset) -> bytes:
     with h5netcdf.File(memory, "w") as file:
         data.dump_to_store(H5NetCDFStore(file))
     return memory.getvalue()
+
+
+def check_whole(path: Path) -> None:
+    """Raise unless a file of HDF5 holds by itself what it declares, so that reading it is safe.
+
+    Raises:
+        InputError: numbers of more bytes than the file can hold, or that lie in other files.
+        OSError: a file of another kind.
+    """
+    size, declared = path.stat().st_size, 0
+    with h5py.File(path) as file:
+        for name in file:
+            link = file.get(name, getlink=True)
+            held = file[name] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(held, h5py.Dataset) or held.is_virtual or held.external:
+                raise InputError(f"{name} does not lie in it")
+            packed = MOST_PACKED if held.compression or held.scaleoffset is not None else 1
+            declared += held.size * held.dtype.itemsize // packed
+    if declared > size + SLACK:
+        raise InputError(f"it declares more than {declared:,} bytes of numbers, and has {size:,}")
+
+
+def numbers_of(data: xr.Dataset, name: str) -> Tensor:
+    """A variable of a Dataset, whose values have a fraction.
+
+    Raises:
+        InputError: values of another kind.
+    """
+    values = data[name].values
+    if values.dtype.kind != "f":
+        raise InputError(f"{name} is of {values.dtype}, not of numbers with a fraction")
+    return torch.tensor(values)
 
 
 # -------------------------------------------------------------------------------- coordinates

@@ -165,6 +165,20 @@ def map_command(
         is_ctc = listener.cfg.output_kind == "ctc"
         difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
         metric = difference(case.answer, case.against)
+        plans = [
+            patching.plan(
+                listener,
+                clean=pair[0],
+                corrupted=pair[1],
+                site=one,
+                axes=wanted,
+                windows=_windows(window, stride),
+                metric=metric,
+                direction=way,
+            )
+            for one in sites
+            for way in directions
+        ]
         before = _listen(listener, pair, metric)
         if not as_json:
             _print_baselines(case, before)
@@ -174,21 +188,7 @@ def map_command(
                 "clips that differ in what is asked, or other answers"
             )
         results = [
-            patching.sweep(
-                listener,
-                clean=pair[0],
-                corrupted=pair[1],
-                site=one,
-                axes=wanted,
-                windows=_windows(window, stride),
-                metric=metric,
-                direction=way,
-                verify=verify,
-                checkpoint=checkpoint,
-                progress=progress,
-            )
-            for one in sites
-            for way in directions
+            one.run(progress=progress, checkpoint=checkpoint, verify=verify) for one in plans
         ]
         for result in results:
             result.meta = _told(case, before) | result.meta

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from audio_lens.cli import complete
 from audio_lens.cli.terminal import Terminal
+from audio_lens.errors import KindError, RangeError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 ANSWER_TOKENS = 16
@@ -109,7 +110,7 @@ def plain_errors(
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         err.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True)
-        is_bad_input = isinstance(error, (ValueError, OSError))
+        is_bad_input = isinstance(error, (ValueError, OSError, KindError, RangeError))
         raise typer.Exit(BAD_INPUT if is_bad_input else FAILED) from None
 
 

@@ -171,11 +171,13 @@ def attention(
         asked = Asked.of(audio, question, text, language, textgrid)
         pages = _pages(asked.clips, html, "attention", textgrid, model)
         listener = shared.load(model, device, dtype)
-        from audio_lens.analysis.attention import read_attention, sites_of
+        from audio_lens.analysis.attention import check_heads, read_attention, sites_of
         from audio_lens.report.attention_page import prompt_shown, write_attention
 
         answer = 0 if text is not None else None
         prompts, told = asked.prompts(listener), {}
+        for prompt in prompts:
+            check_heads(listener, sites_of(prompt, site or None), layer or None, head or None)
         for path, prompt, page in zip(asked.clips, prompts, pages, strict=True):
             shown = prompt_shown(prompt, None, answer)
             found = read_attention(

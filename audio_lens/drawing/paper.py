@@ -15,7 +15,7 @@ from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import Axis, Map, draw_map, shown_quantity
 from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import BACKGROUND, DIVERGING, SAID_COLOURS, SECONDS, WAVE_COLOUR
-from audio_lens.errors import ExtraError
+from audio_lens.errors import ExtraError, InputError
 from audio_lens.files import write
 from audio_lens.timeline import Span
 
@@ -61,6 +61,9 @@ def _save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the suffix; without one, in matplotlib's, which it adds."""
     path = path_of("path", path)
     suffix = path.suffix or f".{figure.canvas.get_default_filetype()}"
+    known = figure.canvas.get_supported_filetypes()
+    if suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"no figure can be written as {suffix}: name one of {', '.join(known)}")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format=suffix.removeprefix("."))
     write(path.with_name(f"{path.stem}{suffix}"), drawn.getvalue())

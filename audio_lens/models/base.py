@@ -95,6 +95,8 @@ class HookedAudioTransformer(
                 directory.
             PlacementError: devices that are not there, or a part without one.
         """
+        if not isinstance(name, (str, Path)):
+            raise InputError(f"a checkpoint is a hub id or a directory, got {name!r}")
         return load_pretrained(name, dtype, device, devices, adapter, merge, kind=cls)
 
     @classmethod
@@ -110,6 +112,8 @@ class HookedAudioTransformer(
             LoadingError: unsupported architecture, weights that do not map one to one, or an
                 adapter that is not implemented.
         """
+        if not isinstance(hf_model, nn.Module):
+            raise InputError(f"from_hf takes a Hugging Face model, got {type(hf_model).__name__}")
         return take_over(hf_model, processor, merge, kind=cls)
 
     @staticmethod

@@ -14,8 +14,9 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audio_lens.arguments import text
 from audio_lens.errors import InputError
-from audio_lens.results import Result, array, in_words
+from audio_lens.results import Result, array, in_words, numbers_of
 from audio_lens.timeline import Band, Span
 
 AXES = ("layer", "head", "time", "frequency", "position", "neuron")
@@ -288,9 +289,9 @@ class SweepResult(Result):
 
     @classmethod
     def _fields(cls, data: xr.Dataset) -> dict[str, Any]:
-        widths = {"widths": torch.tensor(data["width_s"].values)} if "width_s" in data else {}
-        baselines = {name: torch.tensor(data[name].values) for name in ("clean", "corrupted")}
-        told = {name: data.attrs[name] for name in ("site", "direction")}
+        widths = {"widths": numbers_of(data, "width_s")} if "width_s" in data else {}
+        baselines = {name: numbers_of(data, name) for name in ("clean", "corrupted")}
+        told = {name: text(name, data.attrs[name]) for name in ("site", "direction")}
         return super()._fields(data) | baselines | told | widths
 
 

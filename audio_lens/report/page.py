@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from audio_lens.arguments import listed, text
 from audio_lens.audio import AudioSource
 from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import MARKED, Map, draw_map
@@ -75,6 +76,7 @@ def map_page(
             apart or that are of different clips, a metric that none has, unreadable audio, or
             windows that lie beyond its end.
     """
+    text("title", title)
     views = _views(results, quantity)
     first = _first(views, metric)
     said = {"words": words, "phones": phones}
@@ -169,9 +171,11 @@ def _named(results: Results) -> list[tuple[str | None, SweepResult]]:
     """Results with their names, None for those without."""
     named: list[tuple[str | None, SweepResult]]
     if isinstance(results, Mapping):
-        named = [*results.items()]
+        listed("results", results.values(), SweepResult, "results")
+        named = [(text("a name", name), result) for name, result in results.items()]
     else:
-        several = [results] if isinstance(results, SweepResult) else results
+        one = isinstance(results, SweepResult)
+        several = [results] if one else listed("results", results, SweepResult, "results")
         named = [(None, result) for result in several]
     if not named:
         raise InputError("no results: a page needs at least one")

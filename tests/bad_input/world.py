@@ -29,10 +29,6 @@ class Case:
     run: Callable[[], Any]
 
 
-def cases(subject: str, **by_name: Callable[[], Any]) -> list[Case]:
-    raise NotImplementedError
-
-
 def named(subject: str, runs: dict[str, Callable[[], Any]]) -> list[Case]:
     """The cases of a subject, by what each is in words."""
     return [Case(subject, what, run) for what, run in runs.items()]

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import whole
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import KVCache
 from audio_lens.models.mixins.hearing import Hearing
@@ -75,9 +76,8 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
 
     def _continuable(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs:
         """The inputs, with positions that count attended tokens only; checked."""
+        whole("max_new_tokens", max_new_tokens, least=1)
         cfg, last = self.cfg.need_decoder, inputs.tokens.shape[1] + max_new_tokens - 1
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if cfg.rotary_base is None and last > cfg.need_n_ctx:
             raise InputError(
                 f"{inputs.tokens.shape[1]} prompt tokens and {max_new_tokens} new ones are more "

@@ -14,6 +14,13 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.mixins.host import Host
 
 
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{name} are no array of numbers: {error}") from error
+
+
 class Hearing(Host):
     """How a `HookedAudioTransformer` takes what it hears; mixed into it."""
 
@@ -60,7 +67,7 @@ class Hearing(Host):
             raise InputError(f"inputs hold no {self.features_key}: pass audio")
         device = self.device
         given = {
-            key: torch.as_tensor(mapping[key]).to(device)
+            key: _as_tensor(key, mapping[key]).to(device)
             for key in known
             if mapping.get(key) is not None
         }

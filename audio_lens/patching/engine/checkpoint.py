@@ -51,6 +51,7 @@ class Checkpoint:
         is_other = self.path.exists() and not self.path.is_file()
         if is_other or not self.path.parent.is_dir():
             raise CheckpointError(f"no file can be written at {self.path}")
+        self._read()  # raises before any work
 
     def load(
         self, baselines: Float[Tensor, "runs ..."]
@@ -63,12 +64,32 @@ class Checkpoint:
         Raises:
             CheckpointError: if the file holds another sweep.
         """
+        saved = self._read()
+        if saved is None:
+            return None
+        if saved["baselines"].shape != baselines.shape:
+            raise CheckpointError(f"{self.path} was made with other metrics or stimuli")
+        if not torch.allclose(saved["baselines"], baselines, rtol=1e-3, atol=1e-6):
+            raise CheckpointError(
+                f"{self.path} was made with another model: clean and corrupted metrics were "
+                f"{saved['baselines'].flatten().tolist()}, now {baselines.flatten().tolist()}"
+            )
+        return saved["values"], saved["done"]
+
+    def _read(self) -> dict[str, Tensor] | None:
+        """What was saved, of this sweep; None where nothing was.
+
+        Raises:
+            CheckpointError: if the file holds another sweep, or something else.
+        """
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, "pt") as file:
                 held = json.loads((file.metadata() or {}).get("identity", "{}"))
                 saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not isinstance(held, dict) or saved.keys() != {"values", "done", "baselines"}:
+                raise CheckpointError("it holds something else")
         except Exception as error:
             raise CheckpointError(f"{self.path} is no checkpoint of a sweep: {error}") from error
         other = [key for key in self.identity if held.get(key) != self.identity[key]]
@@ -77,12 +98,7 @@ class Checkpoint:
                 f"{self.path} belongs to another sweep ({', '.join(other)} differ): name another "
                 "file, or delete it"
             )
-        if not torch.allclose(saved["baselines"], baselines, rtol=1e-3, atol=1e-6):
-            raise CheckpointError(
-                f"{self.path} was made with another model: clean and corrupted metrics were "
-                f"{saved['baselines'].flatten().tolist()}, now {baselines.flatten().tolist()}"
-            )
-        return saved["values"], saved["done"]
+        return saved
 
     def save(
         self,
