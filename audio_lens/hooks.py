@@ -415,7 +415,7 @@ class HookedRoot(HookedRootModule):
         names = self.matching(names_filter, attention, part)
         if pos_slice is not None:
             names = self._sliceable(names, part or self.output_part, _is_named(names_filter))
-        positions = as_slice(pos_slice)
+        positions = Slice.unwrap(as_slice(pos_slice))
         target = _device_of(device)
         sliced = {} if pos_slice is None else {name: position_dim(name) for name in names}
         cache = {} if cache is None else cache

@@ -62,9 +62,14 @@ class Axis:
         return Axis(name, order, edges, coords)
 
     @property
+    def names(self) -> list[str]:
+        """What the coordinates are called."""
+        return [str(at) for at in self.coords]
+
+    @property
     def drawn(self) -> list[float] | list[str]:
         """What plotly places the columns by: their edges or names."""
-        return [str(at) for at in self.coords] if self.edges is None else self.edges
+        return [escaped(name) for name in self.names] if self.edges is None else self.edges
 
     @property
     def columns(self) -> list[tuple[int, float | str, float | None]]:
@@ -84,7 +89,7 @@ class Axis:
         """Plotly's settings: seconds and Hz as numbers, anything else as names."""
         if self.name == "frequency":
             return mel_axis()
-        title = {"title": {"text": SECONDS if self.name == "time" else self.name}}
+        title = {"title": {"text": SECONDS if self.name == "time" else escaped(self.name)}}
         return title if self.edges is not None else title | {"type": "category"}
 
 
@@ -114,7 +119,7 @@ class Map:
         """The row of a page or figure that holds the map."""
         timed = self.x.name == "time"
         if self.y is None:
-            yaxis = {"title": {"text": self.label}, "zeroline": True}
+            yaxis = {"title": {"text": escaped(self.label)}, "zeroline": True}
             return Panel(BARS_PX, self.x.settings, yaxis, timed)
         height = max(LEAST_PX, min(ROW_PX * len(self.y.order), MOST_PX))
         return Panel(height, self.x.settings, self.y.settings, timed)
@@ -125,7 +130,7 @@ def map_figure(
 ) -> go.Figure:
     """The map of a result of one or two axes and one metric, under its clip if there is one."""
     drawn = draw_map(result, quantity)
-    panel, title = drawn.panel, {"title": result.title}
+    panel, title = drawn.panel, {"title": escaped(result.title)}
     if clip is None:
         layout = STYLE | {"margin": None, "xaxis": panel.xaxis, "yaxis": panel.yaxis}
         return go.Figure(drawn.trace, go.Layout(layout | title))
@@ -237,7 +242,7 @@ def _heat(
         zmid=0,
         hovertemplate=_hover_template(result),
         hoverongaps=False,
-        colorbar={"title": names[quantity], "thickness": 12},
+        colorbar={"title": escaped(names[quantity]), "thickness": 12},
         meta=_meta(result, x, y),
     )
 

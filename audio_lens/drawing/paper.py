@@ -63,7 +63,7 @@ def _save(figure: Figure, path: str | Path) -> None:
     suffix = path.suffix or f".{figure.canvas.get_default_filetype()}"
     known = figure.canvas.get_supported_filetypes()
     if suffix.removeprefix(".").lower() not in known:
-        raise InputError(f"no figure can be written as {suffix}: name one of {', '.join(known)}")
+        raise InputError(f"{suffix} is not supported: name one of {', '.join(sorted(known))}")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format=suffix.removeprefix("."))
     write(path.with_name(f"{path.stem}{suffix}"), drawn.getvalue())
@@ -160,16 +160,21 @@ def _write(ax: Axes, at: tuple[float, float], text: str, **look: Any) -> None:
     ax.annotate(text, at, fontsize=6, **look)
 
 
+def literal(text: str) -> str:
+    """Text as matplotlib takes it, to which dollars begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def _dress(axis: Any, drawn: Axis) -> np.ndarray:
     """Title and ticks of an axis; returns the edges of its columns."""
     if drawn.name == "frequency":
         _dress_hertz(axis)
     else:
-        axis.set_label_text(SECONDS if drawn.name == "time" else drawn.name)
+        axis.set_label_text(SECONDS if drawn.name == "time" else literal(drawn.name))
     if drawn.edges is not None:
         return np.array(drawn.edges)
     every = -(-len(drawn.coords) // MOST_TICKS)
-    axis.set_ticks(range(0, len(drawn.coords), every), drawn.drawn[::every])
+    axis.set_ticks(range(0, len(drawn.coords), every), list(map(literal, drawn.names[::every])))
     return np.arange(len(drawn.coords) + 1) - 0.5
 
 
@@ -199,7 +204,7 @@ def _draw_clip(rows: Sequence[Axes], clip: Clip) -> None:
 
 
 def _draw_tier(ax: Axes, name: str, spans: Sequence[Span]) -> None:
-    ax.set_yticks([0], [name])
+    ax.set_yticks([0], [literal(name)])
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(-0.5, 0.5)
     fill, line = SAID_COLOURS

@@ -150,7 +150,7 @@ def cache_figure(
     drawing = Drawing.of(prompt, streams, rows)
     view = next(view for view in drawing.views if view["key"] == show)
     layout = rows.layout(drawing.panels, title_px=40)
-    layout.update(title=f"{part}: {view['label']}", margin=STYLE["margin"] | {"t": 50})
+    layout.update(title=escaped(f"{part}: {view['label']}"), margin=STYLE["margin"] | {"t": 50})
     return go.Figure([*rows.traces(0), *drawing.painted(view)], layout)
 
 
