@@ -58,7 +58,6 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
     try:
         from praatio import textgrid
         from praatio.data_classes.interval_tier import Interval, IntervalTier
-        from praatio.utilities.errors import PraatioException
     except ImportError as error:
         raise ExtraError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
     path = path_of("a TextGrid", path)
@@ -66,17 +65,17 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
         raise AlignmentError(f"no TextGrid at {path}")
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False)
-    except (PraatioException, ValueError, IndexError, UnicodeError) as error:
+        found = {
+            tier.name: [
+                Span(entry.start, entry.end, entry.label)
+                for entry in tier.entries
+                if isinstance(entry, Interval)
+            ]
+            for tier in grid.tiers
+            if isinstance(tier, IntervalTier)
+        }
+    except Exception as error:  # of its parser, which raises what it meets
         raise AlignmentError(f"{path} cannot be read as a TextGrid: {error}") from error
-    found = {
-        tier.name: [
-            Span(entry.start, entry.end, entry.label)
-            for entry in tier.entries
-            if isinstance(entry, Interval)
-        ]
-        for tier in grid.tiers
-        if isinstance(tier, IntervalTier)
-    }
     if not any(found.values()):
         raise AlignmentError(f"{path} holds no labelled interval: is it whole?")
     return found

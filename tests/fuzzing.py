@@ -7,6 +7,7 @@ out. Rounds count the seed up until the time is over, so that a failure's own se
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import functools
 import io
 import json
@@ -37,7 +38,7 @@ from audio_lens.patching.engine.checkpoint import Checkpoint
 
 EXAMPLES = 200  # of a round
 MOST_BYTES = 16 * 2**30  # of memory; what asks for more fails
-MOST_S = 10.0  # of one file
+MOST_S, HANGS_S = 10.0, 30.0  # of one file; what hangs ends the process
 FORMATS = ("WAV", "FLAC", "OGG", "AIFF", "MP3", "AU", "CAF", "W64", "RF64", "NIST", "VOC")
 STRANGE = (None, True, -1, 0, 1, 2, 3, 7, 1.5, -0.5, 2**31, 2**64, 1e300, float("nan"), "", "x")
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**36)
@@ -199,6 +200,7 @@ def tried(content: bytes, path: Path, reader: Reader) -> bool:
         Foreign: what should not come out.
     """
     path.write_bytes(content)
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
     started, is_refused = time.monotonic(), False
     try:
         reader(path)
@@ -206,6 +208,8 @@ def tried(content: bytes, path: Path, reader: Reader) -> bool:
         is_refused = True
     except Exception as error:
         raise Foreign(f"{traceback.format_exc()[-2000:]}") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if time.monotonic() - started > MOST_S:
         raise Foreign(f"took {time.monotonic() - started:.1f} s")
     return is_refused
@@ -221,6 +225,7 @@ def one_round(kind: str, seed: int, path: Path, until: float) -> tuple[int, int]
         max_examples=EXAMPLES,
         deadline=None,
         database=None,
+        phases=[hypothesis.Phase.generate],  # no time goes into making a failure smaller
         suppress_health_check=list(hypothesis.HealthCheck),
         report_multiple_bugs=False,
     )
@@ -228,7 +233,6 @@ def one_round(kind: str, seed: int, path: Path, until: float) -> tuple[int, int]
     def test(content: bytes) -> None:
         if time.monotonic() > until:
             return
-        (path.parent / "last").write_bytes(content)
         counts[0] += 1
         counts[1] += tried(content, path, reader)
 
@@ -246,8 +250,10 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     until, seed, n_tried, n_refused = time.monotonic() + asked.seconds, asked.seed, 0, 0
+    faulthandler.enable()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "damaged"
+        print(f"the file that is read: {path}", flush=True)  # it stays where a signal ends this
         while time.monotonic() < until:
             print(f"{asked.kind}, seed {seed}", flush=True)  # also where a signal ends it
             try:
