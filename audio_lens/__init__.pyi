@@ -2,9 +2,11 @@
 
 from . import analysis as analysis
 from . import corruptions as corruptions
+from . import edits as edits
 from . import metrics as metrics
 from . import models as models
 from . import patching as patching
+from . import places as places
 from . import profile as profile
 from . import recipes as recipes
 from . import report as report
@@ -14,6 +16,8 @@ from .alignment import align as align
 from .alignment import read_textgrid as read_textgrid
 from .audio import AudioError as AudioError
 from .cache import AudioCache as AudioCache
+from .edits import Edit as Edit
+from .edits import intervene as intervene
 from .errors import AudioLensError as AudioLensError
 from .errors import InputError as InputError
 from .files import OutputError as OutputError
@@ -27,6 +31,8 @@ from .models import TokenError as TokenError
 from .pairs import Pair as Pair
 from .pairs import minimal_pair as minimal_pair
 from .pickles import NoModelError as NoModelError
+from .places import Words as Words
+from .places import locate as locate
 from .synthesis import Spoken as Spoken
 from .synthesis import SynthesisError as SynthesisError
 from .synthesis import can_speak as can_speak

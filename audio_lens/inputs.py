@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class AudioInputs:
         text: what each row says, as ``model.prepare`` takes it: a whole prompt or its token ids.
         sampling_rate: of `audio`, in Hz.
         remake: ``model.prepare`` with its options, for `with_audio` and `with_text`.
+        copies: how many times over the batch holds the same prompts (`repeat`).
     """
 
     features: Shaped[Tensor, " segments *shape"]
@@ -70,6 +71,7 @@ class AudioInputs:
     text: list[str] | list[list[int]] | None = None
     sampling_rate: int = 16_000
     remake: Callable[..., AudioInputs] | None = field(default=None, repr=False)
+    copies: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         n_segments = len(self.clip_of_segment)
@@ -82,7 +84,8 @@ class AudioInputs:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: everything but `remake`, behind which is a whole model."""
-        return {**all_alone(vars(self)), "extra": all_alone(dict(self.extra)), "remake": None}
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**all_alone(held), "extra": all_alone(dict(self.extra)), "remake": None}
 
     @property
     def shape(self) -> torch.Size:
@@ -192,7 +195,8 @@ class AudioInputs:
             InputError: for fewer than one.
         """
         whole("times", times, least=1, most=MOST_COPIES)
-        return self._select(list(range(len(self))) * times)
+        repeated = self._select(list(range(len(self))) * times)
+        return replace(repeated, copies=self.copies * times)
 
     def _select(self, rows: list[int]) -> AudioInputs:
         clips, segments = self._clips_of(rows), self._segments_of(rows)
@@ -218,6 +222,7 @@ class AudioInputs:
             extra={name: take(x, segments) for name, x in self.extra.items()},
             text=take(self.text, rows),
             clips_per_row=tuple(self.clips_per_row[row] for row in rows),
+            copies=1,
         )
 
     def with_audio(self, audio: Any, sampling_rate: int | None = None) -> AudioInputs:

@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from audio_lens import metrics
+from audio_lens.edits.written import KINDS
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.timeline import Band, Span
@@ -138,4 +139,4 @@ def recalled(value: Any) -> Any:
 
 def _kinds() -> dict[str, type]:
     """What is recorded field by field, by its name in files."""
-    return {"Span": Span, "Band": Band} | metrics.Metric.kinds
+    return KINDS | {"Span": Span, "Band": Band} | metrics.Metric.kinds

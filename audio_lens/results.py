@@ -74,8 +74,6 @@ class Result:
     """Values of named dimensions, with what they were made from.
 
     Attributes:
-        quantities: what every cell has that can be drawn, with names for people; the first is
-            what cells are ranked by.
         values: ``[metric?, stimulus?, *axes]`` as ``dims`` says; NaN marks what was not measured.
         dims: name of every dimension of ``values``: first "metric" where there are several, then
             "stimulus" where there are several, then the axes.
@@ -89,7 +87,6 @@ class Result:
         ValueError: if dims, coords and the shapes do not fit together.
     """
 
-    quantities: ClassVar[Mapping[str, str]] = {"value": "metric"}
     kind: ClassVar[str] = "result"
 
     values: Float[Tensor, "..."]
@@ -121,6 +118,11 @@ class Result:
     def _arrays(self) -> dict[str, tuple[str, ...]]:
         """Every array by the name of its field, and the dims that it has."""
         return {"values": self.dims}
+
+    @property
+    def quantities(self) -> Mapping[str, str]:
+        """What every cell has that can be drawn, with names for people; the first ranks cells."""
+        return {"value": "metric"}
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.arguments import number, text, whole
+from audio_lens.combining import Combinable
 from audio_lens.errors import InputError, RangeError
 from audio_lens.printable import printable
 
@@ -32,8 +33,10 @@ Hertz = float | int
 
 
 @dataclass(frozen=True)
-class Span:
+class Span(Combinable):
     """A stretch of one clip, ``[start_s, end_s)`` in seconds, with an optional label.
+
+    A place, too: ``|``, ``-`` and ``~`` join it with others (`audio_lens.places`).
 
     Raises:
         ValueError: if a bound is not finite or the end does not come after the start.
@@ -385,6 +388,35 @@ class Timeline:
                 + self._profile_hint()
             )
         return track.inside(span)
+
+    def mask(
+        self, part: str, start_s: Seconds | None = None, end_s: Seconds | None = None, clip: int = 0
+    ) -> Bool[Tensor, "b t"]:
+        """The positions of every row that hold something; rows may be unequal.
+
+        One entry per prompt; where clips or segments of clips run through the part one by one
+        (encoders), one per segment, in order.
+
+        Args:
+            start_s, end_s: only those whose centres lie in ``[start_s, end_s)`` seconds of the
+                clip; None is its start or end. A row may then hold none.
+
+        Raises:
+            ValueError: no such part, bounds that are no seconds, or bounds of a part without time.
+        """
+        tracks = [track for row in self.rows for track in row.segments(part)]
+        if start_s is None and end_s is None:
+            return torch.stack([track.valid for track in tracks])
+        if not any(torch.isfinite(track.seconds).any() for track in tracks):
+            raise InputError(
+                f"positions of the {part} have no time{self._profile_hint()}; parts with time: "
+                f"{', '.join(self._timed_parts())}"
+            )
+        longest = max(max(row.durations_s, default=0.0) for row in self.rows) + 1.0
+        span = Span(
+            0.0 if start_s is None else start_s, longest if end_s is None else end_s, clip=clip
+        )
+        return torch.stack([track.inside(span) for track in tracks])
 
     def _profile_hint(self) -> str:
         """What to do where audio enters a language model in no order of time."""

@@ -25,7 +25,7 @@ MIXED = ("hook_attn_scores hook_pattern", "hook_z hook_result")
 ATTENTION = (QKV, *MIXED)
 ROTARY_ATTENTION = (QKV, "hook_rot_q hook_rot_k (rotary)", *MIXED)
 MLP = ("hook_pre", "hook_post")
-GATED_MLP = ("hook_pre hook_pre_linear (gated)", "hook_post")
+GATED_MLP = ("hook_pre hook_gate hook_pre_linear (gated)", "hook_post")
 
 
 class Drawing:

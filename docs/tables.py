@@ -26,7 +26,7 @@ AXES = {
     "b t h e": "q k v rot_q rot_k z normalized",
     "b h q k": "attn_scores pattern pos_bias",
     "b t h d": "result",
-    "b t f": "pre post pre_linear glu dw",
+    "b t f": "pre post gate pre_linear glu dw",
     "b t x": "router_logits expert_weights expert_indices",
     "b t v": "logits probs patch_logits",
     "b v": "logits",

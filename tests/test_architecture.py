@@ -16,10 +16,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "files", "pickles"),
-    *("sound_files", "arguments", "errors", "printable"),
+    *("sound_files", "combining", "arguments", "errors", "printable"),
 )
 CHECKS = ("arguments", "errors", "printable")
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
+INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edited, and where
 
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
@@ -28,10 +29,14 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
-    "analysis": ("patching", "metrics", "models", "results", *HEARD),
-    "patching": ("provenance", "metrics", "models", "results", *HEARD),
+    "analysis": ("patching", *INTERVENING, "metrics", "models", "results", *HEARD),
+    "patching": ("provenance", *INTERVENING, "metrics", "models", "results", *HEARD),
+    "edits": ("places", "shapes", "sites", "models", *HEARD),
+    "places": ("sites", "models", *HEARD),
+    "shapes": ("sites", "models", *HEARD),
+    "sites": ("models", *HEARD),
     "recipes": ("models", *HEARD),
-    "provenance": ("metrics", "models", *HEARD),
+    "provenance": (*INTERVENING, "metrics", "models", *HEARD),
     "pairs": ("models", "corruptions", *HEARD),
     "alignment": ("models", *HEARD),
     "metrics": ("models", *HEARD),
@@ -47,7 +52,8 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "pickles": CHECKS,
     "audio": ("sound_files", *CHECKS),
     "sound_files": CHECKS,
-    "timeline": CHECKS,
+    "timeline": ("combining", *CHECKS),
+    "combining": CHECKS,
     "espeak": CHECKS,
     "progress": CHECKS,
     "arguments": ("errors", "printable"),

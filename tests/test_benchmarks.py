@@ -13,10 +13,10 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
+from benchmarks import edits, speaking
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
-from benchmarks import speaking
 from benchmarks.peers import METHODS, limits
 from benchmarks.peers.hooks_loop import HooksLoop
 from benchmarks.peers.tasks import LLMS, ROWS, WHISPERS, Cell, Task, make_task, twin
@@ -188,3 +188,11 @@ def test_sweeps_of_a_model_that_speaks_agree_with_the_loop(monkeypatch: pytest.M
     assert all(row.site in result.output for row in speaking.ROWS)
     monkeypatch.setattr(speaking, "RELATIVE", -1.0)
     assert CliRunner().invoke(app, ["--steps", "5", "--sample", "1"]).exit_code == 1
+
+
+def test_curves_of_edits_agree(embedded):
+    inputs = edits.made(embedded, 2)
+    whole, *others = (way(embedded, inputs) for way in edits.WAYS.values())
+    assert whole.abs().max() > 1e-3
+    for curve in others:
+        torch.testing.assert_close(curve, whole, atol=1e-3, rtol=1e-3)

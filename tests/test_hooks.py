@@ -72,7 +72,12 @@ def test_every_documented_point_exists(model, family):
         assert {f"{part}.{name}" for name in stack} <= model.hook_dict.keys()
     extra = {
         "whisper": ["cross_attn.hook_pattern", "hook_cross_attn_out", "hook_resid_mid_cross"],
-        "qwen2_audio": ["attn.hook_rot_q", "attn.hook_rot_k", "mlp.hook_pre_linear"],
+        "qwen2_audio": [
+            "attn.hook_rot_q",
+            "attn.hook_rot_k",
+            "mlp.hook_gate",
+            "mlp.hook_pre_linear",
+        ],
     }[family]
     assert {f"decoder.blocks.1.{name}" for name in extra} <= model.hook_dict.keys()
     outside = {

@@ -18,7 +18,15 @@ from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import DIVERGING, SECONDS, STYLE, Panel, Rows, escaped, mel_axis
 from audio_lens.errors import InputError
 
-ACROSS = ("time", "position", "neuron", "head", "layer", "frequency")  # the first runs along x
+ACROSS = (
+    "time",
+    "position",
+    "neuron",
+    "head",
+    "group",
+    "layer",
+    "frequency",
+)  # the first runs along x
 SHARES = ("effect", "recovery")  # quantities of which 1 is all there is to have
 FAINTEST, STRONGEST = 0.25, 1.5  # ends of their colour scale: no noise in full colour
 MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first

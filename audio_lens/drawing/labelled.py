@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -11,15 +11,17 @@ class Labelled(Protocol):
     """Values by named axes, as maps draw them; `results.Result` is one.
 
     Attributes:
-        quantities: attributes of cells that can be drawn, with names for people; the first ranks
-            them.
         coords: per axis its coordinates: names or numbers, of "time" spans, of "frequency" bands.
         meta: facts in words; "metric" names what was measured.
     """
 
-    quantities: ClassVar[Mapping[str, str]]
     coords: dict[str, list]
     meta: dict[str, str]
+
+    @property
+    def quantities(self) -> Mapping[str, str]:
+        """Attributes of cells that can be drawn, with names for people; the first ranks them."""
+        ...
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from audio_lens.models.loading.lora import Adaptable
 from audio_lens.models.loading.placement import Devices, Placed, moved
 from audio_lens.models.mixins.decoding import GreedyDecoding
 from audio_lens.models.mixins.hearing import Hearing
+from audio_lens.models.mixins.running import Running
 from audio_lens.models.mixins.vocabulary import Vocabulary
 from audio_lens.models.mixins.writing import ReturnType, Writing
 from audio_lens.models.part import Part
@@ -48,7 +49,7 @@ class AudioPlaces(NamedTuple):
 
 
 class HookedAudioTransformer(
-    GreedyDecoding, Hearing, Writing, Vocabulary, Adaptable, Placed, Family, ABC
+    GreedyDecoding, Hearing, Writing, Vocabulary, Running, Adaptable, Placed, Family, ABC
 ):
     """A model that listens, with a named `HookPoint` on everything it computes.
 
@@ -248,10 +249,16 @@ class HookedAudioTransformer(
         """
         if self.cfg.encoder is None:
             return None
+        with self.running(inputs):
+            return self._encode(inputs, resid, start, stop)
+
+    def _encode(
+        self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
+    ) -> Tensor:
         self.check_features(inputs.features)
         inputs = moved(inputs, self.device_of("encoder"))
         resid = self.enter_encoder(inputs) if resid is None else resid
-        until = self.cfg.encoder.n_layers if stop is None else stop
+        until = self.cfg.need_encoder.n_layers if stop is None else stop
         resid = self.encoder.run_blocks(resid, self.encoder_context(inputs), start, until)
         return self.send_rows(resid, inputs).to(self.device) if stop is None else resid
 
@@ -265,6 +272,18 @@ class HookedAudioTransformer(
         past: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """The final hidden states; with ``stop``, the residual stream entering that block."""
+        with self.running(inputs, past):
+            return self._decode(inputs, encoded, resid, start, stop, past)
+
+    def _decode(
+        self,
+        inputs: AudioInputs,
+        encoded: Tensor | None,
+        resid: Tensor | None,
+        start: int,
+        stop: int | None,
+        past: KVCache | None,
+    ) -> Float[Tensor, "b t d"]:
         resid = self.enter_decoder(inputs, encoded, past) if resid is None else resid
         context = self.decoder_context(inputs, encoded, past)
         until = self.cfg.need_decoder.n_layers if stop is None else stop
@@ -321,6 +340,21 @@ class HookedAudioTransformer(
             batch = self.as_inputs(given, mapping)
         self._check_fits(batch, entry, encoder_out)
         resid = None if entry is None else entry[0]
+        with self.running(batch, past):
+            return self._run(batch, resid, start, stop, encoder_out, past, return_type)
+
+    def _run(
+        self,
+        batch: AudioInputs,
+        resid: Tensor | None,
+        start: Address | None,
+        stop: Address | None,
+        encoder_out: Tensor | None,
+        past: KVCache | None,
+        return_type: ReturnType,
+    ) -> Any:
+        """A forward of checked arguments."""
+        is_heard = encoder_out is not None or (past is not None and past.length > 0)
         if stop and stop[0] == "encoder":
             return self.encode(batch, resid, start[1] if start else 0, stop[1])
         if self.cfg.decoder is None:

@@ -1,5 +1,6 @@
 """Activation patching with time in seconds."""
 
+from audio_lens.patching.ablate import ablate
 from audio_lens.patching.attribution.attribute import Attribution, attribute
 from audio_lens.patching.attribution.confirm import Confirmation
 from audio_lens.patching.clip_pair import ChangedFileError, ClipPair
@@ -8,7 +9,7 @@ from audio_lens.patching.patch import Patch, patch
 from audio_lens.patching.plan import Plan, VerificationError
 from audio_lens.patching.rerun import Rerun, RerunError, rerun
 from audio_lens.patching.result import Cell, SweepResult, load
-from audio_lens.patching.sites import Site, SiteError, sites_of
+from audio_lens.patching.run import run
 from audio_lens.patching.sweep import plan, sweep
 from audio_lens.patching.transformer_lens import (
     get_act_patch_attn_head_all_pos_every,
@@ -30,6 +31,7 @@ from audio_lens.patching.transformer_lens import (
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
 )
+from audio_lens.sites import Site, SiteError, sites_of
 from audio_lens.timeline import Band, Span
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "Span",
     "SweepResult",
     "VerificationError",
+    "ablate",
     "attribute",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",
@@ -72,6 +75,7 @@ __all__ = [
     "patch",
     "plan",
     "rerun",
+    "run",
     "sites_of",
     "sweep",
 ]

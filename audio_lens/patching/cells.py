@@ -18,16 +18,17 @@ from torch import Tensor
 
 from audio_lens.arguments import numbers
 from audio_lens.errors import InputError
-from audio_lens.patching.sites import Site, SiteError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
+from audio_lens.places import Ground
 from audio_lens.results import in_words
+from audio_lens.sites import Site, SiteError, unit_count
 from audio_lens.timeline import Band, Seconds, Span, Timeline, Track
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 DEFAULT_WINDOW_S = 0.1
-PLACE_AXES = ("time", "position", "frequency")  # what splits the positions of a site
+PLACE_AXES = ("time", "position", "frequency", "group")  # what splits the positions of a site
 _WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
 _BAND_FORMS = "a list of bands or (low_hz, high_hz), or 'patch'"
 
@@ -88,10 +89,12 @@ class CellTable:
             sets["time"] = where.inside(coords["time"])
         elif "position" in axes:
             coords["position"], sets["position"] = where.one_by_one()
+        elif "group" in axes:
+            coords["group"], sets["group"] = where.groups(model, spec)
         if "frequency" in axes:
             coords["frequency"] = where.bands("patch" if spec.bands is None else spec.bands)
             sets["frequency"] = where.within(coords["frequency"])
-        positions = where.everywhere()
+        positions = where.kept_to(model, spec)
         for axis in (axis for axis in axes if axis in sets):
             both = positions[:, None] & sets[axis]
             positions = rearrange(both, "a b batch t -> (a b) batch t")
@@ -175,7 +178,7 @@ def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequen
 def _check_axes(site: Site, spec: SweepSpec) -> None:
     axes = spec.axes
     has_frequency = spec.timeline.has_frequency(site.positions_of)
-    known = (*site.axes, *(["frequency"] if has_frequency else []))
+    known = (*site.axes, "group", *(["frequency"] if has_frequency else []))
     unknown = [axis for axis in axes if axis not in known]
     if unknown or not axes or len(set(axes)) < len(axes):
         raise SiteError(
@@ -184,6 +187,12 @@ def _check_axes(site: Site, spec: SweepSpec) -> None:
     places = [axis for axis in axes if axis in ("time", "frequency")]
     if "position" in axes and places:
         raise SiteError(f"'position' and {places[0]!r} are two names of one axis: choose one")
+    if "group" in axes and (places or "position" in axes):
+        raise SiteError("groups are sets of positions: 'group' stands alone among such axes")
+    if (spec.groups is not None) != ("group" in axes):
+        raise SiteError("groups= and axis 'group' go together: give both or none")
+    if spec.groups is not None and not spec.groups:
+        raise SiteError("groups is empty: name at least one place")
     if spec.windows is not None and "time" not in axes:
         raise SiteError("windows belong to axis 'time', which is not among the axes")
     if spec.bands is not None and "frequency" not in axes:
@@ -209,14 +218,6 @@ def chosen_layers(
     if not chosen or not is_known or len(set(chosen)) < len(chosen):
         raise InputError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
     return chosen
-
-
-def unit_count(model: HookedAudioTransformer, site: Site) -> int:
-    cfg = model.cfg.parts[site.part]
-    if site.unit == "neuron":
-        return cfg.d_mlp
-    is_key_value = site.last in ("k", "v", "rot_k")
-    return cfg.n_key_value_heads if is_key_value else cfg.n_heads
 
 
 def cells_of(
@@ -252,6 +253,27 @@ class Positions:
 
     def everywhere(self) -> Bool[Tensor, "1 batch t"]:
         return torch.ones_like(self.valid)[None]
+
+    def kept_to(self, model: HookedAudioTransformer, spec: SweepSpec) -> Bool[Tensor, "1 batch t"]:
+        """The positions that all cells keep to."""
+        if isinstance(spec.where, str) and spec.where == "all":
+            return self.everywhere()
+        return Ground.of(model, spec.base, self.part).held(spec.where)[None]
+
+    def groups(
+        self, model: HookedAudioTransformer, spec: SweepSpec
+    ) -> tuple[list[str], Bool[Tensor, "sets batch t"]]:
+        """The positions of every group, by its name.
+
+        Raises:
+            InputError: a group that selects nothing in any prompt.
+        """
+        ground, named = Ground.of(model, spec.base, self.part), dict(spec.groups or {})
+        masks = {name: ground.mask(place) for name, place in named.items()}
+        for name, mask in masks.items():
+            if not mask.any():
+                ground.held(named[name])  # raises
+        return list(masks), torch.stack(list(masks.values()))
 
     def one_by_one(self) -> tuple[list[int], Bool[Tensor, "sets batch t"]]:
         """Every position that holds something in any row."""

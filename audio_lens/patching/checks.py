@@ -11,7 +11,7 @@ from torch import Tensor
 from audio_lens import metrics
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import TEXT
-from audio_lens.patching.sites import Site
+from audio_lens.sites import Site
 from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from audio_lens.arguments import listed, number, numbers
 from audio_lens.errors import InputError, KindError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.cells import Positions, chosen_layers, unit_count
+from audio_lens.patching.cells import Positions, chosen_layers
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
-from audio_lens.patching.shapes import check_shape, shape_of
-from audio_lens.patching.sites import Site, SiteError
+from audio_lens.shapes import check_shape, shape_of
+from audio_lens.sites import Site, SiteError, unit_count
 from audio_lens.timeline import Band, Span
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ class Plan:
         )
         return "\n".join(
             [
-                f"{len(self)} cells: {table.site_name}, {sizes}; {request.spec.direction}, "
+                f"{len(self)} cells: {table.site_name}, {sizes}; {request.spec.told_direction}, "
                 f"{len(request.spec.base)} stimuli",
                 f"each cell runs: {request.route.what}",
                 *(f"left out: {what}" for what in self._left_out()),
@@ -303,7 +303,7 @@ class Plan:
             clean=state.clean.reshape(batch_shape),
             corrupted=state.corrupted.reshape(batch_shape),
             site=table.site_name,
-            direction=request.spec.direction,
+            direction=request.spec.told_direction,
             report=list(dict.fromkeys([*self._known, *state.notes, *notes])),
             meta=meta | {"attn_mode": request.attn_mode, "precision": request.spec.precision},
             recipe={"arguments": self.arguments, "hooks": list(request.hooked)},

@@ -16,10 +16,10 @@ from audio_lens.arguments import number
 from audio_lens.errors import InputError
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import SweepResult
-from audio_lens.patching.sites import Site
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import heading
 from audio_lens.results import BATCH_DIMS
+from audio_lens.sites import Site
 from audio_lens.timeline import Span, Timeline
 
 if TYPE_CHECKING:

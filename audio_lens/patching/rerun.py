@@ -66,6 +66,9 @@ def rerun(
     corrupted: AudioInputs | Mapping[str, Any] | str | Path | None = None,
     metric: Any = None,
     source: Any = None,
+    do: Any = None,
+    where: Any = None,
+    groups: Any = None,
     progress: bool | None = None,
 ) -> Rerun:
     """Make a saved sweep or attribution again and compare the values.
@@ -77,6 +80,7 @@ def rerun(
             the inputs, for one made from inputs in memory. They must be what they were.
         metric: the metric, where it was a function of your own.
         source: the source, where the sweep was patched from one.
+        do, where, groups: edit and places, where these held tensors or functions.
         progress: as in `sweep`.
 
     Raises:
@@ -89,7 +93,8 @@ def rerun(
     model = load_recorded(saved) if model is None else model
     _check_model(saved, model)
     inputs = _inputs(saved, model, clean, corrupted)
-    arguments = _arguments(saved, {"metric": metric, "source": source})
+    own = {"metric": metric, "source": source, "do": do, "where": where, "groups": groups}
+    arguments = _arguments(saved, own)
     with model.attention(saved.meta["attn_mode"]):
         again = _again(saved, model, inputs | arguments, progress)
     return _compared(saved, again)

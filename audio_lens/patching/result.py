@@ -19,7 +19,7 @@ from audio_lens.errors import InputError
 from audio_lens.results import Result, array, in_words, numbers_of
 from audio_lens.timeline import Band, Span
 
-AXES = ("layer", "head", "time", "frequency", "position", "neuron")
+AXES = ("layer", "head", "time", "frequency", "position", "neuron", "group")
 FIELDS = {"time": "span", "frequency": "band"}  # of a Cell, for axes of stretches
 RELATIVE_GAP, ABSOLUTE_GAP = 1e-4, 1e-6
 
@@ -35,16 +35,19 @@ class Cell:
         recovery: (value - corrupted) / (clean - corrupted).
         effect: 0 where the patch changed nothing, 1 where it moved the run the whole way to the
             other baseline.
-        layer, head, position, neuron, span, band: where, as far as the sweep had that axis.
+        change: value - the metric of the run that was patched or edited, before that.
+        layer, head, position, neuron, group, span, band: where, as far as the sweep had that axis.
     """
 
     value: float
     recovery: float
     effect: float
+    change: float
     layer: int | None = None
     head: int | None = None
     position: int | None = None
     neuron: int | None = None
+    group: str | None = None
     span: Span | None = None
     band: Band | None = None
 
@@ -54,7 +57,7 @@ class Cell:
         places = dict(self._numbers()) | {"time": self.span, "frequency": self.band}
         return in_words({axis: at for axis, at in places.items() if at is not None})
 
-    def _numbers(self) -> list[tuple[str, int | None]]:
+    def _numbers(self) -> list[tuple[str, int | str | None]]:
         return [(axis, getattr(self, axis)) for axis in AXES if axis not in FIELDS]
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,11 +69,14 @@ class Cell:
         if self.band is not None:
             places |= {"low_hz": self.band.low_hz, "high_hz": self.band.high_hz}
             places |= {"band": self.band.label}
-        numbers = {"value": self.value, "recovery": self.recovery, "effect": self.effect}
+        told = ("value", "recovery", "effect", "change")
+        numbers = {name: getattr(self, name) for name in told}
         numbers = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         return {name: at for name, at in places.items() if at is not None} | numbers
 
     def __repr__(self) -> str:
+        if math.isnan(self.effect):
+            return f"{self.place}: change {self.change:+.4g} (value {self.value:.4g})"
         return (
             f"{self.place}: effect {self.effect:+.3f} "
             f"(recovery {self.recovery:+.3f}, value {self.value:.4g})"
@@ -108,24 +114,19 @@ class SweepResult(Result):
             every one of "frequency".
         clean, corrupted: metric of the unpatched runs, shaped as ``values`` without the axes.
         site: what was patched, as ``part.activation``.
-        direction: "denoise" (clean activations into the corrupted run) or "noise" (the other way).
+        direction: "denoise" (clean activations into the corrupted run), "noise" (the other way),
+            or "edit" (one run alone, edited: both baselines are that of the unedited run).
         report: notes, for instance about skipped work or a metric that tells nothing.
         meta: model, hashes of weights and inputs, versions, seed, in words.
         widths: of a refined sweep, shaped as ``values`` without metric and stimulus: how wide a
             window, in seconds, each value was measured with (and is exact for).
         recipe: what `patching.rerun` makes the map again from: the arguments, as JSON holds them,
             where hooks were attached, and the files of the clips, where it came from files.
-        quantities: "effect", "recovery" and "value" can be drawn; effect ranks the cells.
 
     Raises:
         ValueError: if dims, coords and the shapes do not fit together.
     """
 
-    quantities: ClassVar[Mapping[str, str]] = {
-        "effect": "effect",
-        "recovery": "recovery",
-        "value": "metric",
-    }
     kind: ClassVar[str] = "sweep"
 
     clean: Float[Tensor, "..."]
@@ -155,6 +156,8 @@ class SweepResult(Result):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.direction == "edit":
+            return
         finite = self.clean.isfinite() & self.corrupted.isfinite()
         self._note_baselines(~finite, "not finite", "the metric tells nothing")
         why = "the inputs do not differ in what the metric measures"
@@ -177,8 +180,8 @@ class SweepResult(Result):
         self.report = [*self.report, note]
 
     def _check(self) -> None:
-        if self.direction not in ("denoise", "noise"):
-            raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
+        if self.direction not in ("denoise", "noise", "edit"):
+            raise InputError(f"direction is 'denoise', 'noise' or 'edit', got {self.direction!r}")
         unknown = [dim for dim in self.axes if dim not in AXES]
         if unknown:
             raise InputError(f"unknown axes {unknown}; a sweep has {', '.join(AXES)}")
@@ -187,6 +190,16 @@ class SweepResult(Result):
     def _arrays(self) -> dict[str, tuple[str, ...]]:
         arrays = super()._arrays() | {"clean": self._batch_dims, "corrupted": self._batch_dims}
         return arrays if self.widths is None else arrays | {"widths": self.axes}
+
+    @property
+    def quantities(self) -> Mapping[str, str]:
+        """What can be drawn, with names for people; the first ranks the cells.
+
+        "effect", "recovery" and "value"; of edits of one run alone "change" and "value".
+        """
+        if self.direction == "edit":
+            return {"change": "change of the metric", "value": "metric"}
+        return {"effect": "effect", "recovery": "recovery", "value": "metric"}
 
     @property
     def title(self) -> str:
@@ -215,8 +228,17 @@ class SweepResult(Result):
         """
         return self._effect(self.recovery)
 
+    @property
+    def change(self) -> Float[Tensor, "..."]:
+        """The metric of every run minus that of the run before it was patched or edited."""
+        return self.values - self._over_axes(self._patched(self.clean, self.corrupted))
+
+    def _patched(self, clean: Tensor, corrupted: Tensor) -> Tensor:
+        """What belongs to the run that is patched."""
+        return clean if self.direction == "noise" else corrupted
+
     def _effect(self, recovery: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return recovery if self.direction == "denoise" else 1 - recovery
+        return 1 - recovery if self.direction == "noise" else recovery
 
     def _over_axes(self, baseline: Tensor) -> Tensor:
         return baseline.reshape(*baseline.shape, *[1] * len(self.axes))
@@ -240,7 +262,9 @@ class SweepResult(Result):
         one = self.of_metric(metric)
         values, clean, corrupted = one._means()
         recovery = _recovery(values, clean, corrupted)
-        columns = (x.flatten().tolist() for x in (values, recovery, one._effect(recovery)))
+        change = values - one._patched(clean, corrupted)
+        told = (values, recovery, one._effect(recovery), change)
+        columns = (x.flatten().tolist() for x in told)
         numbers = zip(*columns, strict=True)
         return [
             Cell(*own, **{FIELDS.get(axis, axis): place for axis, place in at.items()})

@@ -11,11 +11,13 @@ from transformer_lens import ActivationCache
 
 from audio_lens import metrics
 from audio_lens.arguments import names, number, whole
+from audio_lens.edits.do import Do
 from audio_lens.errors import InputError, KindError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.checks import check_pair, check_reaches
-from audio_lens.patching.sites import Site
+from audio_lens.places import Where
 from audio_lens.provenance import recorded
+from audio_lens.sites import Site
 from audio_lens.timeline import Band, Span, Timeline
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class SweepSpec:
         timeline: of clean and corrupted alike.
         sites: patched together as one by `sweep`, side by side by `attribute`.
         source: what to patch from in place of the other run: inputs, or activations by name.
+        do: what to do in place of patching from another run.
         record: the arguments as results keep them.
     """
 
@@ -58,6 +61,9 @@ class SweepSpec:
     layers: int | Sequence[int] | None = None
     layer_window: int = 1
     source: AudioInputs | ActivationCache | Mapping[str, Any] | None = None
+    do: Do | None = None
+    where: Where = "all"
+    groups: Mapping[str, Where] | None = None
     cells_per_forward: int | None = None
     memory_gb: float | int | None = None
     precision: Precision = "exact"
@@ -92,7 +98,9 @@ class SweepSpec:
             given.pop("refine", None)
         metrics.check(metric)
         asked = {"site": site, "axes": axes, "metric": metric, **given}
-        clean, corrupted = model.as_inputs(clean), model.as_inputs(corrupted)
+        is_alone = corrupted is clean
+        clean = model.as_inputs(clean)
+        corrupted = clean if is_alone else model.as_inputs(corrupted)
         timeline = check_pair(model, clean, corrupted)
         given["source"] = _source(model, clean, timeline, given.get("source"))
         spec = SweepSpec(
@@ -111,6 +119,10 @@ class SweepSpec:
 
     def _check_options(self, model: HookedAudioTransformer) -> None:
         precision = self.precision
+        if self.do is not None and self.source is not None:
+            raise InputError("do= says what is put in: source= goes into it, as edits.Put(source)")
+        if self.do is not None and not isinstance(self.do, Do):
+            raise InputError(f"do is one of audio_lens.edits (Put, Scale ...), got {self.do!r}")
         if self.direction not in ("denoise", "noise"):
             raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
         if self.cells_per_forward is not None:
@@ -147,6 +159,22 @@ class SweepSpec:
     def other(self) -> AudioInputs:
         """The inputs of the run that activations come from, unless a source is named."""
         return self.clean if self.direction == "denoise" else self.corrupted
+
+    @property
+    def told_direction(self) -> str:
+        """The direction as results tell it: "edit" where one run alone is edited."""
+        return "edit" if self.do is not None and self.clean is self.corrupted else self.direction
+
+    @property
+    def need_do(self) -> Do:
+        """The edit of a sweep.
+
+        Raises:
+            ValueError: where it patches from a run.
+        """
+        if self.do is None:
+            raise InputError("this sweep patches from a run: it has no edit")
+        return self.do
 
     @property
     def reads_all(self) -> bool:

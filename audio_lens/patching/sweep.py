@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens import ActivationCache
 
+from audio_lens.edits.do import Do
 from audio_lens.patching.engine.checkpoint import EVERY_S
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.refine import refined
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import Bands, Direction, Inputs, Precision, SweepSpec, Windows
+from audio_lens.places import Where
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -32,6 +34,9 @@ def sweep(
     layers: int | Sequence[int] | None = None,
     layer_window: int = 1,
     source: Inputs | ActivationCache | None = None,
+    do: Do | None = None,
+    where: Where = "all",
+    groups: Mapping[str, Where] | None = None,
     cells_per_forward: int | None = None,
     memory_gb: float | int | None = None,
     precision: Precision = "exact",
@@ -49,8 +54,8 @@ def sweep(
         site: ``part.activation``: ``resid_pre``, ``attn_out``, ``mlp_out``, ``attn.z``,
             ``cross_attn.z``, ``attn.q/k/v/pattern``, ``mlp.post``, ``connector.out`` ... Several
             are patched together as one.
-        axes: any of "layer", "head" or "neuron" (where the site has them), and "time" or
-            "position", in the order wanted; and "frequency", where positions are patches of a
+        axes: any of "layer", "head" or "neuron" (where the site has them), and "time", "position"
+            or "group", in the order wanted; and "frequency", where positions are patches of a
             spectrogram (AST). What is not an axis is patched as one: without "layer" all
             ``layers`` together, without "head" all heads, without "time" all times, without any
             of the last three all positions.
@@ -68,6 +73,12 @@ def sweep(
         source: patch from this instead: the inputs of another run, or activations by full hook
             name (an `AudioCache`, means over a data set ...), of the shape they have in the run
             that is patched.
+        do: what to do in place of patching from the other run: one of `audio_lens.edits`. It is
+            done in the run that is patched.
+        where: a place (`audio_lens.places`) to which all cells keep; of scores and patterns, the
+            queries.
+        groups: for axis "group": a place by name for each of its cells. A prompt that has none of
+            its positions is NaN there.
         cells_per_forward: at most so many cells run together; None leaves it to the budget.
         memory_gb: working memory, both unpatched runs included; None takes half of what is free.
             Running out of memory halves the batch and goes on.
@@ -124,6 +135,9 @@ def plan(
     layers: int | Sequence[int] | None = None,
     layer_window: int = 1,
     source: Inputs | ActivationCache | None = None,
+    do: Do | None = None,
+    where: Where = "all",
+    groups: Mapping[str, Where] | None = None,
     cells_per_forward: int | None = None,
     memory_gb: float | int | None = None,
     precision: Precision = "exact",

@@ -24,12 +24,12 @@ from audio_lens.cache import AudioCache
 from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
-from audio_lens.patching.cells import CellTable, cells_of, unit_count
+from audio_lens.patching.cells import CellTable, cells_of
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.plan import Plan
-from audio_lens.patching.shapes import check_shape, shape_of
-from audio_lens.patching.sites import Site
 from audio_lens.patching.spec import SweepSpec
+from audio_lens.shapes import check_shape, shape_of
+from audio_lens.sites import Site, unit_count
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

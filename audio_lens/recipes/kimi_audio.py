@@ -179,14 +179,14 @@ class HookedKimiAudio(StackedAudioLLM):
         written = self.decoder.written(_text_stream(inputs)[:, 0])[prompt, position]
         return self.decoder.heard(embed, audio) + written
 
-    def decode(
+    def _decode(
         self,
         inputs: AudioInputs,
         encoded: Tensor | None,
-        resid: Float[Tensor, "b t d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        past: KVCache | None = None,
+        resid: Tensor | None,
+        start: int,
+        stop: int | None,
+        past: KVCache | None,
     ) -> Float[Tensor, "b t states"]:
         """The final hidden states of text and audio side by side, ``b t (text audio)``.
 
@@ -196,7 +196,7 @@ class HookedKimiAudio(StackedAudioLLM):
             InputError: for a start behind the block where the streams part.
         """
         if stop is not None:
-            return super().decode(inputs, encoded, resid, start, stop, past)
+            return super()._decode(inputs, encoded, resid, start, stop, past)
         parting = self.cfg.fork + 1
         if start > parting:
             raise InputError(

@@ -27,6 +27,7 @@ SENTENCES = {
         "Activations of the corrupted run were put into the clean run. Effect 0: still answers as "
         "for the clean clip; effect 1: answers as for the corrupted one."
     ),
+    "edit": "One run was edited, a place at a time; change is the metric minus that without edit.",
 }
 
 Results = SweepResult | Sequence[SweepResult] | Mapping[str, SweepResult]
@@ -44,7 +45,7 @@ def map_page(
     corrupted_phones: Sequence[Span] = (),
     title: str = "Where the model listens",
     sampling_rate: int = 16_000,
-    quantity: str = "effect",
+    quantity: str | None = None,
     metric: str | None = None,
 ) -> Path:
     """Write the maps of sweeps under their clip's waveform and spectrogram, with sound.
@@ -65,7 +66,8 @@ def map_page(
         corrupted_words, corrupted_phones: labelled stretches of the other clip.
         title: headline of the page.
         sampling_rate: rate in Hz of the samples and of the sound in the page.
-        quantity: what the colours show at first: "effect", "recovery" or "value".
+        quantity: what the colours show at first: "effect" (None), "recovery" or "value"; of edits
+            "change" (None) or "value".
         metric: the metric shown first, where the sweeps had several.
 
     Returns:
@@ -96,8 +98,8 @@ def map_page(
         views=views,
         first=first,
         facets=_choices(views),
-        quantities=SweepResult.quantities,
-        quantity=quantity,
+        quantities=views[0].result.quantities,
+        quantity=quantity or next(iter(views[0].result.quantities)),
         seconds=rows.seconds,
     )
 
@@ -157,7 +159,7 @@ class View:
         }
 
 
-def _views(results: Results, quantity: str) -> list[View]:
+def _views(results: Results, quantity: str | None) -> list[View]:
     views = [
         View(facets, one, draw_map(one, quantity))
         for name, result in _named(results)
@@ -201,6 +203,10 @@ def _check_distinct(views: Sequence[View]) -> None:
             raise InputError(
                 f"two results are alike in {', '.join(one.facets)}, so that the page could not "
                 "tell them apart: name them, as in map_page({'first': a, 'second': b}, ...)"
+            )
+        if one.result.quantities != two.result.quantities:
+            raise InputError(
+                "maps of edits and of patches measure different things: write two pages"
             )
         for clip in ("clean_hash", "corrupted_hash"):
             hashes = {view.result.meta.get(clip) for view in (one, two)} - {None}

@@ -127,9 +127,9 @@ def test_cells_print_for_people_and_for_machines():
     assert repr(cell) == f"{place}: effect +1.000 (recovery +1.000, value 3)"
     assert cell.to_dict() == {
         "layer": 0, "start_s": 0.1, "end_s": 0.2, "label": "seven", "clip": 0,
-        "value": 3.0, "recovery": 1.0, "effect": 1.0,
+        "value": 3.0, "recovery": 1.0, "effect": 1.0, "change": 4.0,
     }  # fmt: skip
-    assert json.dumps(Cell(1.0, math.nan, math.nan, head=3).to_dict()).count("null") == 2
+    assert json.dumps(Cell(1.0, math.nan, math.nan, 0.5, head=3).to_dict()).count("null") == 2
 
 
 def test_stimuli_are_averaged_as_a_ratio_of_means():

@@ -11,7 +11,7 @@ import torch
 from audio_lens import patching
 from audio_lens.inputs import InputError
 from audio_lens.patching import Patch, Site
-from audio_lens.patching.shapes import shape_of
+from audio_lens.shapes import shape_of
 from families import FAMILIES
 from patching.subjects import SITES, all_logits, batch, layouts_of, pair, tiny_model
 

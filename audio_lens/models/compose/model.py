@@ -127,13 +127,9 @@ class HookedComposed(AudioLLM):
         features, mask = inputs.extra[name], inputs.extra.get(f"{name}.mask")
         return replace(inputs, features=features, feature_mask=mask, extra={})
 
-    def encode(
-        self,
-        inputs: AudioInputs,
-        resid: Float[Tensor, "segments frames d"] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> Tensor | None:
+    def _encode(
+        self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
+    ) -> Tensor:
         """As in every model; where the connector reads several blocks, these are kept for it.
 
         Raises:
@@ -141,7 +137,7 @@ class HookedComposed(AudioLLM):
         """
         taps = self.connector.taps
         if not taps or stop is not None:
-            return super().encode(inputs, resid, start, stop)
+            return super()._encode(inputs, resid, start, stop)
         if start > min(taps):
             raise InputError(
                 f"the connector reads blocks {', '.join(map(str, taps))} of the encoder: start at "
@@ -149,7 +145,7 @@ class HookedComposed(AudioLLM):
             )
         tapped, begin = [], start
         for tap in taps:
-            heard = super().encode(inputs, resid, begin, tap + 1)
+            heard = super()._encode(inputs, resid, begin, tap + 1)
             resid = needed(heard, "the connector reads an encoder, and there is none")
             begin = tap + 1
             tapped.append(resid)

@@ -234,12 +234,12 @@ class HookedGraniteSpeech(HookedAudioLLM):
 
     # ---------------------------------------------------------------- forward
 
-    def encode(self, inputs: AudioInputs, *route: Any, **options: Any) -> Tensor | None:
+    def _encode(self, inputs: AudioInputs, *route: Any) -> Tensor:
         """As in every model; of prompts without audio there is nothing."""
         if not len(inputs.features):
             width = self.cfg.need_decoder.d_model
             return torch.zeros(0, 0, width, dtype=self.dtype, device=self.device)
-        return super().encode(inputs, *route, **options)
+        return super()._encode(inputs, *route)
 
     def enter_decoder(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None

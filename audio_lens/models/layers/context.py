@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,12 +27,17 @@ class KVCache:
     """Keys (rotated) and values of earlier positions, by attention layer.
 
     For decoding step by step, and for runs that differ from another only from some position on.
+
+    Attributes:
+        length: how many positions it holds.
+        prompts: the inputs that filled it first; None where it was filled by hand.
     """
 
     def __init__(
         self, entries: dict[str, tuple[Tensor, Tensor]] | None = None, length: int = 0
     ) -> None:
         self.length = length
+        self.prompts: Any = None
         self._entries = dict(entries or {})
 
     @property

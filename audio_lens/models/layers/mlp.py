@@ -51,15 +51,15 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """``fc_out(act(gate(x)) * fc_in(x))``."""
+    """``fc_out(act(gate(x)) * fc_in(x))``, with ``hook_gate`` at ``act(gate(x))``."""
 
     def __init__(self, cfg: PartConfig):
         super().__init__(cfg)
         self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias)
-        self.hook_pre_linear = HookPoint()
+        self.hook_gate, self.hook_pre_linear = HookPoint(), HookPoint()
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        gate = self.act(self.hook_pre(self.gate(x)))
+        gate = self.hook_gate(self.act(self.hook_pre(self.gate(x))))
         return self.output(self.hook_post(gate * self.hook_pre_linear(self.fc_in(x))))
 
     @property

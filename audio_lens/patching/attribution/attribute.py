@@ -27,9 +27,9 @@ from audio_lens.patching.attribution.runs import (
 from audio_lens.patching.attribution.taps import QueryKeyTap
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.result import SweepResult
-from audio_lens.patching.sites import Site
 from audio_lens.patching.spec import Bands, Direction, SweepSpec, Windows
 from audio_lens.provenance import provenance
+from audio_lens.sites import Site
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

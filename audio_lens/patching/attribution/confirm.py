@@ -17,9 +17,9 @@ from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import Cell, SweepResult
-from audio_lens.patching.sites import Site
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import heading
+from audio_lens.sites import Site
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

@@ -20,9 +20,9 @@ from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import batch_dims, check_finite
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import blocks_of, heard, stack_of
-from audio_lens.patching.sites import Site, in_blocks, parts_from
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track
+from audio_lens.sites import Site, in_blocks, parts_from
 
 if TYPE_CHECKING:
     from audio_lens.hooks import HookFn, HookPoint
@@ -499,7 +499,8 @@ def _hidden(
     stack = stack_of(model, "decoder")
     *_, last = blocks_of(stack)
     resid = model.decode(inputs, encoded, stop=len(stack.blocks) - 1)
-    return stack.finish(last(resid, model.decoder_context(inputs, encoded)))
+    with model.running(inputs):
+        return stack.finish(last(resid, model.decoder_context(inputs, encoded)))
 
 
 def end_of_encoder(model: HookedAudioTransformer) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from audio_lens.patching.checks import check_finite
 from audio_lens.patching.engine.changes import kept_for
+from audio_lens.patching.engine.edited import EditedSource
 from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.request import Request
@@ -68,9 +69,9 @@ def _without_hooks(request: Request, schedule: Schedule, kind: type[FromBase]) -
     of_base, of_source = _kept(request)
     base = Run.of(model, spec.base, part, of_base)
     given = request.source
-    other = base
-    if not (isinstance(given, Mapping) and spec.other is spec.base):
-        other = Run.of(model, spec.other, part, of_source if given is None else (), heard=base)
+    other, is_patched = base, given is None and spec.do is None
+    if not (spec.other is spec.base and not is_patched):
+        other = Run.of(model, spec.other, part, of_source if is_patched else (), heard=base)
     clean_run = other if spec.direction == "denoise" else base
     clean_logits = functools.cache(lambda: model.read_out(clean_run.hidden, clean_run.inputs))
     readouts = [request.readout(run.inputs, clean_logits) for run in (base, other)]
@@ -78,7 +79,9 @@ def _without_hooks(request: Request, schedule: Schedule, kind: type[FromBase]) -
     both = zip(readouts, (base, other), strict=True)
     values = _measured(request, readouts, [one.of_run(run.hidden) for one, run in both])
     held = base.n_bytes
-    if isinstance(given, Mapping):
+    if spec.do is not None:
+        source = _edited(request, _of_run(base, part))
+    elif isinstance(given, Mapping):
         source = _given(request, given, base)
     else:
         run = other if given is None else Run.of(model, given, part, of_source, heard=base)
@@ -100,6 +103,13 @@ def _of_run(run: Run, part: str) -> Source:
     return ConnectorSource(run.connector) if part == "connector" else RunSource(run.trace(part))
 
 
+def _edited(request: Request, base: Source | None) -> EditedSource:
+    """What the edit of a sweep makes of the run that is patched."""
+    table, spec = request.table, request.spec
+    reached = table.positions.any(0)
+    return EditedSource.of(request.model, spec.need_do, spec.base, table.sites, reached, base)
+
+
 def _given(request: Request, activations: Mapping[str, Tensor], base: Run | None) -> GivenSource:
     part = request.table.part
     reach = None if base is None or part == "connector" else base.trace(part).n_positions
@@ -114,7 +124,7 @@ def _with_hooks(request: Request, schedule: Schedule, kind: type[HookedRoute]) -
     base_logits = model(spec.base, encoder_out=encoder_out)
     given = request.source
     other_logits, activations = base_logits, {}
-    if not (isinstance(given, Mapping) and spec.other is spec.base):
+    if not (spec.other is spec.base and (given is not None or spec.do is not None)):
         other_logits, activations = request.kept(spec.other, every)
     if isinstance(given, Mapping):
         activations = given
@@ -125,7 +135,7 @@ def _with_hooks(request: Request, schedule: Schedule, kind: type[HookedRoute]) -
     readouts = [request.readout(inputs, lambda: clean_logits) for inputs in (spec.base, other)]
     both = zip(readouts, (base_logits, other_logits), strict=True)
     values = _measured(request, readouts, [one.of_logits(logits) for one, logits in both])
-    source = _given(request, activations, None)
+    source = _edited(request, None) if spec.do else _given(request, activations, None)
     route = kind(model, spec.base, request.table, readouts[0], source, encoder_out)
     state = _state(request, route, readouts[0], values, schedule.free_beside(0))
     if request.hooked:
@@ -137,9 +147,12 @@ def _with_hooks(request: Request, schedule: Schedule, kind: type[HookedRoute]) -
 def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, " metrics *batch"]:
     """One cell as a whole forward with hooks, and nothing of what the engine saves."""
     given = request.source
-    if not isinstance(given, Mapping):
-        _, given = request.kept(request.spec.other if given is None else given, [cell])
-    source = _given(request, given, None)
+    if request.spec.do is not None:
+        source: Source = _edited(request, None)
+    else:
+        if not isinstance(given, Mapping):
+            _, given = request.kept(request.spec.other if given is None else given, [cell])
+        source = _given(request, given, None)
     route = HookedRoute(request.model, request.spec.base, request.table, readout, source)
     return readout.measure(route.run([cell])[0], f"{request.table.described(cell)}, run whole")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from audio_lens.errors import InputError
 from audio_lens.models.layers import MLP, Attention, Block, GatedMLP
 from audio_lens.patching.engine.trace import PackedRows, Source, Trace
-from audio_lens.patching.sites import Site
+from audio_lens.sites import Site
 
 Projected = tuple[Tensor, Tensor, Tensor]
 KEYS = ("k", "v", "rot_k")

@@ -15,6 +15,7 @@ from torch import Tensor
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.engine.edited import EditedSource
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.routes import FromBase, Route
 from audio_lens.patching.engine.trace import (
@@ -24,8 +25,8 @@ from audio_lens.patching.engine.trace import (
     crosses_of,
     encoder_context,
 )
-from audio_lens.patching.shapes import check_shape
-from audio_lens.patching.sites import Site, in_blocks
+from audio_lens.shapes import check_shape
+from audio_lens.sites import Site, in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -53,12 +54,10 @@ class Overwrites:
         ]
 
     def _write(self, activation: Tensor, site: Site, layer: int | None) -> Tensor:
-        source = self.source.at(layer, site.local_hook)
         start = self.offset if site.positions_of == site.part else 0
         length = activation.shape[site.position_dim]
         device = activation.device  # a model may be split over several
-        source = source.narrow(site.position_dim, start, length).to(device)
-        check_shape(site.hook_name(layer), source, (len(source), *activation.shape[1:]))
+        new = self._new(activation, site, layer, start)
         here = torch.tensor([layer in cell.layers for cell in self.cells], device=device)
         where = self.where[..., start : start + length].to(device)
         where = (where & here[:, None, None]).flatten(0, 1)
@@ -69,9 +68,20 @@ class Overwrites:
             own = units == self.units[:, None].to(device)
             own = own.repeat_interleave(self.where.shape[1], dim=0)
             mask = mask & _along(own, activation.ndim, unit_dim)
-        return torch.where(
-            mask, repeat(source, "c ... -> (n c) ...", n=len(self.cells)), activation
-        )
+        return torch.where(mask, new, activation)
+
+    def _new(
+        self, activation: Tensor, site: Site, layer: int | None, start: int
+    ) -> Float[Tensor, "..."]:
+        """What is written, at every position and unit."""
+        if isinstance(self.source, EditedSource):
+            step = self.source.step(len(self.cells), self.offset)
+            return self.source.changed(activation, layer, site.local_hook, step)
+        source = self.source.at(layer, site.local_hook)
+        length = activation.shape[site.position_dim]
+        source = source.narrow(site.position_dim, start, length).to(activation.device)
+        check_shape(site.hook_name(layer), source, (len(source), *activation.shape[1:]))
+        return repeat(source, "c ... -> (n c) ...", n=len(self.cells))
 
 
 def _along(mask: Bool[Tensor, "batch n"], ndim: int, dim: int) -> Bool[Tensor, "..."]:
@@ -91,7 +101,8 @@ class SuffixRoute(FromBase):
         super().__post_init__()
         layers = {layer for cell in self.table.cells for layer in cell.layers}
         hooks = [site.local_hook for site in self.table.sites]
-        self.source = HeldSource.of(self.source, itertools.product(layers, hooks))
+        if not isinstance(self.source, EditedSource):
+            self.source = HeldSource.of(self.source, itertools.product(layers, hooks))
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         first = min(in_blocks(self.table.cells[cell].layers[0]) for cell in cells)
@@ -125,7 +136,7 @@ class SuffixRoute(FromBase):
         trace, n = self.base.trace("decoder"), len(cells)
         start = self._start(cells)
         past = self._earlier(first, start, n)
-        inputs = _from_position(self.base.inputs, start).repeat(n)
+        inputs = from_position(self.base.inputs, start).repeat(n)
         resid = repeat(trace.residuals[first][:, start:], "b ... -> (n b) ...", n=n)
         encoded = self.base.encoded
         if encoded is not None:
@@ -172,7 +183,7 @@ class SuffixRoute(FromBase):
         return any(site.positions_of != site.part for site in self.table.sites)
 
 
-def _from_position(inputs: AudioInputs, start: int) -> AudioInputs:
+def from_position(inputs: AudioInputs, start: int) -> AudioInputs:
     """The inputs of the positions from ``start`` on, as one gives them beside a filled cache."""
     by_position = ("position_ids", "further_tokens", "audio_mask")
     given = {name: getattr(inputs, name) for name in by_position}

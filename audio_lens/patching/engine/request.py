@@ -27,9 +27,9 @@ from audio_lens.patching.engine.routes import (
     FromBase,
 )
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
-from audio_lens.patching.shapes import check_shape, shape_of
-from audio_lens.patching.sites import parts_from
 from audio_lens.patching.spec import SweepSpec
+from audio_lens.shapes import check_shape, shape_of
+from audio_lens.sites import parts_from
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

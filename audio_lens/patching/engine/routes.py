@@ -25,8 +25,8 @@ from audio_lens.patching.engine.key_changes import KeyChanges
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.row_changes import RowChanges, UnitChanges
 from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, heard, keeping
-from audio_lens.patching.shapes import check_shape
-from audio_lens.patching.sites import Site, in_blocks
+from audio_lens.shapes import check_shape
+from audio_lens.sites import Site, in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

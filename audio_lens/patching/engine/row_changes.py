@@ -189,6 +189,8 @@ def _neuron_delta(of: Changes, layer: int) -> Float[Tensor, "b t f"]:
     held = of.base.at(layer, names)
     if of.site.last == "pre":
         new = mlp.act(new) * (held["mlp.hook_pre_linear"] if is_gated else 1)
+    elif of.site.last == "gate":
+        new = new * held["mlp.hook_pre_linear"]
     elif of.site.last == "pre_linear":
         new = mlp.act(held["mlp.hook_pre"]) * new
     return new - held["mlp.hook_post"]

@@ -20,7 +20,7 @@ from audio_lens.errors import InputError
 from audio_lens.hooks import HookFn, HookPoint, local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import Attention, Block, Context, KVCache, Stack
-from audio_lens.patching.sites import in_blocks
+from audio_lens.sites import in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

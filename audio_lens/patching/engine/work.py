@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from audio_lens.models.layers import PartConfig
-from audio_lens.patching.sites import in_blocks
+from audio_lens.sites import in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer

@@ -17,11 +17,11 @@ Unit = Literal["head", "neuron"]
 _SUBLAYER_OF = {
     **dict.fromkeys(["q", "k", "v", "rot_q", "rot_k", "z", "result"], "attn"),
     **dict.fromkeys(["pattern", "attn_scores"], "attn"),
-    **dict.fromkeys(["pre", "pre_linear", "post"], "mlp"),
+    **dict.fromkeys(["pre", "gate", "pre_linear", "post"], "mlp"),
 }
 _PER_HEAD = ("q", "k", "v", "rot_q", "rot_k", "z", "result")
 _PER_PAIR = ("pattern", "attn_scores")
-_PER_NEURON = ("pre", "pre_linear", "post")
+_PER_NEURON = ("pre", "gate", "pre_linear", "post")
 
 
 class SiteError(AudioLensError, ValueError):
@@ -141,6 +141,15 @@ def parts_from(model: HookedAudioTransformer, part: str) -> list[str]:
     if part not in order:
         return [part]
     return [name for name in order[order.index(part) :] if name in cfg.parts]
+
+
+def unit_count(model: HookedAudioTransformer, site: Site) -> int:
+    """How many heads or neurons a site has."""
+    cfg = model.cfg.parts[site.part]
+    if site.unit == "neuron":
+        return cfg.d_mlp
+    is_key_value = site.last in ("k", "v", "rot_k")
+    return cfg.n_key_value_heads if is_key_value else cfg.n_heads
 
 
 def sites_of(model: HookedAudioTransformer) -> list[Site]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from audio_lens.inputs import InputError
-from audio_lens.patching.cells import Positions, unit_count
-from audio_lens.patching.sites import Site
+from audio_lens.sites import Site, unit_count
 from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ def shape_of(
     """The shape of a site's activation; None where it depends on the run."""
     shape: list[int | None] = [None] * (4 if site.unit == "head" else 3)
     shape[-1] = _width(model, site, timeline)
-    shape[0], shape[site.position_dim] = Positions(timeline, site).valid.shape
+    shape[0], shape[site.position_dim] = timeline.mask(site.positions_of).shape
     if site.unit is not None:
         _, unit_dim = site.split
         shape[unit_dim] = unit_count(model, site)
@@ -33,7 +31,7 @@ def _width(model: HookedAudioTransformer, site: Site, timeline: Timeline) -> int
     """The size of the last axis; None for what enters a connector."""
     if site.reads_attention:  # keys
         keys_of = "encoder" if site.sublayer == "cross_attn" else site.positions_of
-        return Positions(timeline, replace(site, positions_of=keys_of)).valid.shape[1]
+        return timeline.mask(keys_of).shape[1]
     if site.n_layers is None:
         return model.cfg.need_decoder.d_model if site.activation == "out" else None
     cfg = model.cfg.parts[site.part]

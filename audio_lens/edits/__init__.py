@@ -1,0 +1,28 @@
+"""Edits: one language of interventions, in force in whatever runs the model."""
+
+from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
+from audio_lens.edits.do import Add, Do, Latents, Mix, Project, Put, Scale, Swap
+from audio_lens.edits.edit import Edit, intervene
+from audio_lens.edits.written import from_dict, load, save, to_dict
+
+__all__ = [
+    "Add",
+    "Bias",
+    "Block",
+    "Do",
+    "Edit",
+    "Latents",
+    "Mix",
+    "Multiply",
+    "Project",
+    "Put",
+    "Scale",
+    "Sharpen",
+    "Swap",
+    "Weights",
+    "from_dict",
+    "intervene",
+    "load",
+    "save",
+    "to_dict",
+]

@@ -1,0 +1,141 @@
+"""Edits as files: JSON that people can read, with tensors beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from audio_lens import files
+from audio_lens.combining import Either, Outside, Without
+from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
+from audio_lens.edits.do import Add, Latents, Mix, Project, Put, Scale, Swap
+from audio_lens.edits.edit import Edit
+from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.places import Named, Words
+from audio_lens.timeline import Span
+
+_CLASSES = (
+    *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
+    *(Words, Named, Either, Without, Outside, Span, Edit),
+)
+KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
+_NOT_WRITTEN = ("audio", "text", "remake", "copies")  # of inputs: no edit reads them
+
+
+def to_dict(edit: Edit) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An edit as what JSON holds, and the tensors it names.
+
+    Raises:
+        InputError: an edit that holds a function or a module (`Latents`).
+    """
+    tensors: dict[str, Tensor] = {}
+    return _written(edit, tensors, str(edit)), tensors
+
+
+def from_dict(written: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+    """The edit that `to_dict` wrote.
+
+    Raises:
+        InputError: what is no edit.
+    """
+    edit = _read(written, tensors)
+    if not isinstance(edit, Edit):
+        raise InputError(f"no edit is written here, but {type(edit).__name__}")
+    return edit
+
+
+def save(edits: Edit | Sequence[Edit], path: str | Path) -> None:
+    """Write edits to ``path`` (JSON), and their tensors beside it (``.safetensors``).
+
+    Raises:
+        InputError: an edit that holds a function or a module (`Latents`).
+        OutputError: a file that cannot be written.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    written = [_written(edit, tensors, str(edit)) for edit in listed]
+    if tensors:
+        held = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+        files.write(_beside(path), safetensors.torch.save(held))
+    files.write(path, json.dumps({"edits": written}, indent=1).encode())
+
+
+def load(path: str | Path) -> list[Edit]:
+    """The edits that `save` wrote.
+
+    Raises:
+        InputError: no such file, or one that holds no edits.
+    """
+    path = Path(path)
+    try:
+        listed = json.loads(path.read_text())["edits"]
+        beside = _beside(path)
+        tensors = safetensors.torch.load_file(beside) if beside.exists() else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path} holds no edits: {error}") from error
+    return [from_dict(one, tensors) for one in listed]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".safetensors")
+
+
+def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors[name := str(len(tensors))] = value
+        return {"tensor": name}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, (list, tuple)):
+        items = [_written(one, tensors, whose) for one in value]
+        return items if isinstance(value, list) else {"tuple": items}
+    if type(value) in _CLASSES or isinstance(value, AudioInputs):
+        own = [
+            f.name for f in fields(value) if f.name not in _NOT_WRITTEN or type(value) in _CLASSES
+        ]
+        held = {name: _written(getattr(value, name), tensors, whose) for name in own}
+        return {"kind": type(value).__name__, **held}
+    if isinstance(value, Mapping) or hasattr(value, "keys"):
+        items = {str(key): _written(value[key], tensors, whose) for key in value.keys()}  # noqa: SIM118
+        return {"mapping": items}
+    raise InputError(
+        f"{whose} holds a {type(value).__name__}, which no file can: edits with functions or "
+        "modules of one's own are made anew each time"
+    )
+
+
+def _read(written: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(written, list):
+        return [_read(one, tensors) for one in written]
+    if not isinstance(written, Mapping):
+        return written
+    if "tensor" in written:
+        if written["tensor"] not in tensors:
+            raise InputError(f"tensor {written['tensor']} of an edit is missing beside it")
+        return tensors[written["tensor"]]
+    if "slice" in written:
+        return slice(*written["slice"])
+    if "tuple" in written:
+        return tuple(_read(written["tuple"], tensors))
+    if "mapping" in written:
+        return {name: _read(one, tensors) for name, one in written["mapping"].items()}
+    kind, held = written.get("kind"), {k: v for k, v in written.items() if k != "kind"}
+    if kind == AudioInputs.__name__:
+        return AudioInputs(**{name: _read(one, tensors) for name, one in held.items()})
+    if kind not in KINDS:
+        raise InputError(f"no edit or place is called {kind!r}: known are {', '.join(KINDS)}")
+    try:
+        return KINDS[kind](**{name: _read(one, tensors) for name, one in held.items()})
+    except TypeError as error:
+        raise InputError(f"{kind} cannot be read: {error}") from error
