@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.serialization import add_safe_globals
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
@@ -23,6 +22,7 @@ from audio_lens.hooks import (
     as_slice,
     is_flat,
     is_large,
+    kept_axis,
     slice_input,
     suggest,
 )
@@ -492,7 +492,7 @@ class AudioCache(ActivationCache):
         layer, positions = self._layer(layer, mlp_input), as_slice(pos_slice)
         if incl_remainder:
             self._check_adds_up()
-        neurons, onto = _kept_axis(neuron_slice), project_output_onto
+        neurons, onto = kept_axis(neuron_slice), project_output_onto
         onto = onto[:, None] if onto is not None and onto.ndim == 1 else onto
         found, labels = [], []
         for l in range(layer):
@@ -601,12 +601,3 @@ def _of_positions(
             "their own each: cache all positions"
         )
     return weights.repeat(n_steps, *[1] * (weights.ndim - 1))
-
-
-def _kept_axis(wanted: PosSlice) -> Slice:
-    """A slice that never drops its axis."""
-    chosen = as_slice(wanted)
-    return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
-
-
-add_safe_globals([AudioCache])  # inert: torch.load takes it without weights_only=False

@@ -123,6 +123,12 @@ def as_slice(wanted: PosSlice) -> Slice:
         raise InputError(f"{wanted!r} names no positions: {error}") from error
 
 
+def kept_axis(wanted: PosSlice) -> Slice:
+    """A slice that never drops its axis."""
+    chosen = as_slice(wanted)
+    return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
+
+
 def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
     """The known names nearest to a mistaken one, as the end of an error message."""
     known = list(known)
@@ -415,7 +421,7 @@ class HookedRoot(HookedRootModule):
         names = self.matching(names_filter, attention, part)
         if pos_slice is not None:
             names = self._sliceable(names, part or self.output_part, _is_named(names_filter))
-        positions = Slice.unwrap(as_slice(pos_slice))
+        positions = kept_axis(pos_slice)
         target = _device_of(device)
         sliced = {} if pos_slice is None else {name: position_dim(name) for name in names}
         cache = {} if cache is None else cache
