@@ -20,13 +20,13 @@ from .cache import AudioCache as AudioCache
 from .edits import Edit as Edit
 from .edits import intervene as intervene
 from .errors import AudioLensError as AudioLensError
+from .errors import InputError as InputError
 from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
 from .hooks import HookError as HookError
 from .hooks import HookNameError as HookNameError
 from .hooks import HookPoint as HookPoint
 from .inputs import AudioInputs as AudioInputs
-from .inputs import InputError as InputError
 from .items import Activations as Activations
 from .items import ActivationsError as ActivationsError
 from .items import ControlError as ControlError

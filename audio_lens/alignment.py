@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import path_of
 from audio_lens.audio import AudioSource
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.inputs import InputError
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.running import evaluating
@@ -58,24 +59,24 @@ def read_textgrid(path: str | Path) -> dict[str, list[Span]]:
     try:
         from praatio import textgrid
         from praatio.data_classes.interval_tier import Interval, IntervalTier
-        from praatio.utilities.errors import PraatioException
     except ImportError as error:
-        raise ImportError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
-    if not Path(path).is_file():
+        raise ExtraError("TextGrids need praatio: pip install 'audio_lens[align]'") from error
+    path = path_of("a TextGrid", path)
+    if not path.is_file():
         raise AlignmentError(f"no TextGrid at {path}")
     try:
         grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False)
-    except (PraatioException, ValueError, IndexError, UnicodeError) as error:
+        found = {
+            tier.name: [
+                Span(entry.start, entry.end, entry.label)
+                for entry in tier.entries
+                if isinstance(entry, Interval)
+            ]
+            for tier in grid.tiers
+            if isinstance(tier, IntervalTier)
+        }
+    except Exception as error:  # of its parser, which raises what it meets
         raise AlignmentError(f"{path} cannot be read as a TextGrid: {error}") from error
-    found = {
-        tier.name: [
-            Span(entry.start, entry.end, entry.label)
-            for entry in tier.entries
-            if isinstance(entry, Interval)
-        ]
-        for tier in grid.tiers
-        if isinstance(tier, IntervalTier)
-    }
     if not any(found.values()):
         raise AlignmentError(f"{path} holds no labelled interval: is it whole?")
     return found

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import io
+import math
+import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from jaxtyping import Float
 
-from audio_lens.errors import AudioLensError
+from audio_lens.arguments import path_of
+from audio_lens.errors import InputError
+from audio_lens.sound_files import (
+    LONGEST_S,
+    MOST_HZ,
+    AudioError,
+    decoded,
+    opened,
+    too_long,
+)
 
 
 @runtime_checkable
@@ -36,60 +45,63 @@ _OVERSHOOT = 1.1  # what resampling and lossy codecs may add to full scale
 _16_BIT, _24_BIT = 2.0**15, 2.0**23
 
 
-class AudioError(AudioLensError, ValueError):
-    """Audio that cannot be used; the message names the clip and what to do."""
-
-
-def read(path: str | Path, sampling_rate: int = 16_000) -> Float[np.ndarray, " samples"]:
+def read(
+    path: str | Path, sampling_rate: int = 16_000, longest_s: float = math.inf
+) -> Float[np.ndarray, " samples"]:
     """Read a sound file as mono float32 at ``sampling_rate`` Hz (channels are averaged).
 
+    Args:
+        longest_s: seconds that a model takes; a longer file is refused before it is decoded.
+
     Raises:
-        AudioError: if the file is missing, empty, not audio, or holds NaN or infinite samples.
+        AudioError: if the file is missing, empty, cut off, too long or not audio, or holds NaN or
+            infinite samples.
     """
-    with _opened(path) as file:
-        return _decoded(file, str(path), sampling_rate)
+    return _decoded(_path(path), str(path), sampling_rate, longest_s)
 
 
 def _decoded(
-    file: soundfile.SoundFile, name: str, sampling_rate: int
+    source: Path | io.BytesIO, name: str, sampling_rate: int, longest_s: float
 ) -> Float[np.ndarray, " samples"]:
-    samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
-    return resample(_checked(samples, name), file.samplerate, sampling_rate)
+    _check_rate(sampling_rate)
+    samples, rate = decoded(source, name, longest_s)
+    return resample(_checked(samples, name), rate, sampling_rate)
 
 
-def _read_bytes(content: Any, sampling_rate: int) -> Float[np.ndarray, " samples"]:
+def _read_bytes(
+    content: Any, sampling_rate: int, longest_s: float
+) -> Float[np.ndarray, " samples"]:
     """The same of what a sound file holds."""
     if not isinstance(content, (bytes, bytearray, memoryview)):
         raise AudioError(f"bytes of a clip are bytes, got {type(content).__name__}")
-    try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            return _decoded(file, "the clip", sampling_rate)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"the {len(content)} bytes cannot be read as audio: {error}") from error
+    name = f"the clip of {len(content)} bytes"
+    return _decoded(io.BytesIO(content), name, sampling_rate, longest_s)
 
 
 def check(path: str | Path) -> None:
     """Raise unless there is a sound file at the path; no sample of it is read.
 
     Raises:
-        AudioError: if the file is missing, empty or not audio.
+        AudioError: if the file is missing, empty, cut off or not audio.
     """
-    with _opened(path):
+    with opened(_path(path), str(path)):
         pass
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"no audio file at {path}")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path} is empty (0 bytes)")
+def _path(path: str | Path) -> Path:
     try:
-        with soundfile.SoundFile(path) as file:
-            yield file
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path} cannot be read as audio: {error}") from error
+        return path_of("a clip", path)
+    except InputError as error:
+        raise AudioError(str(error)) from error
+
+
+def _check_rate(value: Any) -> None:
+    is_whole = _is_number(value) and 0 < value <= MOST_HZ and value % 1 == 0
+    if not is_whole:
+        raise AudioError(
+            f"sampling_rate must be a positive number of Hz, got {reprlib.repr(value)} (whole, up "
+            f"to {MOST_HZ:,}, one per clip or one for all)"
+        )
 
 
 def resample(
@@ -98,11 +110,15 @@ def resample(
     """Band-limited resampling of a mono signal (soxr, high quality); float32 out.
 
     Raises:
-        AudioError: if the signal is too short to leave a sample.
+        AudioError: if the signal is too short to leave a sample, too long, or a rate is none.
     """
+    _check_rate(from_hz)
+    _check_rate(to_hz)
     samples = samples.astype(np.float32, copy=False)
     if from_hz == to_hz:
         return samples
+    if len(samples) / from_hz > LONGEST_S:
+        raise too_long("the clip", len(samples) / from_hz, math.inf)
     resampled = soxr.resample(samples, from_hz, to_hz)
     if len(resampled) == 0:
         raise AudioError(f"{len(samples)} sample(s) at {from_hz} Hz are none at {to_hz} Hz")
@@ -149,7 +165,9 @@ def with_rates(sources: Sequence[Any], sampling_rate: Any) -> Iterable[tuple[Any
     return zip(sources, rates, strict=True)
 
 
-def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.ndarray, " samples"]:
+def load(
+    source: Any, sampling_rate: int, source_rate: Any = None, longest_s: float = math.inf
+) -> Float[np.ndarray, " samples"]:
     """A clip from a path, array, tensor or mapping as mono float32 at ``sampling_rate`` Hz.
 
     Whole numbers within 16 bits are taken as 16-bit samples whatever their dtype, with a warning
@@ -164,18 +182,19 @@ def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.n
         sampling_rate: the rate wanted, in Hz.
         source_rate: the rate of samples given as an array, in whole Hz. Files and mappings know
             their own, so it does not concern them: a list of clips may mix both.
+        longest_s: seconds that a model takes; a longer clip is refused before it is decoded.
 
     Raises:
-        AudioError: empty, NaN or oddly shaped audio, samples beyond full scale, or an array
-            without ``source_rate``.
+        AudioError: empty, NaN or oddly shaped audio, a file that is cut off, samples beyond full
+            scale, a clip that is too long, or an array without ``source_rate``.
     """
     if isinstance(source, (str, Path)):
-        return read(source, sampling_rate)
+        return read(source, sampling_rate, longest_s)
     if isinstance(source, Mapping):
-        return _load_mapping(source, sampling_rate, source_rate)
+        return _load_mapping(source, sampling_rate, source_rate, longest_s)
     if isinstance(source, io.BufferedIOBase):
         source.seek(0)
-        return _read_bytes(source.read(), sampling_rate)
+        return _read_bytes(source.read(), sampling_rate, longest_s)
     if isinstance(source, Decoder):
         source = _decoded_all(source)
     is_one = _is_rated(source)
@@ -191,11 +210,10 @@ def load(source: Any, sampling_rate: int, source_rate: Any = None) -> Float[np.n
             "samples without a sampling rate: pass sampling_rate= (Hz) of the array; "
             f"it is resampled to {sampling_rate} Hz where they differ"
         )
-    if not (_is_number(source_rate) and 0 < source_rate < np.inf and source_rate % 1 == 0):
-        raise AudioError(
-            f"sampling_rate must be a positive number of Hz, got {source_rate} (whole, one per "
-            "clip or one for all)"
-        )
+    _check_rate(source_rate)
+    seconds = max(source.shape, default=0) / source_rate
+    if seconds > min(longest_s, LONGEST_S) + 1 / source_rate:
+        raise too_long("the clip", seconds, longest_s)
     array = _as_array(source) if isinstance(source, torch.Tensor) else source
     samples = _checked(_mono(_scaled(array), is_one), "the clip")
     return resample(samples, int(source_rate), sampling_rate)
@@ -212,7 +230,7 @@ def _decoded_all(source: Decoder) -> tuple[Any, Any]:
 
 
 def _load_mapping(
-    clip: Mapping[str, Any], sampling_rate: int, source_rate: Any
+    clip: Mapping[str, Any], sampling_rate: int, source_rate: Any, longest_s: float
 ) -> Float[np.ndarray, " samples"]:
     """A clip as data sets hold it: decoded samples, else the bytes of a file, else its path."""
     unknown = [str(key) for key in clip if key not in _FIELDS]
@@ -226,11 +244,11 @@ def _load_mapping(
         rate = clip.get("sampling_rate")
         rate = source_rate if rate is None else rate
         rated = (samples, rate)  # one clip, of which two rows are two channels
-        return load(rated if _is_rated(rated) else samples, sampling_rate, rate)
+        return load(rated if _is_rated(rated) else samples, sampling_rate, rate, longest_s)
     if clip.get("bytes") is not None:
-        return _read_bytes(clip["bytes"], sampling_rate)
+        return _read_bytes(clip["bytes"], sampling_rate, longest_s)
     if isinstance(clip.get("path"), (str, Path)):
-        return read(clip["path"], sampling_rate)
+        return read(clip["path"], sampling_rate, longest_s)
     raise AudioError("the mapping holds no audio: array and sampling_rate, bytes, or path")
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.serialization import add_safe_globals
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
 
+from audio_lens.arguments import whole
+from audio_lens.errors import InputError, RangeError
 from audio_lens.hooks import (
     HookNameError,
     PosSlice,
     as_slice,
     is_flat,
     is_large,
+    kept_axis,
     slice_input,
     suggest,
 )
@@ -124,7 +126,7 @@ class AudioCache(ActivationCache):
         for name, part in parts.items():
             held, found = self.parts[name].cfg.n_layers, part.cfg.n_layers
             if held != found:
-                raise ValueError(
+                raise InputError(
                     f"the cache is of another model: its {name} has {held} layers, this one {found}"
                 )
         return AudioCache(self.cache_dict, parts, self.main_part, self.has_batch_dim, self.prefixed)
@@ -160,7 +162,7 @@ class AudioCache(ActivationCache):
             return self
         size = self._batch_size() if batch_size is None else batch_size
         if size != 1:
-            raise ValueError(f"the batch axis holds {size} prompts: choose one of them first")
+            raise InputError(f"the batch axis holds {size} prompts: choose one of them first")
         kept = {name: x if is_flat(name) else x[0] for name, x in self.items()}
         self.cache_dict, self.has_batch_dim = kept, False
         return self
@@ -168,7 +170,7 @@ class AudioCache(ActivationCache):
     def _batch_size(self) -> int:
         sizes = {len(tensor) for name, tensor in self.items() if not is_flat(name)}
         if len(sizes) > 1:
-            raise ValueError(
+            raise InputError(
                 "some prompts hold several clips, so the first axis counts prompts in the decoder "
                 "and clips in the encoder: slice one part, cache.part(...)"
             )
@@ -182,9 +184,12 @@ class AudioCache(ActivationCache):
         """
         rows = as_slice(batch_slice)
         if not self.has_batch_dim:
-            raise ValueError("this cache has no batch axis")
+            raise InputError("this cache has no batch axis")
         self._batch_size()
-        chosen = {n: rows.apply(tensor, dim=0) for n, tensor in self.items() if not is_flat(n)}
+        try:
+            chosen = {n: rows.apply(tensor, dim=0) for n, tensor in self.items() if not is_flat(n)}
+        except IndexError as error:
+            raise RangeError(f"the cache has no such rows: {error}") from error
         return AudioCache(chosen, self.parts, self.main_part, rows.mode != "int", self.prefixed)
 
     # ---------------------------------------------------------------- keys
@@ -252,7 +257,7 @@ class AudioCache(ActivationCache):
 
     def _check_adds_up(self) -> None:
         if not all(block.adds_up for block in self.model.blocks):
-            raise ValueError(
+            raise InputError(
                 f"the residual stream of the {self.main_part} is no sum of what its layers write: "
                 "every block norms it. Use accumulated_resid, or patching"
             )
@@ -260,8 +265,9 @@ class AudioCache(ActivationCache):
     def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
         n_layers = self.model.cfg.n_layers
         layer = n_layers if layer is None or layer == -1 else layer
+        whole("layer", layer, least=0, most=n_layers)
         if mlp_input and layer >= n_layers:
-            raise ValueError(f"no MLP reads layer {layer}: mlp_input needs one below {n_layers}")
+            raise InputError(f"no MLP reads layer {layer}: mlp_input needs one below {n_layers}")
         return layer
 
     def _stream_into(self, layer: int, mlp_input: bool = False) -> Float[Tensor, "*batch_pos d"]:
@@ -433,7 +439,7 @@ class AudioCache(ActivationCache):
         """What neurons are, and what each writes where it is 1."""
         mlp = getattr(self.model.blocks[layer], sublayer)
         if not hasattr(mlp, "W_out"):
-            raise ValueError(
+            raise InputError(
                 f"the {sublayer} of the {self.main_part}'s block {layer} is a mixture of experts, "
                 "whose neurons are not kept one by one: use decompose_resid, or expand_neurons="
                 "False"
@@ -486,7 +492,7 @@ class AudioCache(ActivationCache):
         layer, positions = self._layer(layer, mlp_input), as_slice(pos_slice)
         if incl_remainder:
             self._check_adds_up()
-        neurons, onto = _kept_axis(neuron_slice), project_output_onto
+        neurons, onto = kept_axis(neuron_slice), project_output_onto
         onto = onto[:, None] if onto is not None and onto.ndim == 1 else onto
         found, labels = [], []
         for l in range(layer):
@@ -543,12 +549,12 @@ class AudioCache(ActivationCache):
             return
         instead = "use apply_ln=False, or a layer before the last"
         if hasattr(self._module, "pool"):
-            raise ValueError(
+            raise InputError(
                 f"the {self.main_part} pools pairs of frames before its final norm, so frames "
                 f"cannot be normed by it: {instead}"
             )
         if not hasattr(self._module, "ln_final"):
-            raise ValueError(f"the {self.main_part} has no final norm: {instead}")
+            raise InputError(f"the {self.main_part} has no final norm: {instead}")
 
     def apply_ln_to_stack(
         self,
@@ -590,17 +596,8 @@ def _of_positions(
     """
     n_steps, rest = divmod(n_positions, len(weights))
     if rest:
-        raise ValueError(
+        raise InputError(
             f"{n_positions} positions are no whole steps of {len(weights)}, which have weights of "
             "their own each: cache all positions"
         )
     return weights.repeat(n_steps, *[1] * (weights.ndim - 1))
-
-
-def _kept_axis(wanted: PosSlice) -> Slice:
-    """A slice that never drops its axis."""
-    chosen = as_slice(wanted)
-    return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
-
-
-add_safe_globals([AudioCache])  # inert: torch.load takes it without weights_only=False

@@ -13,7 +13,6 @@ it was never trained. No corruption clips samples: what is added may reach beyon
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,11 +22,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from audio_lens import arguments
+from audio_lens.arguments import number, whole
 from audio_lens.audio import AudioError, AudioSource, check, load
+from audio_lens.errors import InputError
+from audio_lens.sound_files import LONGEST_S
 from audio_lens.timeline import Seconds, Span
 
 Stretch = Float[np.ndarray, " n"]
 Decibels = float | int
+MOST_DB = 300.0  # beyond, float64 holds nothing of the quieter one
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,8 +54,7 @@ class Corruption(ABC):
     def __post_init__(self) -> None:
         if self.span is not None:
             Span.of(self.span)
-        if not (math.isfinite(self.fade_s) and self.fade_s >= 0):
-            raise ValueError(f"fade_s must be seconds, 0 or more, got {self.fade_s}")
+        number("fade_s", self.fade_s, least=0, most=LONGEST_S, unit="seconds")
 
     def __call__(
         self, samples: AudioSource, sampling_rate: int
@@ -121,8 +124,8 @@ class Noise(Corruption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.snr_db):
-            raise ValueError(f"snr_db must be a finite number of dB, got {self.snr_db}")
+        number("snr_db", self.snr_db, least=-MOST_DB, most=MOST_DB, unit="dB")
+        whole("seed", self.seed, least=0)
         if self.clip is not None:
             _check_clip(self.clip, self.sampling_rate)
 
@@ -189,7 +192,7 @@ class Splice(Corruption):
         _check_clip(self.clip, self.sampling_rate)
         span, source = self._replaced, self._source
         if _duration(source) > _duration(span) + 1e-3:
-            raise ValueError(
+            raise InputError(
                 f"the source lasts {_duration(source):.3f} s and the span {_duration(span):.3f} s: "
                 "widen the span, or take less of the source"
             )
@@ -197,7 +200,7 @@ class Splice(Corruption):
     @property
     def _replaced(self) -> Span:
         if self.span is None:
-            raise ValueError(
+            raise InputError(
                 "Splice needs span=: the stretch to replace (OtherUtterance needs none)"
             )
         return Span.of(self.span)
@@ -226,11 +229,11 @@ class TimeShuffle(Corruption):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.width_s) and self.width_s > 0):
-            raise ValueError(f"width_s must be a positive number of seconds, got {self.width_s}")
+        number("width_s", self.width_s, above=0, unit="seconds")
+        whole("seed", self.seed, least=0)
 
     def change(self, stretch: Stretch, start: int, sampling_rate: int) -> Stretch:
-        count = round(len(stretch) / sampling_rate / self.width_s)
+        count = round(min(len(stretch) / sampling_rate / self.width_s, len(stretch) + 1.0))
         if not 2 <= count <= len(stretch):
             raise AudioError(
                 f"a stretch of {len(stretch) / sampling_rate:g} s makes {count} pieces of "
@@ -287,8 +290,10 @@ class TextSwap:
     new: str
 
     def __post_init__(self) -> None:
+        arguments.text("old", self.old)
+        arguments.text("new", self.new)
         if not self.old or self.old == self.new:
-            raise ValueError(f"a swap needs two different texts, got {self}")
+            raise InputError(f"a swap needs two different texts, got {self}")
 
     def __call__(self, text: str) -> str:
         """The text with the swap made.
@@ -296,9 +301,9 @@ class TextSwap:
         Raises:
             ValueError: if ``old`` does not occur exactly once.
         """
-        count = text.count(self.old)
+        count = arguments.text("what a swap is made in", text).count(self.old)
         if count != 1:
-            raise ValueError(
+            raise InputError(
                 f"{self.old!r} occurs {count} times in {text!r}: name what occurs exactly once"
             )
         return text.replace(self.old, self.new)

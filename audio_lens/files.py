@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from audio_lens.arguments import path_of
 from audio_lens.errors import AudioLensError
 
 try:
@@ -164,7 +165,7 @@ def _same(path: Path, other: Path) -> bool:
 
 def _target(path: str | Path) -> Path:
     """The file behind links, if one may stand there."""
-    path = Path(path)
+    path = path_of("path", path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name the file to write")
     if path.exists() and not path.is_file():

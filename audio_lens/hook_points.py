@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint as _HookPoint
 from transformer_lens.hook_points import LensHandle
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 
 HookFn = Callable[..., Any]
 
@@ -54,7 +54,7 @@ class HookPoint(_HookPoint):
         """
         pieces = (self.name or "").split(".")
         if "blocks" not in pieces:
-            raise ValueError(f"{self.name!r} lies in no block, so it has no layer")
+            raise InputError(f"{self.name!r} lies in no block, so it has no layer")
         return int(pieces[pieces.index("blocks") + 1])
 
 

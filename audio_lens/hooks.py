@@ -20,7 +20,8 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.utilities.slice import Slice, SliceInput
 
-from audio_lens.errors import AudioLensError
+from audio_lens import arguments
+from audio_lens.errors import AudioLensError, InputError, RangeError
 from audio_lens.hook_points import HookError as HookError
 from audio_lens.hook_points import HookFn, HookPoint, Watched, is_ours, plain
 from audio_lens.running import alone, exclusive
@@ -88,7 +89,16 @@ def slice_input(wanted: PosSlice) -> Slice | SliceInput:
 
 def as_slice(wanted: PosSlice) -> Slice:
     """As TransformerLens reads slices: an int drops the axis."""
-    return wanted if isinstance(wanted, Slice) else Slice(cast("SliceInput", wanted))
+    try:
+        return wanted if isinstance(wanted, Slice) else Slice(cast("SliceInput", wanted))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{wanted!r} names no positions: {error}") from error
+
+
+def kept_axis(wanted: PosSlice) -> Slice:
+    """A slice that never drops its axis."""
+    chosen = as_slice(wanted)
+    return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
 
 
 def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
@@ -155,7 +165,7 @@ class HookedRoot(HookedRootModule):
         elif callable(names):
             chosen = [name for name in known if names(name)]
         else:
-            listed = [names] if isinstance(names, str) else names
+            listed = arguments.names("hook names", names)
             chosen = [self.resolve(name, part) for name in listed]
         if not chosen:
             examples = ", ".join(known[:: max(1, len(known) // 6)])
@@ -196,7 +206,7 @@ class HookedRoot(HookedRootModule):
     @attn_mode.setter
     def attn_mode(self, mode: str) -> None:
         if mode not in ("auto", "explicit", "sdpa"):
-            raise ValueError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
+            raise InputError(f"attn_mode must be 'auto', 'explicit' or 'sdpa', got {mode!r}")
         if mode == self._attn_mode:
             return
         with self.alone():
@@ -238,6 +248,9 @@ class HookedRoot(HookedRootModule):
             HookNameError: if the name or predicate matches nothing.
             DeadHookError: if it matches only what `attn_mode` "sdpa" does not compute.
         """
+        _check_hook(name, hook)
+        if dir not in ("fwd", "bwd"):
+            raise InputError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
         names = self.matching(name)
         if self.attn_mode == "sdpa" and all(local_name(n) in _PER_PAIR for n in names):
             raise DeadHookError(f"a hook on {_label(name)}: {_FUSED}")
@@ -282,6 +295,7 @@ class HookedRoot(HookedRootModule):
             HookNameError: if a name or predicate matches nothing.
             DeadHookError: on leaving, if a forward hook never ran (and does not stay attached).
         """
+        _check_hooks(fwd_hooks, bwd_hooks)
         watched = [(name, Watched(_label(name), fn)) for name, fn in fwd_hooks]
         forward: _Listed = [(full, fn) for name, fn in watched for full in self.matching(name)]
         backward: _Listed = [(full, fn) for name, fn in bwd_hooks for full in self.matching(name)]
@@ -323,6 +337,7 @@ class HookedRoot(HookedRootModule):
             DeadHookError: if a forward hook never ran, or backward hooks would be removed before a
                 backward pass can reach them.
         """
+        _check_hooks(fwd_hooks, bwd_hooks)
         if bwd_hooks and reset_hooks_end:
             raise DeadHookError(
                 "run_with_hooks only runs forward and then removes bwd_hooks, so they never run: "
@@ -380,7 +395,7 @@ class HookedRoot(HookedRootModule):
         """
         is_whole = model_kwargs.get("stop_at_layer") is None
         if incl_bwd and not (is_whole and model_kwargs.get("return_type") == "loss"):
-            raise ValueError("incl_bwd runs backward on the loss: use return_type='loss'")
+            raise InputError("incl_bwd runs backward on the loss: use return_type='loss'")
         cache, forward, backward = self.get_caching_hooks(
             names_filter,
             incl_bwd,
@@ -416,7 +431,8 @@ class HookedRoot(HookedRootModule):
         names = self.matching(names_filter, attention, part)
         if pos_slice is not None:
             names = self._sliceable(names, part or self.output_part, _is_named(names_filter))
-        positions = Slice.unwrap(slice_input(pos_slice))
+        positions = kept_axis(pos_slice)
+        target = _device_of(device)
         sliced = {} if pos_slice is None else {name: position_dim(name) for name in names}
         cache = {} if cache is None else cache
 
@@ -425,10 +441,10 @@ class HookedRoot(HookedRootModule):
                 kept = tensor.detach()
                 dim = sliced.get(name)
                 if dim is not None:  # as a copy: a view would hold on to all positions
-                    kept = positions.apply(kept, dim=dim).clone()
+                    kept = _at(positions, kept, dim, name).clone()
                 if remove_batch_dim and not is_flat(name):
                     kept = _without_batch(kept, name)
-                cache[name + suffix] = kept.to(device)
+                cache[name + suffix] = kept.to(target)
 
             keep.only_reads = True
             return keep
@@ -463,7 +479,7 @@ class HookedRoot(HookedRootModule):
         own = [name for name in names if self._lies_on(part, name)]
         if (is_named and len(own) < len(names)) or not own:
             others = [name for name in names if name not in own]
-            raise ValueError(
+            raise InputError(
                 f"pos_slice selects positions of the {part}; {', '.join(others[:5])} do not lie on "
                 "them (slice these yourself, or cache them without pos_slice)"
             )
@@ -474,6 +490,36 @@ class HookedRoot(HookedRootModule):
         after_pooling = tuple(f"{part}.{x}" for x in ("hook_pooled", "ln_final", "hook_out"))
         is_pooled = f"{part}.hook_pooled" in self.hook_dict and name.startswith(after_pooling)
         return is_own and not is_pooled and position_dim(name) is not None
+
+
+def _at(positions: Slice, kept: Tensor, dim: int, name: str) -> Tensor:
+    try:
+        return positions.apply(kept, dim=dim)
+    except IndexError as error:
+        raise RangeError(f"{name} has {kept.shape[dim]} positions: {error}") from error
+
+
+def _device_of(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{device!r} is no device: {str(error).splitlines()[0]}") from error
+
+
+def _check_hooks(*several: Hooks) -> None:
+    """Raise unless each is a list of pairs of a name or filter and a function."""
+    for hooks in several:
+        for pair in arguments.listed("hooks", hooks, (tuple, list), "pairs (name, function)"):
+            if len(pair) != 2:
+                raise InputError(f"a hook is a pair (name, function), got {pair!r}")
+            _check_hook(*pair)
+
+
+def _check_hook(name: Any, hook: Any) -> None:
+    if not (isinstance(name, str) or callable(name)):
+        raise InputError(f"a hook's place is a name or a filter of names, got {name!r}")
+    if not callable(hook):
+        raise InputError(f"a hook on {_label(name)} is a function, got {hook!r}")
 
 
 def _is_named(names: NamesFilter) -> bool:
@@ -487,5 +533,5 @@ def _label(name: str | Callable[[str], bool]) -> str:
 
 def _without_batch(tensor: Tensor, name: str) -> Tensor:
     if tensor.shape[0] != 1:
-        raise ValueError(f"remove_batch_dim needs a batch of one, {name} has {tensor.shape[0]}")
+        raise InputError(f"remove_batch_dim needs a batch of one, {name} has {tensor.shape[0]}")
     return tensor[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,19 +13,18 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from audio_lens.arguments import numbers, whole
 from audio_lens.digests import of_tensor
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import InputError as InputError
+from audio_lens.errors import RangeError
 from audio_lens.pickles import all_alone
 
 _ROWS = (  # what `AudioInputs` hold row by row, clip by clip or segment by segment
     *("features", "tokens", "attention_mask", "feature_mask", "position_ids"),
     *("further_tokens", "audio_mask", "labels", "audio", "text"),
 )
+MOST_COPIES = 1_000_000
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
-
-
-class InputError(AudioLensError, ValueError):
-    """Inputs that the model cannot take; the message says what to change."""
 
 
 @dataclass(eq=False)
@@ -181,10 +181,24 @@ class AudioInputs:
             InputError: if that leaves no prompt.
             IndexError: for a row that does not exist.
         """
-        chosen = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
-        if chosen.size == 0:
+        chosen = self._chosen(rows)
+        if not chosen:
             raise InputError(f"{rows} selects none of the {len(self)} prompts")
-        return self._select(np.atleast_1d(chosen).tolist())
+        return self._select(chosen)
+
+    def _chosen(self, rows: Any) -> list[int]:
+        everything = list(range(len(self)))
+        if isinstance(rows, slice):
+            return everything[rows]
+        asked = rows.tolist() if hasattr(rows, "tolist") else rows  # of arrays and tensors
+        if isinstance(asked, (list, tuple)) and all(isinstance(one, bool) for one in asked):
+            if len(asked) != len(self):
+                raise RangeError(f"a mask of {len(asked)} rows does not fit {len(self)} prompts")
+            return list(itertools.compress(everything, asked))
+        numbered = numbers("rows", asked)
+        if not all(-len(self) <= row < len(self) for row in numbered):
+            raise RangeError(f"there is no row {asked}: the batch holds {len(self)} prompts")
+        return [everything[row] for row in numbered]
 
     @staticmethod
     def joined(batches: Sequence[AudioInputs]) -> AudioInputs:
@@ -220,7 +234,12 @@ class AudioInputs:
         )
 
     def repeat(self, times: int) -> AudioInputs:
-        """The whole batch ``times`` over, copy after copy."""
+        """The whole batch ``times`` over, copy after copy.
+
+        Raises:
+            InputError: for fewer than one.
+        """
+        whole("times", times, least=1, most=MOST_COPIES)
         repeated = self._select(list(range(len(self))) * times)
         return replace(repeated, copies=self.copies * times)
 

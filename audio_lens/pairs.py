@@ -80,7 +80,7 @@ def minimal_pair(
         ValueError: an unknown ``fit``, or a swap that does not fit the text.
     """
     if fit not in ("pad", "cut"):
-        raise ValueError(f"fit must be 'pad' or 'cut', got {fit!r}")
+        raise InputError(f"fit must be 'pad' or 'cut', got {fit!r}")
     rate, how = model.cfg.sampling_rate, {}
     changed: list[Span] = []
     if clean is None:
@@ -162,6 +162,10 @@ def _reworded(
     """The inputs with the other text, and what was done."""
     if isinstance(corrupted_text, str):
         return inputs.with_text(corrupted_text), f"{text!r} -> {corrupted_text!r}"
+    if not isinstance(corrupted_text, TextSwap):
+        raise InputError(
+            f"corrupted_text is a text or a TextSwap, got {type(corrupted_text).__name__}"
+        )
     if not isinstance(text, str):
         raise InputError(f"{corrupted_text} needs a text to swap words in: pass text=")
     return inputs.with_text(corrupted_text(text)), corrupted_text.describe()

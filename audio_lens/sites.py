@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from audio_lens import arguments
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
 
@@ -103,6 +104,7 @@ class Site:
         Raises:
             SiteError: if the model has no such site; the message lists those it has.
         """
+        text = arguments.text("a site", text)
         known = {str(site): site for site in sites_of(model)}
         for spelling in _spellings(text, model.output_part):
             if spelling in known:

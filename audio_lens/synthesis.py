@@ -15,9 +15,9 @@ import numpy as np
 import soundfile
 from jaxtyping import Float
 
-from audio_lens import espeak
+from audio_lens import arguments, espeak
 from audio_lens.audio import read
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.timeline import Span
 
 SPEEDS, PITCHES = range(80, 451), range(100)
@@ -77,10 +77,12 @@ def speak(
         SynthesisError: if espeak-ng is not installed, or does not have the voice or variant.
         ValueError: an empty text, or a speed or pitch that it does not know.
     """
+    for name, given in {"text": text, "voice": voice}.items():
+        arguments.text(name, given)
     if speed not in SPEEDS or pitch not in PITCHES:
-        raise ValueError(f"speed must lie in 80 to 450 and pitch in 0 to 99: {speed}, {pitch}")
+        raise InputError(f"speed must lie in 80 to 450 and pitch in 0 to 99: {speed}, {pitch}")
     if not text.strip():
-        raise ValueError("an empty text is not said")
+        raise InputError("an empty text is not said")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spoken.wav"
         events = _in_child(path, text=text, voice=voice, speed=speed, pitch=pitch, ipa=ipa)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,9 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import number, text, whole
 from audio_lens.combining import Combinable
+from audio_lens.errors import InputError, RangeError
+from audio_lens.printable import printable
 
 NO_CLIP = -1
+MOST_WINDOWS = 100_000  # of a clip
 _EDGE = 1e-9  # seconds; keeps 3 * 0.1 s from taking in the frame centred at 0.3 s
 
 Answer = TypeVar("Answer")
@@ -43,10 +48,12 @@ class Span(Combinable):
     clip: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.start_s) and math.isfinite(self.end_s)):
-            raise ValueError(f"span bounds must be finite seconds, got {self}")
+        number("the start of a span", self.start_s, unit="seconds")
+        number("the end of a span", self.end_s, unit="seconds")
+        whole("the clip of a span", self.clip, least=0)
+        _check_label(self.label)
         if self.end_s <= self.start_s:
-            raise ValueError(f"a span must end after it starts: {self.start_s} to {self.end_s} s")
+            raise InputError(f"a span must end after it starts: {self.start_s} to {self.end_s} s")
 
     @property
     def centre_s(self) -> float:
@@ -63,18 +70,24 @@ class Span(Combinable):
             return window
         try:
             start_s, end_s, label = window if len(window) == 3 else (*window, None)
-            return Span(float(start_s), float(end_s), label)
+            bounds = (number("a bound", at, unit="seconds") for at in (start_s, end_s))
+            return Span(*map(float, bounds), label)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"a window is a Span, (start_s, end_s) or (start_s, end_s, label), got {window!r}: "
                 f"{error}"
             ) from error
 
 
+def _check_label(label: object) -> None:
+    if not (label is None or isinstance(label, str)):
+        raise InputError(f"a label is a text or None, got {reprlib.repr(label)}")
+
+
 def describe_span(span: Span) -> str:
     """A span for people, e.g. ``0.40-0.50 s "seven"``; later clips are named."""
     clip = f" of clip {span.clip}" if span.clip else ""
-    label = f' "{span.label}"' if span.label else ""
+    label = f' "{printable(span.label)}"' if span.label else ""
     return f"{span.start_s:.2f}\N{EN DASH}{span.end_s:.2f} s{clip}{label}"
 
 
@@ -91,13 +104,14 @@ class Band:
     label: str | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low_hz) and math.isfinite(self.high_hz)):
-            raise ValueError(f"band bounds must be finite frequencies in Hz, got {self!r}")
+        number("the lower bound of a band", self.low_hz, unit="Hz")
+        number("the upper bound of a band", self.high_hz, unit="Hz")
+        _check_label(self.label)
         if self.high_hz <= self.low_hz:
-            raise ValueError(f"a band must end above its start: {self.low_hz} to {self.high_hz} Hz")
+            raise InputError(f"a band must end above its start: {self.low_hz} to {self.high_hz} Hz")
 
     def __str__(self) -> str:
-        label = f' "{self.label}"' if self.label else ""
+        label = f' "{printable(self.label)}"' if self.label else ""
         return f"{self.low_hz:.0f}\N{EN DASH}{self.high_hz:.0f} Hz{label}"
 
     @property
@@ -115,9 +129,10 @@ class Band:
             return band
         try:
             low_hz, high_hz, label = band if len(band) == 3 else (*band, None)
-            return Band(float(low_hz), float(high_hz), label)
+            bounds = (number("a bound", at, unit="Hz") for at in (low_hz, high_hz))
+            return Band(*map(float, bounds), label)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"a band is a Band, (low_hz, high_hz) or (low_hz, high_hz, label), got {band!r}: "
                 f"{error}"
             ) from error
@@ -189,7 +204,7 @@ class Track:
             ValueError: if the part has none.
         """
         if self.hertz is None:
-            raise ValueError("positions of this part read the whole spectrum: it has no bands")
+            raise InputError("positions of this part read the whole spectrum: it has no bands")
         return self.hertz
 
     def same_as(self, other: Track) -> bool:
@@ -214,8 +229,8 @@ class Row:
         Raises:
             ValueError: if there is no such part.
         """
-        if part not in self.tracks:
-            raise ValueError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
+        if text("part", part) not in self.tracks:
+            raise InputError(f"no part named {part!r}; this model has {', '.join(self.tracks)}")
         return self.tracks[part]
 
     def track(self, part: str, clip: int) -> Track:
@@ -229,8 +244,9 @@ class Row:
     def duration_s(self, clip: int) -> float:
         """Length of a clip in seconds, without padding."""
         n_clips = len(self.durations_s)
+        whole("clip", clip)
         if not 0 <= clip < n_clips:
-            raise ValueError(f"clip {clip} does not exist; the prompt holds {n_clips} clip(s)")
+            raise InputError(f"clip {clip} does not exist; the prompt holds {n_clips} clip(s)")
         return self.durations_s[clip]
 
 
@@ -249,6 +265,8 @@ class Timeline:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Timeline:
+        if not -len(self.rows) <= whole("row", row) < len(self.rows):
+            raise RangeError(f"there is no row {row}: the batch holds {len(self.rows)}")
         return Timeline([self.rows[row]])
 
     def corresponds_to(self, other: Timeline) -> bool:
@@ -262,7 +280,7 @@ class Timeline:
     def _agreed(self, what: str, ask: Callable[[Row], Answer], same: Callable) -> Answer:
         first, *others = [ask(row) for row in self.rows]
         if not all(same(first, other) for other in others):
-            raise ValueError(f"the rows of this batch differ in {what}; ask one: timeline[row]")
+            raise InputError(f"the rows of this batch differ in {what}; ask one: timeline[row]")
         return first
 
     def _track(self, part: str, clip: int) -> Track:
@@ -346,12 +364,12 @@ class Timeline:
         if isinstance(start_s, Span):
             span = start_s
         elif end_s is None:
-            raise ValueError("positions needs start_s and end_s, or a Span")
+            raise InputError("positions needs start_s and end_s, or a Span")
         else:
             span = Span(start_s, end_s, clip=clip)
         index = self.inside(part, span).nonzero().flatten()
         if len(index) == 0:
-            raise ValueError(
+            raise InputError(
                 f"no position of the {part} lies between {span.start_s:g} and {span.end_s:g} s of "
                 f"clip {span.clip} ({self.duration_s(span.clip):g} s long)"
             )
@@ -366,7 +384,7 @@ class Timeline:
         """
         track = self._track(part, span.clip)
         if not torch.isfinite(track.seconds).any():
-            raise ValueError(
+            raise InputError(
                 f"positions of the {part} are tokens and have no time; address them by position "
                 f"(axes 'position'), or use a part with time: {', '.join(self._timed_parts())}"
                 + self._profile_hint()
@@ -392,7 +410,7 @@ class Timeline:
         if start_s is None and end_s is None:
             return torch.stack([track.valid for track in tracks])
         if not any(torch.isfinite(track.seconds).any() for track in tracks):
-            raise ValueError(
+            raise InputError(
                 f"positions of the {part} have no time{self._profile_hint()}; parts with time: "
                 f"{', '.join(self._timed_parts())}"
             )
@@ -422,10 +440,15 @@ class Timeline:
             ValueError: if width or stride is not positive, or the part has no time.
         """
         stride_s = width_s if stride_s is None else stride_s
-        if not (width_s > 0 and stride_s > 0):
-            raise ValueError(f"width and stride must be positive: {width_s} and {stride_s} s")
+        number("the width of windows", width_s, above=0, unit="seconds")
+        number("the stride of windows", stride_s, above=0, unit="seconds")
         duration = self.duration_s(clip)
-        count = math.ceil(duration / stride_s - _EDGE)
+        if duration / stride_s > MOST_WINDOWS:
+            raise InputError(
+                f"a window every {stride_s:g} s is more than {MOST_WINDOWS:,} in a clip of "
+                f"{duration:g} s: take a longer stride, or 'position' for every position"
+            )
+        count = max(1, math.ceil(duration / stride_s - _EDGE))
         spans = [
             Span(round(i * stride_s, 9), round(min(i * stride_s + width_s, duration), 9), clip=clip)
             for i in range(count)
@@ -448,7 +471,7 @@ class Timeline:
             found = self.positions("decoder", Span(0, self.duration_s(clip), clip=clip))
             if isinstance(found, slice):
                 return found
-            raise ValueError(f"clip {clip} lies in several pieces; timeline.positions finds them")
+            raise InputError(f"clip {clip} lies in several pieces; timeline.positions finds them")
         return slice(int(own[0]), int(own[-1]) + 1)
 
     @property

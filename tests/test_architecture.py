@@ -16,8 +16,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "hook_points", "running"),
-    *("identity", "digests", "files", "pickles", "combining", "errors"),
+    *("identity", "digests", "files", "pickles", "sound_files", "combining"),
+    *("arguments", "errors", "printable"),
 )
+CHECKS = ("arguments", "errors", "printable")
 HEARD = (*GROUND, "cache")  # what a model is made of and gives
 INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edited, and where
 
@@ -52,20 +54,23 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cache": GROUND,
     "synthesis": GROUND,
     "corruptions": GROUND,
-    "inputs": ("audio", "timeline", "hooks", "digests", "pickles", "errors"),
-    "hooks": ("hook_points", "running", "errors"),
-    "hook_points": ("errors",),
+    "inputs": ("audio", "timeline", "hooks", "digests", "pickles", *CHECKS),
+    "hooks": ("hook_points", "running", *CHECKS),
+    "hook_points": CHECKS,
     "running": ("identity",),
-    "identity": ("digests", "errors"),
+    "identity": ("digests", *CHECKS),
     "digests": (),
-    "files": ("errors",),
-    "pickles": ("errors",),
-    "audio": ("errors",),
-    "timeline": ("combining", "errors"),
-    "combining": (),
-    "espeak": ("errors",),
-    "progress": ("errors",),
-    "errors": (),
+    "files": CHECKS,
+    "pickles": CHECKS,
+    "audio": ("sound_files", *CHECKS),
+    "sound_files": CHECKS,
+    "timeline": ("combining", *CHECKS),
+    "combining": CHECKS,
+    "espeak": CHECKS,
+    "progress": CHECKS,
+    "arguments": ("errors", "printable"),
+    "errors": ("printable",),
+    "printable": (),
 }
 
 SHAPES = ("config", "layers")  # what everything in a model speaks of

@@ -56,6 +56,23 @@ def test_all_exceptions_share_a_base() -> None:
     assert [one for one in raised if len(one.__bases__) < 2] == []  # a built-in exception, too
 
 
+def bare_raises(module: ModuleType) -> Iterator[str]:
+    """Where a module raises a `ValueError` or `TypeError` that says not whose it is."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            raised = ast.unparse(node.exc.func)
+            if raised in ("ValueError", "TypeError", "ImportError"):
+                yield f"{module.__name__}, line {node.lineno}: {raised}"
+
+
+def test_nothing_is_raised_under_a_bare_name() -> None:
+    """But in commands, which show the message alone, and where no user's argument is meant."""
+    within = ("audio_lens.cli", "audio_lens.models.registry", "audio_lens.provenance")
+    names = [name for name in MODULES if not name.startswith(within)]
+    modules = map(importlib.import_module, names)
+    assert [place for module in modules for place in bare_raises(module)] == []
+
+
 # -------------------------------------------------------------------------------- annotations
 
 

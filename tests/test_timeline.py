@@ -241,7 +241,7 @@ def test_windows():
     narrow = timeline.windows("encoder", 0.01)
     assert len(narrow) == 51 and bounds(narrow[1:2]) == [(0.02, 0.03)]
     for width, stride in ((0, None), (-0.1, None), (0.1, 0), (math.nan, None)):
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="must be a positive number of seconds"):
             timeline.windows("encoder", width, stride)
 
 

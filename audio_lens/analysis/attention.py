@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.analysis.prompts import Places, Prompt, chosen_numbers
+from audio_lens.arguments import names
 from audio_lens.cache import AudioCache
 from audio_lens.hooks import HookPoint
 from audio_lens.inputs import InputError
@@ -120,7 +121,7 @@ class ClipAttention:
             ValueError: if it is not here.
         """
         if layer not in self.layers or head not in self.heads:
-            raise ValueError(
+            raise InputError(
                 f"no head {head} of layer {layer} in {self.site}: layers {self.layers}, heads "
                 f"{self.heads}"
             )
@@ -147,7 +148,7 @@ def sites_of(prompt: Prompt, wanted: str | Sequence[str] | None = None) -> list[
         InputError: for one that the model does not have.
     """
     there = [site for site in _with_patterns(prompt.model) if _lies_in_time(prompt, site)]
-    chosen = there if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    chosen = there if wanted is None else names("sites", wanted)
     unknown = [site for site in chosen if site not in there]
     if unknown or not chosen:
         raise InputError(
@@ -190,6 +191,23 @@ def pattern_name(site: str, layer: int) -> str:
     """The hook name of a layer's patterns."""
     part, sublayer = site.split(".")
     return f"{part}.blocks.{layer}.{sublayer}.hook_pattern"
+
+
+def check_heads(
+    model: HookedAudioTransformer,
+    sites: Sequence[str],
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+) -> None:
+    """Raise for layers or heads that a site does not have.
+
+    Raises:
+        InputError: naming those that there are.
+    """
+    for part in (site.split(".")[0] for site in sites):
+        cfg = model.cfg.parts[part]
+        chosen_numbers("layers", layers, cfg.n_layers, part)
+        chosen_numbers("heads", heads, cfg.n_heads, part)
 
 
 @torch.no_grad()

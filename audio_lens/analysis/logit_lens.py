@@ -138,9 +138,12 @@ def read_streams(
         TokenError: a word that is not one token.
     """
     names = {part: stream_names(prompt, part, layers) for part in parts}
+    reading = [part for part in parts if lens and has_vocabulary(prompt, part)]
+    ids = [_token_id(prompt, token) for token in tokens] if reading else []
+    watched = dict(zip(map(str, tokens), ids, strict=True)) if reading else {}
     held = _run(prompt, names) if cache is None else cache
     return [
-        _read_part(prompt, part, of_part, held, lens and has_vocabulary(prompt, part), tokens)
+        _read_part(prompt, part, of_part, held, watched if part in reading else None)
         for part, of_part in names.items()
     ]
 
@@ -157,8 +160,7 @@ def _read_part(
     part: str,
     names: dict[str, str],
     cache: AudioCache,
-    lens: bool,
-    tokens: Sequence[str | int],
+    watched: Mapping[str, int] | None,
 ) -> Streams:
     audio, text = prompt.places(part), prompt.untimed_places(part)
     streams = []
@@ -173,17 +175,17 @@ def _read_part(
         audio,
         text,
         prompt.labels(part, text),
-        _read_tokens(prompt, streams, tokens) if lens else None,
+        None if watched is None else _read_tokens(prompt, streams, watched),
     )
 
 
 def _read_tokens(
-    prompt: Prompt, streams: Sequence[Float[Tensor, "n d"]], tokens: Sequence[str | int]
+    prompt: Prompt, streams: Sequence[Float[Tensor, "n d"]], tokens: Mapping[str, int]
 ) -> Lens:
-    ids = [_token_id(prompt, token) for token in tokens]
-    read = [_written(prompt, stream, ids) for stream in streams]
+    """What streams would write, and how likely some tokens are, given as ids by name."""
+    read = [_written(prompt, stream, list(tokens.values())) for stream in streams]
     best, probs, watched = (torch.stack(x).numpy() for x in zip(*read, strict=True))
-    return Lens(best, probs, {str(token): watched[..., i] for i, token in enumerate(tokens)})
+    return Lens(best, probs, {name: watched[..., i] for i, name in enumerate(tokens)})
 
 
 def _token_id(prompt: Prompt, token: str | int) -> int:

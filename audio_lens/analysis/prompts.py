@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens import arguments
 from audio_lens import audio as sound
 from audio_lens.audio import AudioSource
 from audio_lens.inputs import AudioInputs, InputError
@@ -116,6 +117,8 @@ class Prompt:
             AudioError: audio that cannot be read.
         """
         inputs = model.as_inputs(inputs)
+        arguments.whole("row", row)
+        arguments.whole("clip", clip)
         if not 0 <= row < len(inputs):
             raise InputError(f"there is no prompt {row}: the inputs hold {len(inputs)}")
         if not 0 <= clip < inputs.clips_per_row[row]:
@@ -379,7 +382,8 @@ def chosen_numbers(what: str, wanted: Sequence[int] | None, count: int, part: st
     """
     if wanted is None:
         return list(range(count))
-    numbers = sorted({int(n) + (count if n < 0 else 0) for n in wanted})
+    asked = arguments.numbers(what, wanted)
+    numbers = sorted({int(n) + (count if n < 0 else 0) for n in asked})
     if not numbers or not (numbers[0] >= 0 and numbers[-1] < count):
-        raise InputError(f"the {part} has {what} 0 to {count - 1}; got {list(wanted)}")
+        raise InputError(f"the {part} has {what} 0 to {count - 1}; got {asked}")
     return numbers

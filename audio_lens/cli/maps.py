@@ -170,11 +170,25 @@ def map_command(
         replace(case.clips, question=question).check_options(listener)
         if not listener.takes_question:
             case = replace(case, clips=replace(case.clips, question=None))
-        _tell_lengths(case.clips, listener.cfg.sampling_rate)
+        _tell_lengths(case.clips)
         pair = case.clips.inputs(listener)
         is_ctc = listener.cfg.output_kind == "ctc"
         difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
         metric = difference(case.answer, case.against)
+        plans = [
+            patching.plan(
+                listener,
+                clean=pair[0],
+                corrupted=pair[1],
+                site=one,
+                axes=wanted,
+                windows=_windows(window, stride),
+                metric=metric,
+                direction=way,
+            )
+            for one in sites
+            for way in directions
+        ]
         before = _listen(listener, case.clips, pair, metric, max_new_tokens)
         if not as_json:
             _print_baselines(case, before)
@@ -184,22 +198,13 @@ def map_command(
                 "clips that differ in what is asked, or other answers"
             )
         results = [
-            patching.sweep(
-                listener,
-                clean=pair[0],
-                corrupted=pair[1],
-                site=one,
-                axes=wanted,
-                windows=_windows(window, stride),
-                metric=metric,
-                direction=way,
-                verify=verify,
-                checkpoint=checkpoint,
-                checkpoint_every_s=EVERY_S if checkpoint_every is None else checkpoint_every,
+            one.run(
                 progress=progress,
+                checkpoint=checkpoint,
+                verify=verify,
+                checkpoint_every_s=EVERY_S if checkpoint_every is None else checkpoint_every,
             )
-            for one in sites
-            for way in directions
+            for one in plans
         ]
         for result in results:
             result.meta = _told(case, before) | result.meta
@@ -292,8 +297,8 @@ def _shipped_case(
     )
 
 
-def _tell_lengths(clips: ClipPair, rate: int) -> None:
-    shorter, longer = sorted(clips.seconds(rate))
+def _tell_lengths(clips: ClipPair) -> None:
+    shorter, longer = sorted(clips.seconds)
     if shorter < longer:
         err.print(f"the shorter clip is lengthened with silence to {longer:.2f} s")
 
@@ -361,9 +366,8 @@ def _print_baselines(case: Case, before: dict[str, Any]) -> None:
         answer, value = before["answers"][name], before["metric"][name]
         table.add_row(name, escape(path.name), f"[bold]{escape(answer)}[/]", f"{value:+.3f}")
     out.print(table)
-    out.print(
-        f"[dim]metric: logit of {escape(case.answer)!r} minus logit of {escape(case.against)!r}[/]"
-    )
+    answer, against = (escape(repr(word)) for word in (case.answer, case.against))
+    out.print(f"[dim]metric: logit of {answer} minus logit of {against}[/]")
     if before["answers"]["clean"] == before["answers"]["corrupted"]:
         shared.warn("the model answers both clips the same: a map can hardly explain that")
     elif before["metric"]["clean"] < before["metric"]["corrupted"]:

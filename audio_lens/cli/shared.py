@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
 from audio_lens.cli import complete
+from audio_lens.cli.terminal import Terminal
+from audio_lens.errors import KindError, RangeError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(), Console(stderr=True)
+out, err = Terminal(), Terminal(stderr=True)
 log = logging.getLogger(__name__)
 
 
@@ -118,7 +119,7 @@ def plain_errors(
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         err.print(f"[bold red]error:[/] [red]{escape(message)}[/]", soft_wrap=True)
-        is_bad_input = isinstance(error, (ValueError, OSError))
+        is_bad_input = isinstance(error, (ValueError, OSError, KindError, RangeError))
         raise typer.Exit(BAD_INPUT if is_bad_input else FAILED) from None
 
 
@@ -281,9 +282,8 @@ def raise_first(failures: Sequence[Exception]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """The data, for programs; null for what is infinite or no number."""
-    text = json.dumps(_finite(data), indent=2, allow_nan=False)
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    """The data as it is, for programs; null for what is infinite or no number."""
+    typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
 
 
 def _finite(data: Any) -> Any:

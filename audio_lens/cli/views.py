@@ -173,13 +173,15 @@ def attention(
         asked = Asked.of(audio, question, text, language, textgrid)
         pages = _pages(asked.clips, html, "attention", textgrid, model)
         listener = shared.load(model, device, dtype)
-        from audio_lens.analysis.attention import read_attention, sites_of
+        from audio_lens.analysis.attention import check_heads, read_attention, sites_of
         from audio_lens.report.attention_page import prompt_shown, write_attention
 
         if max_new_tokens is not None and text is not None:
             raise ValueError("--text is all that is written: leave out --max-new-tokens")
         answer = 0 if text is not None else max_new_tokens
         prompts, told = asked.prompts(listener), {}
+        for prompt in prompts:
+            check_heads(listener, sites_of(prompt, site or None), layer or None, head or None)
         for path, prompt, page in zip(asked.clips, prompts, pages, strict=True):
             shown = prompt_shown(prompt, None, answer)
             found = read_attention(

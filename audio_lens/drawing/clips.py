@@ -14,7 +14,9 @@ from jaxtyping import Float, Int8
 from transformers.audio_utils import hertz_to_mel, mel_filter_bank, spectrogram
 
 from audio_lens import audio
+from audio_lens.arguments import listed
 from audio_lens.audio import AudioSource
+from audio_lens.errors import InputError
 from audio_lens.timeline import Span
 
 N_MELS, DB_RANGE, TICKS_HZ = 80, 80, np.array([500.0, 1000.0, 2000.0, 4000.0, 8000.0])
@@ -46,7 +48,8 @@ class Clip:
             AudioError: for audio that cannot be read.
         """
         samples = audio.load(source, sampling_rate, sampling_rate)
-        said = {tier: tuple(spans) for tier, spans in tiers.items() if len(spans)}
+        given = {tier: listed(tier, spans, Span, "Spans") for tier, spans in tiers.items()}
+        said = {tier: tuple(spans) for tier, spans in given.items() if spans}
         return Clip(name, samples, sampling_rate, said)
 
     @property
@@ -67,7 +70,7 @@ class Clip:
         """
         last = max((span.end_s for span in spans if not span.clip), default=0.0)
         if last > self.seconds + ROUNDING_S:
-            raise ValueError(
+            raise InputError(
                 f"the windows of the map reach to {last:.2f} s, but the audio is "
                 f"{self.seconds:.2f} s long at {self.sampling_rate} Hz: pass the clip of the "
                 "sweep, and sampling_rate= of its samples"
@@ -101,8 +104,8 @@ def clip_above(
     """
     tiers = {"words": words, "phones": phones}
     if audio is None:
-        if any(map(len, tiers.values())):
-            raise ValueError("words and phones are drawn above a clip: pass audio= too")
+        if any(spans is None or len(spans) for spans in tiers.values()):
+            raise InputError("words and phones are drawn above a clip: pass audio= too")
         return None
     clip = Clip.load("clip", audio, sampling_rate, tiers)
     clip.check_windows(windows)

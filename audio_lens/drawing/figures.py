@@ -16,6 +16,7 @@ from plotly.colors import sample_colorscale
 from audio_lens.drawing.clips import Clip, mel_of
 from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import DIVERGING, SECONDS, STYLE, Panel, Rows, escaped, mel_axis
+from audio_lens.errors import InputError
 
 ACROSS = (
     "time",
@@ -70,9 +71,14 @@ class Axis:
         return Axis(name, order, edges, coords)
 
     @property
+    def names(self) -> list[str]:
+        """What the coordinates are called."""
+        return [str(at) for at in self.coords]
+
+    @property
     def drawn(self) -> list[float] | list[str]:
         """What plotly places the columns by: their edges or names."""
-        return [str(at) for at in self.coords] if self.edges is None else self.edges
+        return [escaped(name) for name in self.names] if self.edges is None else self.edges
 
     @property
     def columns(self) -> list[tuple[int, float | str, float | None]]:
@@ -92,7 +98,7 @@ class Axis:
         """Plotly's settings: seconds and Hz as numbers, anything else as names."""
         if self.name == "frequency":
             return mel_axis()
-        title = {"title": {"text": SECONDS if self.name == "time" else self.name}}
+        title = {"title": {"text": SECONDS if self.name == "time" else escaped(self.name)}}
         return title if self.edges is not None else title | {"type": "category"}
 
 
@@ -122,7 +128,7 @@ class Map:
         """The row of a page or figure that holds the map."""
         timed = self.x.name == "time"
         if self.y is None:
-            yaxis = {"title": {"text": self.label}, "zeroline": True}
+            yaxis = {"title": {"text": escaped(self.label)}, "zeroline": True}
             return Panel(BARS_PX, self.x.settings, yaxis, timed)
         height = max(LEAST_PX, min(ROW_PX * len(self.y.order), MOST_PX))
         return Panel(height, self.x.settings, self.y.settings, timed)
@@ -133,7 +139,7 @@ def map_figure(
 ) -> go.Figure:
     """The map of a result of one or two axes and one metric, under its clip if there is one."""
     drawn = draw_map(result, quantity)
-    panel, title = drawn.panel, {"title": result.title}
+    panel, title = drawn.panel, {"title": escaped(result.title)}
     if clip is None:
         layout = STYLE | {"margin": None, "xaxis": panel.xaxis, "yaxis": panel.yaxis}
         beside = control_traces(result, drawn, quantity)
@@ -196,8 +202,8 @@ def shown_quantity(result: Labelled, quantity: str | None) -> str:
         ValueError: for one that the result does not have.
     """
     known = result.quantities
-    if quantity is not None and quantity not in known:
-        raise ValueError(f"unknown quantity {quantity!r}; there is {', '.join(known)}")
+    if quantity is not None and quantity not in list(known):
+        raise InputError(f"unknown quantity {quantity!r}; there is {', '.join(known)}")
     return next(iter(known)) if quantity is None else quantity
 
 
@@ -209,7 +215,7 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
     """
     quantity = shown_quantity(result, quantity)
     if not 1 <= len(result.axes) <= 2:
-        raise ValueError(
+        raise InputError(
             f"a map has one or two axes, this result has {', '.join(result.axes) or 'none'}: "
             f"select one first, for instance {_example_selection(result)}"
         )
@@ -242,7 +248,7 @@ def _example_selection(result: Labelled) -> str:
 def _check_one_clip(result: Labelled) -> None:
     clips = sorted({span.clip for span in result.coords["time"]})
     if len(clips) > 1:
-        raise ValueError(
+        raise InputError(
             f"windows of clips {clips} cannot share an axis: select(time=[...]) those of one clip"
         )
 
@@ -289,7 +295,7 @@ def _heat(
         zmid=0,
         hovertemplate=_hover_template(result),
         hoverongaps=False,
-        colorbar={"title": names[quantity], "thickness": 12},
+        colorbar={"title": escaped(names[quantity]), "thickness": 12},
         meta=_meta(result, x, y),
     )
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from audio_lens.arguments import number, path_of
 from audio_lens.drawing import clips as sound
 from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import Axis, Map, draw_map, shown_quantity
 from audio_lens.drawing.labelled import Labelled
 from audio_lens.drawing.rows import BACKGROUND, DIVERGING, SAID_COLOURS, SECONDS, WAVE_COLOUR
+from audio_lens.errors import ExtraError, InputError
 from audio_lens.files import write
 from audio_lens.timeline import Span
 
@@ -27,6 +29,7 @@ TIER_IN, WAVE_IN, MEL_IN, ROW_IN, MAP_IN, BARS_IN = 0.18, 0.35, 0.8, 0.16, (0.9,
 AXIS_IN = 0.45  # ticks and title of an axis
 MOST_TICKS, DARK = 16, 0.6  # named columns; share of the colour scale from which text is white
 DPI = 300
+LEAST_IN, MOST_IN = 0.5, 100.0
 
 
 def map_figure(
@@ -43,6 +46,7 @@ def map_figure(
         ValueError: as of `draw_map`.
         OutputError: a path that cannot be written; the old file stays.
     """
+    number("width_in", width_in, least=LEAST_IN, most=MOST_IN, unit="inches")
     matplotlib = _matplotlib()
     quantity = shown_quantity(result, quantity)
     drawn = draw_map(result, quantity)
@@ -55,8 +59,11 @@ def map_figure(
 
 def _save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the suffix; without one, in matplotlib's, which it adds."""
-    path = Path(path)
+    path = path_of("path", path)
     suffix = path.suffix or f".{figure.canvas.get_default_filetype()}"
+    known = figure.canvas.get_supported_filetypes()
+    if suffix.removeprefix(".").lower() not in known:
+        raise InputError(f"{suffix} is not supported: name one of {', '.join(sorted(known))}")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format=suffix.removeprefix("."))
     write(path.with_name(f"{path.stem}{suffix}"), drawn.getvalue())
@@ -66,7 +73,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(
+        raise ExtraError(
             "figures for papers need matplotlib: pip install 'audio_lens[figures]'"
         ) from error
     return matplotlib
@@ -157,16 +164,21 @@ def _write(ax: Axes, at: tuple[float, float], text: str, **look: Any) -> None:
     ax.annotate(text, at, fontsize=6, **look)
 
 
+def literal(text: str) -> str:
+    """Text as matplotlib takes it, to which dollars begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def _dress(axis: Any, drawn: Axis) -> np.ndarray:
     """Title and ticks of an axis; returns the edges of its columns."""
     if drawn.name == "frequency":
         _dress_hertz(axis)
     else:
-        axis.set_label_text(SECONDS if drawn.name == "time" else drawn.name)
+        axis.set_label_text(SECONDS if drawn.name == "time" else literal(drawn.name))
     if drawn.edges is not None:
         return np.array(drawn.edges)
     every = -(-len(drawn.coords) // MOST_TICKS)
-    axis.set_ticks(range(0, len(drawn.coords), every), drawn.drawn[::every])
+    axis.set_ticks(range(0, len(drawn.coords), every), list(map(literal, drawn.names[::every])))
     return np.arange(len(drawn.coords) + 1) - 0.5
 
 
@@ -196,7 +208,7 @@ def _draw_clip(rows: Sequence[Axes], clip: Clip) -> None:
 
 
 def _draw_tier(ax: Axes, name: str, spans: Sequence[Span]) -> None:
-    ax.set_yticks([0], [name])
+    ax.set_yticks([0], [literal(name)])
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(-0.5, 0.5)
     fill, line = SAID_COLOURS

@@ -84,7 +84,10 @@ class Rows:
             title_px: how much higher the figure is, for a title.
         """
         above = [
-            *(Panel(TIER_PX, yaxis={"tickvals": [0], "ticktext": [tier]}) for tier in self.tiers),
+            *(
+                Panel(TIER_PX, yaxis={"tickvals": [0], "ticktext": [escaped(tier)]})
+                for tier in self.tiers
+            ),
             Panel(WAVE_PX, yaxis=NO_TICKS | {"title": {"text": "wave"}}),
             Panel(MEL_PX, yaxis=mel_axis()),
         ]

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audio_lens.arguments import numbers
 from audio_lens.edits.at import At, located
 from audio_lens.edits.do import MEAN, Do
 from audio_lens.hooks import DeadHookError, HookPoint
@@ -291,8 +292,8 @@ def chosen_units(
 
 
 def _indices(what: str, site: Site, asked: Indices, count: int) -> list[int]:
-    indices = [asked] if isinstance(asked, int) else list(asked)
-    is_known = all(isinstance(one, int) and 0 <= one < count for one in indices)
+    indices = [int(one) for one in numbers(what, asked)]
+    is_known = all(0 <= one < count for one in indices)
     if not indices or not is_known or len(set(indices)) < len(indices):
         raise SiteError(f"{what} of {site} lie in 0 to {count - 1}, each once; got {asked}")
     return indices

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.items.item import Item, ItemError
 from audio_lens.models.base import HookedAudioTransformer
@@ -53,7 +53,7 @@ def by_layout(entries: Iterable[tuple[Hashable, Entry]], size: int) -> Iterator[
         ValueError: a size below 1.
     """
     if size < 1:
-        raise ValueError(f"a batch holds 1 or more, got {size}")
+        raise InputError(f"a batch holds 1 or more, got {size}")
     waiting: dict[Hashable, list[Entry]] = {}
     for layout, entry in entries:
         waiting.setdefault(layout, []).append(entry)

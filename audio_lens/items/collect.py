@@ -81,7 +81,7 @@ def collect(
         ValueError: another ``pool``, or places that are not as many as the items.
     """
     if pool not in (None, "mean"):
-        raise ValueError(f"pool is 'mean' or None, got {pool!r}")
+        raise InputError(f"pool is 'mean' or None, got {pool!r}")
     asked = Asked.of(model, [sites] if isinstance(sites, str) else sites, layers, pool, dtype)
     places = _by_item(where, items)
     index = {
@@ -304,7 +304,7 @@ def _by_item(where: Place, items: Items) -> list[Where] | None:
     if not isinstance(where, list) or all(type(one) is int for one in where):
         return None
     if len(where) != len(items):
-        raise ValueError(f"{len(items)} items need one place, or as many, got {len(where)}")
+        raise InputError(f"{len(items)} items need one place, or as many, got {len(where)}")
     return where
 
 

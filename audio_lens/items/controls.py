@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 
 CONTROLS = {
     "identity": "a run's own activations put back: nothing may change",
@@ -62,7 +62,7 @@ def other_item(
     if count < 2:
         raise ControlError(f"other_item needs two items or more, here is {count}")
     if labels is not None and len(labels) != count:
-        raise ValueError(f"{count} items need as many labels, got {len(labels)}")
+        raise InputError(f"{count} items need as many labels, got {len(labels)}")
     draw = np.random.default_rng(seed)
     if labels is None:
         ring = draw.permutation(count)
@@ -147,7 +147,7 @@ def random_keys(
         ValueError: masks of unequal shapes.
     """
     if keys.shape != among.shape:
-        raise ValueError(f"keys are {list(keys.shape)}, and those among {list(among.shape)}")
+        raise InputError(f"keys are {list(keys.shape)}, and those among {list(among.shape)}")
     counts, free = keys.sum(1), among & ~keys
     for row in (counts > free.sum(1)).nonzero()[:, 0].tolist():
         raise ControlError(
@@ -199,7 +199,7 @@ def permuted_labels(
     """
     named = [None] * len(labels) if groups is None else list(groups)
     if len(named) != len(labels):
-        raise ValueError(f"{len(labels)} labels need as many groups, got {len(named)}")
+        raise InputError(f"{len(labels)} labels need as many groups, got {len(named)}")
     rows: dict[Hashable, list[int]] = {}
     for row, group in enumerate(named):
         rows.setdefault(group, []).append(row)
@@ -232,7 +232,7 @@ def destroyed(
         ValueError: another metric.
     """
     if metric not in ("logit_diff", "log_prob", "prob"):
-        raise ValueError(
+        raise InputError(
             f"the destroyed level is known of logit_diff, log_prob and prob, not of {metric!r}"
         )
     gap = (clean - corrupted).double().mean()

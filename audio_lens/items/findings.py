@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.statistics import (
     LEVEL,
@@ -90,7 +91,7 @@ def _labelled(
     """The result; the axis of the metric stands before that of the items."""
     has_metric = "metric" in axes
     if has_metric and next(iter(axes)) != "metric":
-        raise ValueError(f"metric is the first of the axes, got {', '.join(axes)}")
+        raise InputError(f"metric is the first of the axes, got {', '.join(axes)}")
     values = values.movedim(0, 1) if has_metric else values
     dims = ["stimulus", *axes]
     if has_metric:

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from audio_lens import metrics
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.items.batches import Batch, batches
 from audio_lens.items.item import SHOWN, Item, ItemError, Label, listed
@@ -190,7 +190,7 @@ class Items(Sequence[Item]):
             ValueError: a share that is not between 0 and 1.
         """
         if not 0 < share < 1:
-            raise ValueError(f"share lies between 0 and 1, got {share}")
+            raise InputError(f"share lies between 0 and 1, got {share}")
         units = _hanging_together(
             [(v, x.group) for v, x in zip(self.values(by), self, strict=True)]
         )

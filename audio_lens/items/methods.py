@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.items.item import Item
 from audio_lens.items.items import Items
 from audio_lens.items.pairs import Dropped, Pairs
@@ -86,7 +86,7 @@ def method(name: str) -> Callable[[Function], Function]:
             return result
 
         if name in METHODS and METHODS[name].function.__module__ != function.__module__:
-            raise ValueError(f"{METHODS[name].function.__module__} has a method {name!r} already")
+            raise InputError(f"{METHODS[name].function.__module__} has a method {name!r} already")
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
         METHODS[name] = Method(name, told, summary)
         return cast(Function, told)

@@ -254,7 +254,7 @@ def top_token(
 def pairs_of(items: Many, how: How | Sequence[Item] | None, stream: Stream | None) -> Pairs[Many]:
     """Items and their counterparts; see `Items.pairs`."""
     if stream is not None and stream not in get_args(Stream):
-        raise ValueError(f"stream is one of {', '.join(get_args(Stream))}, got {stream!r}")
+        raise InputError(f"stream is one of {', '.join(get_args(Stream))}, got {stream!r}")
     if how is not None and stream is not None:
         raise ItemError("stream= is for items that bring their counterparts: leave it out")
     if isinstance(how, Sequence):

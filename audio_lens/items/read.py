@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from audio_lens.audio import AudioError, check
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items, gathered
 from audio_lens.items.tables import Row, rows_of
@@ -50,7 +50,7 @@ def sakura(
     root = Path(folder)
     root = root / "data" if (root / "data").is_dir() else root
     if hop not in ("single", "multi"):
-        raise ValueError(f"hop is 'single' or 'multi', got {hop!r}")
+        raise InputError(f"hop is 'single' or 'multi', got {hop!r}")
 
     def rows() -> Made:
         for attribute in attributes:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.items.controls import (
     CONTROLS,
     ControlError,
@@ -137,7 +138,7 @@ def ratio_of_means(
     """
     over, under = (torch.as_tensor(x).double() for x in (numerators, denominators))
     if over.shape != under.shape:
-        raise ValueError(f"{list(over.shape)} numerators by {list(under.shape)} denominators")
+        raise InputError(f"{list(over.shape)} numerators by {list(under.shape)} denominators")
     draw = _Draws.of(len(over), groups, resamples, seed)
     lacking = over.isnan() | under.isnan()
     sums = [draw.summed(x.masked_fill(lacking, 0).reshape(len(over), -1)) for x in (over, under)]
@@ -208,14 +209,14 @@ def changepoint(
     """
     curves = torch.as_tensor(curves).double()
     if curves.ndim != 2 or curves.isnan().any():
-        raise ValueError("curves are items by steps, without NaN")
+        raise InputError("curves are items by steps, without NaN")
     if pieces not in get_args(Pieces):
-        raise ValueError(f"pieces are one of {', '.join(get_args(Pieces))}, got {pieces!r}")
+        raise InputError(f"pieces are one of {', '.join(get_args(Pieces))}, got {pieces!r}")
     n_steps = curves.shape[1]
     places = torch.as_tensor(list(range(n_steps)) if coords is None else list(coords)).double()
     least = 1 if pieces == "steps" else 2
     if n_steps < 2 * least + 1 or len(places) != n_steps:
-        raise ValueError(f"{n_steps} steps with {len(places)} coordinates make no two {pieces}")
+        raise InputError(f"{n_steps} steps with {len(places)} coordinates make no two {pieces}")
     draw = _Draws.of(len(curves), groups, resamples, seed)
     splits = list(range(least, n_steps - least + 1))
     one = _leaves_over(places, [0, n_steps], pieces)
@@ -283,12 +284,12 @@ class _Draws:
     @staticmethod
     def of(count: int, groups: Groups, resamples: int, seed: int) -> _Draws:
         if count == 0:
-            raise ValueError("no items to draw from")
+            raise InputError("no items to draw from")
         named = list(range(count)) if groups is None else list(groups)
         if len(named) != count:
-            raise ValueError(f"{count} items need as many groups, got {len(named)}")
+            raise InputError(f"{count} items need as many groups, got {len(named)}")
         if any(group is None for group in named):
-            raise ValueError("every item needs a group, and some have none")
+            raise InputError("every item needs a group, and some have none")
         number = {group: i for i, group in enumerate(dict.fromkeys(named))}
         members = torch.zeros(len(number), count, dtype=torch.float64)
         members[[number[group] for group in named], list(range(count))] = 1
@@ -323,7 +324,7 @@ class _Draws:
 def _percentiles(drawn: Float[Tensor, "resamples cells"], level: float) -> Float[Tensor, "2 cells"]:
     """The bounds that leave as many draws below as above; NaN draws are left out."""
     if not 0 < level < 1:
-        raise ValueError(f"level lies between 0 and 1, got {level}")
+        raise InputError(f"level lies between 0 and 1, got {level}")
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=drawn.dtype)
     parts = drawn.split(max(1, _AT_ONCE // len(drawn)), dim=1)
     return torch.cat([part.nanquantile(ends, dim=0) for part in parts], dim=1)

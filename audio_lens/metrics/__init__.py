@@ -16,6 +16,7 @@ from audio_lens.metrics.reading import (
     at_positions,
     blamed,
     bound,
+    check,
     measured,
     named,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "at_positions",
     "blamed",
     "bound",
+    "check",
     "ctc_diff",
     "ctc_log_prob",
     "forced_choice",

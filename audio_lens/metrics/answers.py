@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import listed, whole
+from audio_lens.errors import KindError
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.metrics.reading import Metric, Reading, at_positions, check_head
 from audio_lens.metrics.transcripts import ctc_scores, everywhere
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 Word = str | int
+_WORDS = "words or token ids, or one"
 Words = Word | Sequence[Word]
 
 
@@ -60,6 +64,8 @@ def read_at(
         position: which one; None is the last attended, negative counts from the end of the row.
         name: what to call it; None takes the function's.
     """
+    if not callable(fn):
+        raise KindError(f"a metric maps logits to numbers, got {type(fn).__name__}")
     own = getattr(fn, "name", None) or getattr(fn, "__name__", "metric")
     return _ReadAt(fn, name or own, position=position)
 
@@ -75,7 +81,8 @@ def forced_choice(answer: Words, among: Sequence[Word], position: int | None = N
         among: the options, each a word that is one token, a class, or a CTC model's transcript.
         position: read there instead (not for transcripts).
     """
-    return _ForcedChoice(answer, tuple(among), position=position)
+    options = listed("among", among, (str, Integral), "words or token ids")
+    return _ForcedChoice(answer, tuple(options), position=position)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,8 @@ class _AtPosition(Metric):
         check_head(model)
         attended = model.output_attended(inputs)
         batch, width = attended.shape
+        if self.position is not None:
+            whole("position", self.position)
         if self.position is None:
             if model.cfg.output_kind == "ctc":
                 raise InputError(
@@ -237,7 +246,10 @@ def _ids(words: Words, model: HookedAudioTransformer, inputs: AudioInputs) -> In
 
 def _per_row(words: Words, inputs: AudioInputs) -> list[Word]:
     """One word per row; a single one serves all."""
-    many = [words] * len(inputs) if isinstance(words, (str, int)) else list(words)
+    one = isinstance(words, (str, Integral))
+    many = [words] * len(inputs) if one else listed("an answer", words, (str, Integral), _WORDS)
+    if any(isinstance(word, bool) for word in many):
+        raise InputError(f"an answer must be a word or a token id, got {words!r}")
     if len(many) != len(inputs):
         raise InputError(f"{len(inputs)} rows need as many answers, got {len(many)}")
     return many

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, KindError
 from audio_lens.inputs import AudioInputs, InputError
 
 if TYPE_CHECKING:
@@ -126,9 +126,19 @@ def bound(
         return metric.bind(model, inputs, reference)
     if isinstance(metric, Reading):  # takes a copy of what it reads
         return metric
-    if not callable(metric):
-        raise TypeError(f"a metric maps logits to numbers, got {type(metric).__name__}")
+    check(metric)
     return functools.partial(_of_copy, metric)
+
+
+def check(metric: Any) -> None:
+    """Raise for what is no metric, nor a mapping from names to metrics.
+
+    Raises:
+        KindError: naming what was given.
+    """
+    for name, one in named(metric).items() if isinstance(metric, Mapping) else [("", metric)]:
+        if not (isinstance(one, (Metric, Reading)) or callable(one)) or not isinstance(name, str):
+            raise KindError(f"a metric maps logits to numbers, got {type(one).__name__}")
 
 
 def _of_copy(metric: MetricFn, logits: Float[Tensor, "b *t v"]) -> Any:
@@ -184,7 +194,7 @@ def named(metric: Any) -> dict[str, Any]:
     """
     if isinstance(metric, Mapping):
         if not metric:
-            raise ValueError("the mapping of metrics is empty")
+            raise InputError("the mapping of metrics is empty")
         return dict(metric)
     return {getattr(metric, "name", None) or getattr(metric, "__name__", "metric"): metric}
 

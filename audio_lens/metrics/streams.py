@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
+from audio_lens.arguments import text, whole
+from audio_lens.errors import KindError
 from audio_lens.inputs import InputError
 from audio_lens.metrics.reading import Metric, Reading, named
 from audio_lens.models.config import TEXT
@@ -28,11 +30,11 @@ def of_stream(stream: str, metric: Metric) -> Metric:
         TypeError: for a bare function, or a metric that names its stream already.
     """
     if not isinstance(metric, Metric) or metric.names_stream:
-        raise TypeError(
+        raise KindError(
             "of_stream takes a metric that names no stream yet; a function of the stream's logits "
             "is one by metrics.read_at(fn)"
         )
-    return _OfStream(stream, metric)
+    return _OfStream(text("stream", stream), metric)
 
 
 def streams_read(metric: Any) -> frozenset[str] | None:
@@ -85,6 +87,8 @@ class _WritingStream:
                 f"{word!r} is a word, and {self.stream} writes none: name its tokens by their ids, "
                 f"0 to {self.width - 1}"
             )
+        if not isinstance(word, str):
+            whole("a token", word)
         token = self.model.to_single_token(word) if isinstance(word, str) else operator.index(word)
         if not 0 <= token < self.width:
             raise InputError(f"{self.stream} has {self.width} tokens, so none is {token}")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import listed, names, numbers
+from audio_lens.errors import ExtraError
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.metrics.reading import Metric, Reading
 from audio_lens.models.kinds.ctc import ctc_of
@@ -45,20 +47,26 @@ def sequence_log_prob(tokens: str | Sequence[int]) -> Metric:
 
     For answers of several tokens: put them at the end of the inputs' text and name them here.
     """
-    return _SequenceLogProb(tokens if isinstance(tokens, str) else tuple(tokens))
+    return _SequenceLogProb(_as_transcript(tokens))
 
 
 def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> float:
     """Word error rate of transcripts; case and spacing at the ends are ignored.
 
     Raises:
+        InputError: without a word to compare with, or not as many hypotheses as references.
         ImportError: without jiwer (``pip install audio_lens[asr]``).
     """
     try:
         import jiwer
     except ImportError as error:
-        raise ImportError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
-    pair = [[x] if isinstance(x, str) else list(x) for x in (reference, hypothesis)]
+        raise ExtraError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
+    said_by = {"reference": reference, "hypothesis": hypothesis}
+    pair = [names(name, texts) for name, texts in said_by.items()]
+    if len(pair[0]) != len(pair[1]) or not any(text.strip() for text in pair[0]):
+        raise InputError(
+            f"{len(pair[0])} references need as many hypotheses, got {len(pair[1])}, and a word"
+        )
     said, heard = ([text.strip().lower() for text in texts] for texts in pair)
     return jiwer.wer(said, heard)
 
@@ -131,7 +139,9 @@ class _SequenceLogProb(Metric):
 
 
 def _as_transcript(text: str | Sequence[int]) -> Transcript:
-    return text if isinstance(text, str) else tuple(text)
+    if isinstance(text, str):
+        return text
+    return tuple(numbers("a transcript", listed("a transcript", text, object, "ids"), least=0))
 
 
 def ctc_scores(

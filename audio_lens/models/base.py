@@ -96,6 +96,8 @@ class HookedAudioTransformer(
             HubError: a name that is no folder here and that the hub does not give.
             PlacementError: devices that are not there, or a part without one.
         """
+        if not isinstance(name, (str, Path)):
+            raise InputError(f"a checkpoint is a hub id or a directory, got {name!r}")
         return load_pretrained(name, dtype, device, devices, adapter, merge, kind=cls)
 
     @classmethod
@@ -111,6 +113,8 @@ class HookedAudioTransformer(
             LoadingError: unsupported architecture, weights that do not map one to one, or an
                 adapter that is not implemented.
         """
+        if not isinstance(hf_model, nn.Module):
+            raise InputError(f"from_hf takes a Hugging Face model, got {type(hf_model).__name__}")
         return take_over(hf_model, processor, merge, kind=cls)
 
     @staticmethod
@@ -457,7 +461,7 @@ class HookedAudioTransformer(
             ValueError: if the model has no such part.
         """
         if name not in self._parts:
-            raise ValueError(f"no part named {name!r}; {suggest(name, self._parts)}")
+            raise InputError(f"no part named {name!r}; {suggest(name, self._parts)}")
         return self._parts[name]
 
     def _as_cache(self, cache: dict[str, Tensor], has_batch_dim: bool) -> AudioCache:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from audio_lens.cache import AudioCache
+from audio_lens.errors import InputError
 from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
-from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.inputs import AudioInputs
 from audio_lens.models.config import AudioConfig
 from audio_lens.models.layers import PartConfig, Stack, bias_of
 
@@ -109,7 +110,7 @@ class Part(Generic[Model]):
             ValueError: if there is none (post-norm encoders).
         """
         if not self.cfg.final_norm:
-            raise ValueError(
+            raise InputError(
                 f"no norm follows the last block of the {self.name}: its blocks end with one"
             )
         return self.module.ln_final
@@ -305,7 +306,7 @@ class Part(Generic[Model]):
     def W_E(self) -> Float[Tensor, "v d"]:
         module = self._with_vocabulary()
         if not hasattr(module, "token_embed"):
-            raise ValueError(f"the {self.name} reads audio: it has no token embedding")
+            raise InputError(f"the {self.name} reads audio: it has no token embedding")
         return module.token_embed.weight
 
     @property
@@ -322,7 +323,7 @@ class Part(Generic[Model]):
     def _with_vocabulary(self) -> Stack:
         if not hasattr(self.module, "unembed"):
             elsewhere = "; use the decoder" if "decoder" in self.model.cfg.parts else ""
-            raise ValueError(f"the {self.name} has no vocabulary{elsewhere}")
+            raise InputError(f"the {self.name} has no vocabulary{elsewhere}")
         return self.module
 
     def to_single_token(self, text: str | SupportsIndex) -> int:

@@ -16,7 +16,8 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from audio_lens.inputs import InputError
+from audio_lens.arguments import numbers
+from audio_lens.errors import InputError
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
 from audio_lens.places import Ground
 from audio_lens.results import in_words
@@ -208,14 +209,14 @@ def chosen_layers(
     if layer_window != 1 and "layer" not in axes:
         raise SiteError("layer_window goes with axis 'layer': without it all layers are patched")
     if not 1 <= layer_window <= site.n_layers:
-        raise ValueError(f"layer_window must lie in 1 to {site.n_layers}, got {layer_window}")
+        raise InputError(f"layer_window must lie in 1 to {site.n_layers}, got {layer_window}")
     last = site.n_layers - layer_window
     if layers is None:
         return tuple(range(last + 1))
-    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
-    is_known = all(isinstance(layer, int) and 0 <= layer <= last for layer in chosen)
+    chosen = tuple(map(int, numbers("layers", layers)))
+    is_known = all(0 <= layer <= last for layer in chosen)
     if not chosen or not is_known or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
+        raise InputError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
     return chosen
 
 
@@ -292,7 +293,7 @@ class Positions:
         for span, found in zip(spans, sets, strict=True):
             if not found.any():
                 self.rows[0].inside(self.part, replace(span, clip=0))  # raises if it has no time
-                raise ValueError(
+                raise InputError(
                     f"no position of {self.site} lies in the window {span.start_s:g} to "
                     f"{span.end_s:g} s of clip {span.clip}; clips last "
                     + ", ".join(f"{self._longest(c).duration_s(c):g} s" for c in self._clips())
@@ -305,7 +306,7 @@ class Positions:
         for band, found in zip(bands, sets, strict=True):
             if not found.any():
                 middles = self.rows[0].hertz(self.part).unique()
-                raise ValueError(
+                raise InputError(
                     f"no position of {self.site} lies in the band {band}; they lie at "
                     + ", ".join(f"{hertz:.0f}" for hertz in middles.tolist() if hertz == hertz)
                     + " Hz"
@@ -326,8 +327,8 @@ class Positions:
         """The bands asked for."""
         if bands == "patch":
             return self.rows[0].bands(self.part)
-        if isinstance(bands, str) or not len(bands):
-            raise ValueError(f"bands {bands!r} is none of {_BAND_FORMS}")
+        if isinstance(bands, str) or not isinstance(bands, Sequence) or not len(bands):
+            raise InputError(f"bands {bands!r} is none of {_BAND_FORMS}")
         return [Band.of(band) for band in bands]
 
     def covered(self, sets: Bool[Tensor, "sets batch t"]) -> Bool[Tensor, "sets rows"]:
@@ -343,15 +344,15 @@ class Positions:
         if windows == "position":
             return [span for clip in self._clips() for span in self._single_positions(clip)]
         if isinstance(windows, (int, float, Real)):
-            return self._tiled(float(windows), float(windows))
-        if isinstance(windows, str) or not len(windows):
-            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
-        sizes = [float(one) for one in windows if isinstance(one, (int, float, Real))]
+            return self._tiled(windows, windows)
+        if isinstance(windows, str) or not isinstance(windows, Sequence) or not len(windows):
+            raise InputError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
+        sizes = [one for one in windows if isinstance(one, (int, float, Real))]
         if not sizes:
             spans = (one for one in windows if not isinstance(one, (int, float, Real)))
             return [Span.of(span) for span in spans]
         if isinstance(windows, list) or len(windows) > min(2, len(sizes)):
-            raise ValueError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
+            raise InputError(f"windows {windows!r} is none of {_WINDOW_FORMS}")
         return self._tiled(sizes[0], sizes[-1])
 
     def _tiled(self, width: Seconds, stride: Seconds) -> list[Span]:
@@ -377,6 +378,6 @@ class Positions:
         here = row.valid(self.part, clip) & (row.clips(self.part, clip) == clip)
         centres = seconds[here & seconds.isfinite()].unique()
         if len(centres) < 2:
-            raise ValueError(f"the {self.part} has too few positions in time for single ones")
+            raise InputError(f"the {self.part} has too few positions in time for single ones")
         half = float(centres[1] - centres[0]) / 2
         return [Span(max(0.0, c - half), c + half, clip=clip) for c in centres.tolist()]

@@ -65,7 +65,7 @@ def check_reaches(model: HookedAudioTransformer, sites: Sequence[Site], metric: 
     """
     deaf = [str(site) for site in sites if site.part in model.cfg.further_decoders]
     if deaf and metrics.streams_read(metric) == {TEXT}:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(deaf)} can change nothing that is read: of {model.cfg.family} the metric "
             f"reads the {TEXT}, which the decoder writes; read another stream, or sweep the decoder"
         )

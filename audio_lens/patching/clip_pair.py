@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from audio_lens import audio
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs, InputError
+from audio_lens.sound_files import seconds
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -50,11 +50,10 @@ class ClipPair:
             raise InputError(f"{name} takes no question: leave it out")
         language_options(model, self.language)
 
-    def seconds(self, sampling_rate: int) -> tuple[float, float]:
-        """How long the two clips are."""
-        lengths = (len(audio.read(path, sampling_rate)) for path in (self.clean, self.corrupted))
-        clean, corrupted = (length / sampling_rate for length in lengths)
-        return clean, corrupted
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """How long the two clips are, as their files say."""
+        return seconds(self.clean), seconds(self.corrupted)
 
     def inputs(self, model: HookedAudioTransformer) -> tuple[AudioInputs, AudioInputs]:
         """Inputs of both clips with the same text; the shorter is lengthened with silence.
@@ -65,7 +64,7 @@ class ClipPair:
         """
         self.check_options(model)
         rate = model.cfg.sampling_rate
-        clips = [audio.read(path, rate) for path in (self.clean, self.corrupted)]
+        clips = [model.load_audio(path, None) for path in (self.clean, self.corrupted)]
         longest = max(map(len, clips))
         clean, corrupted = (np.pad(clip, (0, longest - len(clip))) for clip in clips)
         options = language_options(model, self.language)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
+from audio_lens.arguments import listed, number, numbers
+from audio_lens.errors import InputError, KindError
 from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers
@@ -97,7 +100,10 @@ def patch(
         MetricError: a metric that fails, or gives something else than numbers.
     """
     inputs = model.as_inputs(inputs)
-    edits = [_Edit.lay_out(model, inputs, one) for one in patches]
+    if metric is not None:
+        metrics.check(metric)
+    asked = listed("patches", patches, Patch, "Patches")
+    edits = [_Edit.lay_out(model, inputs, one) for one in asked]
     _check_distinct(model, edits)
     measures = {
         name: metrics.bound(one, model, inputs)
@@ -153,7 +159,7 @@ class _Edit:
         positions = _positions(where, patch)
         reached = where.covered(positions[None])[0]
         if not reached.any():
-            raise ValueError(f"{patch.position} of {site} holds nothing in any prompt: all padding")
+            raise InputError(f"{patch.position} of {site} holds nothing in any prompt: all padding")
         mask = _spread(positions, site, 0, site.position_dim)
         units = _units(model, site, patch)
         if site.unit is not None:
@@ -183,7 +189,7 @@ class _Edit:
 def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
     placed = patch.time is not None or patch.frequency is not None
     if placed and patch.position is not None:
-        raise ValueError("a patch has either time and frequency or position, not both")
+        raise InputError("a patch has either time and frequency or position, not both")
     if placed:
         spans = [Span.of(window) for window in _listed(patch.time, "windows")]
         bands = [Band.of(band) for band in _listed(patch.frequency, "bands")]
@@ -193,21 +199,24 @@ def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
         return where.everywhere()[0]
     chosen = torch.zeros_like(where.valid)
     index = patch.position
+    if not isinstance(index, (slice, Tensor)):
+        index = numbers("position", index)
     try:
-        chosen[:, index if isinstance(index, (int, slice)) else torch.as_tensor(index)] = True
-    except IndexError as error:
-        raise ValueError(
-            f"{where.site} has {chosen.shape[1]} positions here, which {index} does not fit"
+        chosen[:, index] = True
+    except (IndexError, ValueError) as error:  # a number beyond all integers
+        raise InputError(
+            f"{where.site} has {chosen.shape[1]} positions here, which {patch.position} does not "
+            "fit"
         ) from error
     if not chosen.any():
-        raise ValueError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
+        raise InputError(f"{index} selects none of the {chosen.shape[1]} positions of {where.site}")
     return chosen
 
 
 def _listed(given: Any, what: str) -> list:
     """What is given as a list; nothing for None."""
     if isinstance(given, list) and not given:
-        raise ValueError(f"the list of {what} is empty")
+        raise InputError(f"the list of {what} is empty")
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
@@ -222,7 +231,7 @@ def _units(model: HookedAudioTransformer, site: Site, patch: Patch) -> Bool[Tens
     count, index = unit_count(model, site), asked[site.unit]
     if index is None:
         return torch.ones(count, dtype=torch.bool)
-    indices = [index] if isinstance(index, int) else list(index)
+    indices = numbers(site.unit, index)
     if not indices or not all(0 <= one < count for one in indices):
         raise SiteError(f"{site.unit}s of {site} lie in 0 to {count - 1}, got {indices}")
     return torch.zeros(count, dtype=torch.bool).index_fill(0, torch.tensor(indices), True)
@@ -239,12 +248,12 @@ def _spread(mask: Bool[Tensor, "..."], site: Site, *dims: int) -> Bool[Tensor, "
 def _check_distinct(model: HookedAudioTransformer, edits: list[_Edit]) -> None:
     """Raise where two patches write the same element: which one wins would be arbitrary."""
     if not edits:
-        raise ValueError("no patches: pass at least one Patch")
+        raise InputError("no patches: pass at least one Patch")
     for one, other in itertools.combinations(edits, 2):
         places = {_place(model, name) for name in other.names}
         shared = [name for name in one.names if _place(model, name) in places]
         if shared and (one.mask & other.mask).any():
-            raise ValueError(
+            raise InputError(
                 f"two patches write the same elements of {', '.join(shared)}: narrow one of them "
                 "to other heads or positions, or leave it out"
             )
@@ -287,10 +296,11 @@ def _is_inputs(
 
 def _check_value(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
     """Raise for what is no value of an activation of this shape; a number is one."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, Real):
+        number("a source", value)
         return
     if not isinstance(value, torch.Tensor):
-        raise TypeError(
+        raise KindError(
             f"the source of {name} is a {type(value).__name__}: a patch takes a cache, inputs, a "
             "tensor or a number"
         )

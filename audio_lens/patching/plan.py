@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.errors import AudioLensError
+from audio_lens.arguments import numbers, whole
+from audio_lens.errors import AudioLensError, InputError
 from audio_lens.hooks import HookError
 from audio_lens.identity import NoIdentityError
 from audio_lens.patching.cells import CellTable
@@ -149,7 +150,7 @@ class Plan:
                 again.
             HookError: a hook of yours that fails; it names the point and the cells.
         """
-        wanted = range(len(self)) if only is None else [int(cell) for cell in only]
+        wanted = range(len(self)) if only is None else numbers("only", only)
         with self.request.model.alone():
             self._check(wanted, verify)
             if log.isEnabledFor(logging.INFO):
@@ -194,18 +195,17 @@ class Plan:
     def _check(self, wanted: Sequence[int], verify: int) -> None:
         model = self.request.model
         if any(not 0 <= cell < len(self) for cell in wanted):
-            raise ValueError(f"cells are numbered 0 to {len(self) - 1}, got {list(wanted)}")
-        if verify < 0:
-            raise ValueError(f"verify is a number of cells, got {verify}")
+            raise InputError(f"cells are numbered 0 to {len(self) - 1}, got {list(wanted)}")
+        whole("verify", verify, least=0, unit="cells")
         if verify and model.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
+            raise InputError(
                 f"verify compares up to rounding, and {model.dtype} rounds too much to tell: "
                 "verify a float32 copy of the model"
             )
         if verify and self.request.spec.precision != "exact":
-            raise ValueError(f"verify needs precision 'exact', not {self.request.spec.precision!r}")
+            raise InputError(f"verify needs precision 'exact', not {self.request.spec.precision!r}")
         if model.hook_functions() != self.request.attached:
-            raise ValueError("hooks were attached or removed since this was planned: plan it anew")
+            raise InputError("hooks were attached or removed since this was planned: plan it anew")
 
     def _check_weights(self) -> None:
         """Raise for other weights than those of the cells that are done.
@@ -215,7 +215,7 @@ class Plan:
         """
         weights = weights_hash(self.request.model)
         if self._state is not None and self._weights != weights:
-            raise ValueError("the weights were changed since this plan ran: plan it anew")
+            raise InputError("the weights were changed since this plan ran: plan it anew")
         self._weights = weights
 
     def _started(self, file: Checkpoint | None) -> State:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import number
+from audio_lens.errors import InputError
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import SweepSpec
@@ -41,10 +43,9 @@ def refined(
     """
     threshold, axes = spec.refine, spec.axes
     planned = Plan.of(model, spec)
-    if threshold is None or threshold <= 0:
-        raise ValueError(f"refine is a share of the baseline gap above 0, got {threshold}")
+    number("refine", threshold, above=0, unit="the baseline gap")
     if "time" not in axes:
-        raise ValueError("refine splits windows: it needs axis 'time'")
+        raise InputError("refine splits windows: it needs axis 'time'")
     spans = planned.table.coords["time"]
     _check_apart(spans)
     with heading("round 1"):
@@ -78,7 +79,7 @@ def _check_apart(spans: Sequence[Span]) -> None:
     ordered = sorted(spans, key=lambda span: (span.clip, span.start_s))
     for one, other in itertools.pairwise(ordered):
         if one.clip == other.clip and other.start_s < one.end_s - 1e-9:
-            raise ValueError(
+            raise InputError(
                 "refine needs windows that do not overlap: give a width without a stride below it"
             )
 

@@ -14,7 +14,9 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from audio_lens.results import Result, array, in_words
+from audio_lens.arguments import text
+from audio_lens.errors import InputError
+from audio_lens.results import Result, array, in_words, numbers_of
 from audio_lens.timeline import Band, Span
 
 AXES = ("layer", "head", "time", "frequency", "position", "neuron", "group")
@@ -181,10 +183,10 @@ class SweepResult(Result):
 
     def _check(self) -> None:
         if self.direction not in ("denoise", "noise", "edit"):
-            raise ValueError(f"direction is 'denoise', 'noise' or 'edit', got {self.direction!r}")
+            raise InputError(f"direction is 'denoise', 'noise' or 'edit', got {self.direction!r}")
         unknown = [dim for dim in self.axes if dim not in AXES]
         if unknown:
-            raise ValueError(f"unknown axes {unknown}; a sweep has {', '.join(AXES)}")
+            raise InputError(f"unknown axes {unknown}; a sweep has {', '.join(AXES)}")
         super()._check()
 
     def _arrays(self) -> dict[str, tuple[str, ...]]:
@@ -313,9 +315,9 @@ class SweepResult(Result):
 
     @classmethod
     def _fields(cls, data: xr.Dataset) -> dict[str, Any]:
-        widths = {"widths": torch.tensor(data["width_s"].values)} if "width_s" in data else {}
-        baselines = {name: torch.tensor(data[name].values) for name in ("clean", "corrupted")}
-        told = {name: data.attrs[name] for name in ("site", "direction")}
+        widths = {"widths": numbers_of(data, "width_s")} if "width_s" in data else {}
+        baselines = {name: numbers_of(data, name) for name in ("clean", "corrupted")}
+        told = {name: text(name, data.attrs[name]) for name in ("site", "direction")}
         return super()._fields(data) | baselines | told | widths
 
 

@@ -10,7 +10,9 @@ import torch
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
+from audio_lens.arguments import names, number, whole
 from audio_lens.edits.do import Do
+from audio_lens.errors import InputError, KindError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.checks import check_pair, check_reaches
 from audio_lens.places import Where
@@ -91,22 +93,22 @@ class SweepSpec:
         """
         given = {name: value for name, value in options.items() if name not in _HOW}
         if unknown := given.keys() - set(_options()):
-            raise TypeError(f"a sweep takes no {', '.join(sorted(unknown))}")
+            raise KindError(f"a sweep takes no {', '.join(sorted(unknown))}")
         if given.get("refine") is None:
             given.pop("refine", None)
+        metrics.check(metric)
         asked = {"site": site, "axes": axes, "metric": metric, **given}
         is_alone = corrupted is clean
         clean = model.as_inputs(clean)
         corrupted = clean if is_alone else model.as_inputs(corrupted)
         timeline = check_pair(model, clean, corrupted)
         given["source"] = _source(model, clean, timeline, given.get("source"))
-        names = [site] if isinstance(site, str) else site
         spec = SweepSpec(
             clean=clean,
             corrupted=corrupted,
             timeline=timeline,
-            sites=tuple(Site.parse(name, model) for name in names),
-            axes=(axes,) if isinstance(axes, str) else tuple(axes),
+            sites=tuple(Site.parse(name, model) for name in names("site", site)),
+            axes=tuple(names("axes", axes)),
             metric=metric,
             record=recorded({name: asked[name] for name in asked if name not in _NO_MATTER}),
             **given,
@@ -118,21 +120,24 @@ class SweepSpec:
     def _check_options(self, model: HookedAudioTransformer) -> None:
         precision = self.precision
         if self.do is not None and self.source is not None:
-            raise ValueError("do= says what is put in: source= goes into it, as edits.Put(source)")
+            raise InputError("do= says what is put in: source= goes into it, as edits.Put(source)")
         if self.do is not None and not isinstance(self.do, Do):
-            raise ValueError(f"do is one of audio_lens.edits (Put, Scale ...), got {self.do!r}")
+            raise InputError(f"do is one of audio_lens.edits (Put, Scale ...), got {self.do!r}")
         if self.direction not in ("denoise", "noise"):
-            raise ValueError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
-        if self.cells_per_forward is not None and self.cells_per_forward < 1:
-            raise ValueError(f"cells_per_forward must be at least 1, got {self.cells_per_forward}")
-        if self.memory_gb is not None and self.memory_gb <= 0:
-            raise ValueError(f"memory_gb must be positive, got {self.memory_gb}")
+            raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
+        if self.cells_per_forward is not None:
+            whole("cells_per_forward", self.cells_per_forward, least=1)
+        if self.memory_gb is not None:
+            number("memory_gb", self.memory_gb, above=0, unit="GB")
+        if self.refine is not None:
+            number("refine", self.refine, above=0, unit="the baseline gap")
+        whole("layer_window", self.layer_window, least=1)
         if precision not in ("exact", "tf32", "bf16"):
-            raise ValueError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
+            raise InputError(f"precision is 'exact', 'tf32' or 'bf16', got {precision!r}")
         if precision == "tf32" and model.device.type != "cuda":
-            raise ValueError("precision 'tf32' exists on CUDA only; the model is elsewhere")
+            raise InputError("precision 'tf32' exists on CUDA only; the model is elsewhere")
         if precision != "exact" and model.dtype != torch.float32:
-            raise ValueError(
+            raise InputError(
                 f"precision {precision!r} is for float32 models; this is {model.dtype}"
             )
 
@@ -168,7 +173,7 @@ class SweepSpec:
             ValueError: where it patches from a run.
         """
         if self.do is None:
-            raise ValueError("this sweep patches from a run: it has no edit")
+            raise InputError("this sweep patches from a run: it has no edit")
         return self.do
 
     @property

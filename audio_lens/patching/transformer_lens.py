@@ -21,6 +21,7 @@ from transformer_lens.patching import PatchingResult
 
 from audio_lens import metrics
 from audio_lens.cache import AudioCache
+from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
 from audio_lens.patching.cells import CellTable, cells_of
@@ -102,11 +103,11 @@ class _Call:
         baseline: bool,
     ) -> _Call:
         if reduce not in ("scalar", "mean", "none"):
-            raise ValueError(f"reduce is 'scalar', 'mean' or 'none', got {reduce!r}")
+            raise InputError(f"reduce is 'scalar', 'mean' or 'none', got {reduce!r}")
         is_named = isinstance(metric, Mapping)
         asked = dict(metric) if is_named else {"metric": metric}
         if not asked:
-            raise ValueError("the mapping of metrics must hold at least one")
+            raise InputError("the mapping of metrics must hold at least one")
         inputs = part.inputs(corrupted)
         measures = {
             name: _checked(name, metrics.bound(one, part.model, inputs.inputs), inputs, reduce)
@@ -264,7 +265,7 @@ def _sweep(what: str, activation: str, *places: str) -> Callable[..., Any]:
     ) -> Answer:
         call = _Call.of(model, corrupted_tokens, clean_cache, patching_metric, reduce, baseline)
         if return_index_df and not call.gives_tensor:
-            raise ValueError("return_index_df goes with a tensor: a PatchingResult has index_df")
+            raise InputError("return_index_df goes with a tensor: a PatchingResult has index_df")
         values = call.answer(call.swept(call.plan(activation, axes)), axes)
         if return_index_df and isinstance(values, Tensor):
             return values, original.make_df_from_ranges(values.shape, axes)

@@ -10,8 +10,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sequential
 
-from audio_lens.analysis.attention import ClipAttention, read_attention, sites_of
+from audio_lens.analysis.attention import ClipAttention, check_heads, read_attention, sites_of
 from audio_lens.analysis.prompts import Prompt
+from audio_lens.arguments import text, whole
 from audio_lens.audio import AudioSource
 from audio_lens.cache import AudioCache
 from audio_lens.drawing.rows import STYLE, Panel, Rows, escaped
@@ -90,9 +91,13 @@ def attention_page(
         ValueError: layers that were asked for and do not fit.
         HookNameError: a cache without patterns.
     """
-    prompt = prompt_shown(Prompt.of(model, inputs, row, clip, audio), cache, answer)
+    text("title", title)
+    given = Prompt.of(model, inputs, row, clip, audio)
+    chosen = sites_of(given, sites)
+    check_heads(model, chosen, layers, heads)
+    prompt = prompt_shown(given, cache, answer)
     tiers = {"words": words, "phones": phones}
-    found = read_attention(prompt, sites_of(prompt, sites), layers, heads, cache)
+    found = read_attention(prompt, chosen, layers, heads, cache)
     return write_attention(prompt, found, path, title, tiers, keeps_layers=layers is not None)
 
 
@@ -148,8 +153,10 @@ def attention_figure(
 
     The rest, and the errors, are as of `attention_page`.
     """
-    prompt = prompt_shown(Prompt.of(model, inputs, row, clip, audio), cache, answer)
-    chosen = sites_of(prompt, site)[:1]
+    given = Prompt.of(model, inputs, row, clip, audio)
+    chosen = sites_of(given, site)[:1]
+    check_heads(model, chosen, [layer], [head])
+    prompt = prompt_shown(given, cache, answer)
     (found,) = read_attention(prompt, chosen, [layer], [head], cache)
     rows = Rows([clip_of(prompt, {"words": words, "phones": phones})])
     pattern = found.share[0, 0]
@@ -175,6 +182,8 @@ def prompt_shown(prompt: Prompt, cache: AudioCache | None, answer: int | None) -
         InputError: an answer beside a cache, or of a model that writes none.
     """
     writes = "decoder" in prompt.model.cfg.parts
+    if answer is not None:
+        whole("answer", answer, least=0)
     if answer is not None and (cache is not None or not writes):
         why = "a cache is of a run that was made" if writes else "this model writes no tokens"
         raise InputError(f"answer= has nothing to do here: {why}")
@@ -303,11 +312,11 @@ def _notes(found: Sequence[ClipAttention]) -> list[str]:
 def _left_out(found: Sequence[ClipAttention], fitting: Sequence[ClipAttention]) -> list[str]:
     """Which layers are not on the page."""
     notes = []
-    for whole, shown in zip(found, fitting, strict=True):
-        lacking = [str(layer) for layer in whole.layers if layer not in shown.layers]
+    for every, shown in zip(found, fitting, strict=True):
+        lacking = [str(layer) for layer in every.layers if layer not in shown.layers]
         if lacking:
             notes.append(
-                f"{whole.site}: layers {', '.join(lacking)} were left out to keep the file small; "
+                f"{every.site}: layers {', '.join(lacking)} were left out to keep the file small; "
                 "layers= brings them."
             )
     return notes

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.colors import sequential
 
+from audio_lens import arguments
 from audio_lens.analysis.logit_lens import Streams, check_vocabulary, read_streams, texts_of
 from audio_lens.analysis.prompts import Prompt, token_label
 from audio_lens.audio import AudioSource
@@ -91,6 +92,7 @@ def cache_page(
         HookNameError: a cache without the residual streams.
         TokenError: a word that is not one token.
     """
+    arguments.text("title", title)
     prompt = Prompt.of(model, inputs, row, clip, audio)
     prompt = prompt.shown() if cache is None else prompt
     found = streams_shown(prompt, cache, parts, lens, tokens, layers)
@@ -148,7 +150,7 @@ def cache_figure(
     drawing = Drawing.of(prompt, streams, rows)
     view = next(view for view in drawing.views if view["key"] == show)
     layout = rows.layout(drawing.panels, title_px=40)
-    layout.update(title=f"{part}: {view['label']}", margin=STYLE["margin"] | {"t": 50})
+    layout.update(title=escaped(f"{part}: {view['label']}"), margin=STYLE["margin"] | {"t": 50})
     return go.Figure([*rows.traces(0), *drawing.painted(view)], layout)
 
 
@@ -169,7 +171,8 @@ def streams_shown(
             has a vocabulary.
     """
     there = list(reversed(prompt.model.cfg.parts))
-    wanted = there if parts is None else [parts] if isinstance(parts, str) else list(parts)
+    wanted = there if parts is None else arguments.names("parts", parts)
+    tokens = arguments.listed("tokens", tokens, (str, int), "words or token ids")
     unknown = [part for part in wanted if part not in there]
     if unknown or not wanted:
         raise InputError(f"no part {', '.join(unknown) or 'named'}: there is {', '.join(there)}")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from audio_lens.analysis.attention import ClipAttention, timed_queries
+from audio_lens.errors import InputError
 
 LEAST_BINS = 50  # stretches that the seconds of a clip are still cut into
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -50,7 +51,7 @@ def _smaller(attention: ClipAttention, keeps_layers: bool) -> ClipAttention:
     if len(attention.edges) - 1 >= 2 * LEAST_BINS:
         return coarser(attention)
     if keeps_layers or len(attention.layers) == 1:
-        raise ValueError(
+        raise InputError(
             f"{len(attention.layers)} layers of {len(attention.heads)} heads of {attention.site} "
             "are too much for one page: choose fewer with layers=, heads= or sites="
         )

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from audio_lens.arguments import listed, text
 from audio_lens.audio import AudioSource
 from audio_lens.drawing.clips import Clip
 from audio_lens.drawing.figures import MARKED, Map, draw_map
 from audio_lens.drawing.rows import Rows
+from audio_lens.errors import InputError
 from audio_lens.patching.result import Cell, SweepResult
 from audio_lens.report.html import traces_json, write_page
 from audio_lens.timeline import Span
@@ -76,6 +78,7 @@ def map_page(
             apart or that are of different clips, a metric that none has, unreadable audio, or
             windows that lie beyond its end.
     """
+    text("title", title)
     views = _views(results, quantity)
     first = _first(views, metric)
     said = {"words": words, "phones": phones}
@@ -170,12 +173,14 @@ def _named(results: Results) -> list[tuple[str | None, SweepResult]]:
     """Results with their names, None for those without."""
     named: list[tuple[str | None, SweepResult]]
     if isinstance(results, Mapping):
-        named = [*results.items()]
+        listed("results", results.values(), SweepResult, "results")
+        named = [(text("a name", name), result) for name, result in results.items()]
     else:
-        several = [results] if isinstance(results, SweepResult) else results
+        one = isinstance(results, SweepResult)
+        several = [results] if one else listed("results", results, SweepResult, "results")
         named = [(None, result) for result in several]
     if not named:
-        raise ValueError("no results: a page needs at least one")
+        raise InputError("no results: a page needs at least one")
     return named
 
 
@@ -195,18 +200,18 @@ def _check_distinct(views: Sequence[View]) -> None:
     """Raise unless the page can tell the views apart and all are of the same clips."""
     for one, two in itertools.combinations(views, 2):
         if one.facets == two.facets:
-            raise ValueError(
+            raise InputError(
                 f"two results are alike in {', '.join(one.facets)}, so that the page could not "
                 "tell them apart: name them, as in map_page({'first': a, 'second': b}, ...)"
             )
         if one.result.quantities != two.result.quantities:
-            raise ValueError(
+            raise InputError(
                 "maps of edits and of patches measure different things: write two pages"
             )
         for clip in ("clean_hash", "corrupted_hash"):
             hashes = {view.result.meta.get(clip) for view in (one, two)} - {None}
             if len(hashes) > 1:
-                raise ValueError(
+                raise InputError(
                     "the results are of different clips: a page shows one pair, write several"
                 )
 
@@ -217,7 +222,7 @@ def _first(views: Sequence[View], metric: str | None) -> int:
     if metric is None:
         return 0
     if metric not in names:
-        raise ValueError(f"no metric {metric!r}; there is {', '.join(dict.fromkeys(names))}")
+        raise InputError(f"no metric {metric!r}; there is {', '.join(dict.fromkeys(names))}")
     return names.index(metric)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import h5netcdf
@@ -13,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 from xarray.backends import H5NetCDFStore
 
+from audio_lens.printable import printable
 from audio_lens.timeline import Band, Span, describe_span
 
 BATCH_DIMS = ("metric", "stimulus")
@@ -53,7 +55,7 @@ def in_words(at: Mapping[str, Any]) -> str:
 def _in_words(axis: str, coordinate: Any) -> str:
     if isinstance(coordinate, Span):
         return describe_span(coordinate)
-    return str(coordinate) if isinstance(coordinate, Band) else f"{axis} {coordinate}"
+    return str(coordinate) if isinstance(coordinate, Band) else printable(f"{axis} {coordinate}")
 
 
 # -------------------------------------------------------------------------------- files
@@ -132,6 +134,8 @@ def names(name: Any, wanted: Any) -> bool:
         return name == wanted
     if isinstance(wanted, str):
         return name.label == wanted
+    if not isinstance(wanted, Real):
+        return False
     if isinstance(name, Band):
         return name.low_hz <= wanted < name.high_hz
     return name.start_s <= wanted < name.end_s

@@ -15,6 +15,9 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from audio_lens import arguments
+from audio_lens.arguments import path_of, whole
+from audio_lens.errors import InputError
 from audio_lens.files import write
 from audio_lens.pickles import all_alone
 from audio_lens.results.labels import (
@@ -29,7 +32,15 @@ from audio_lens.results.labels import (
     time_coords,
 )
 from audio_lens.results.plain import coordinate, plain
-from audio_lens.results.stored import attributes, controls_in, counts_in, name_of
+from audio_lens.results.stored import (
+    attributes,
+    check_whole,
+    controls_in,
+    counts_in,
+    name_of,
+    numbers_of,
+    sealed,
+)
 from audio_lens.timeline import Span, describe_span
 
 if TYPE_CHECKING:
@@ -90,17 +101,17 @@ class Result:
 
     def _check(self) -> None:
         if any(dim not in BATCH_DIMS for dim in self._batch_dims):
-            raise ValueError(f"{' and '.join(BATCH_DIMS)} come before the axes, got {self.dims}")
+            raise InputError(f"{' and '.join(BATCH_DIMS)} come before the axes, got {self.dims}")
         lengths = [len(self.coords.get(dim, [])) for dim in self.dims]
         if list(self.values.shape) != lengths:
             shape = list(self.values.shape)
-            raise ValueError(f"values have shape {shape}, but coords of {self.dims} are {lengths}")
+            raise InputError(f"values have shape {shape}, but coords of {self.dims} are {lengths}")
         for name, dims in self._arrays().items():
             shape, expected = list(getattr(self, name).shape), [len(self.coords[d]) for d in dims]
             if shape != expected:
-                raise ValueError(f"{name} has shape {shape}, expected {expected}")
+                raise InputError(f"{name} has shape {shape}, expected {expected}")
         if (self.low is None) != (self.high is None):
-            raise ValueError("an interval has both bounds, low and high")
+            raise InputError("an interval has both bounds, low and high")
         for name, control in self.controls.items():
             self._check_control(name, control)
 
@@ -108,7 +119,7 @@ class Result:
         odd = [d for d in control.dims if d not in self.dims or control.coords[d] != self.coords[d]]
         if odd or control.controls:
             what = f"its {', '.join(odd)} is its own" if odd else "it has controls itself"
-            raise ValueError(f"control {name!r} does not stand beside these values: {what}")
+            raise InputError(f"control {name!r} does not stand beside these values: {what}")
 
     def _arrays(self) -> dict[str, tuple[str, ...]]:
         """Every array by the name of its field, and the dims that it has."""
@@ -186,7 +197,7 @@ class Result:
 
     def _select(self, dim: str, wanted: Any) -> Self:
         if dim not in self.dims:
-            raise ValueError(f"no dimension {dim!r}; this result has {', '.join(self.dims)}")
+            raise InputError(f"no dimension {dim!r}; this result has {', '.join(self.dims)}")
         many = isinstance(wanted, list)
         places = [self._place(dim, one) for one in (wanted if many else [wanted])]
         at = places if many else places[0]
@@ -220,8 +231,8 @@ class Result:
             return places[0]
         listed = ", ".join(describe_span(name) if dim == "time" else str(name) for name in there)
         if not places:
-            raise ValueError(f"no {dim} {wanted!r}; there is {listed}")
-        raise ValueError(f"{len(places)} of {dim} fit {wanted!r}: name one by its Span; {listed}")
+            raise InputError(f"no {dim} {wanted!r}; there is {listed}")
+        raise InputError(f"{len(places)} of {dim} fit {wanted!r}: name one by its Span; {listed}")
 
     def of_metric(self, metric: str | None) -> Self:
         """The result of one metric, which its ``meta`` then names.
@@ -232,7 +243,7 @@ class Result:
         if metric is not None:
             return replace(self.select(metric=metric), meta=self.meta | {"metric": metric})
         if "metric" in self.dims:
-            raise ValueError(f"name one of the metrics: metric= {', '.join(self.coords['metric'])}")
+            raise InputError(f"name one of the metrics: metric= {', '.join(self.coords['metric'])}")
         return self
 
     def cells(self, metric: str | None = None) -> Sequence[Any]:
@@ -263,6 +274,7 @@ class Result:
         Raises:
             ValueError: if there are several metrics and none is named.
         """
+        whole("n", n, least=0)
         first = next(iter(self.quantities))
         sizes = [(abs(getattr(cell, first)), cell) for cell in self.cells(metric)]
         known = [(size, cell) for size, cell in sizes if math.isfinite(size)]
@@ -328,8 +340,8 @@ class Result:
         try:
             data = netcdf(self.to_xarray())
         except (ValueError, TypeError) as error:
-            raise ValueError(f"netCDF cannot hold this {self.kind}: {error}") from error
-        return write(path, data)
+            raise InputError(f"netCDF cannot hold this {self.kind}: {error}") from error
+        return write(path, sealed(data))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -338,34 +350,40 @@ class Result:
         Raises:
             ValueError: if the file is missing or holds something else.
         """
-        path = Path(path)
+        path = path_of("path", path)
         if not path.is_file():
-            raise ValueError(f"no saved {cls.kind} at {path}")
+            raise InputError(f"no saved {cls.kind} at {path}")
         try:
+            check_whole(path)
             data = xr.load_dataset(path, engine="h5netcdf")
             result = cls(**cls._fields(data))
-        except (OSError, KeyError) as error:
-            raise ValueError(f"{path} does not hold a saved {cls.kind}: {error}") from error
-        more = sorted(map(str, set(data.data_vars) - set(result.to_xarray().data_vars)))
+            known = result.to_xarray().data_vars
+        except Exception as error:  # of HDF5, netCDF, JSON and what the numbers must be
+            raise InputError(f"{path} does not hold a saved {cls.kind}: {error}") from error
+        more = sorted(map(str, set(data.data_vars) - set(known)))
         if more:
-            raise ValueError(f"{path} holds more than a {cls.kind}: {', '.join(more)}")
+            raise InputError(f"{path} holds more than a {cls.kind}: {', '.join(more)}")
         return result
 
     @classmethod
     def _fields(cls, data: xr.Dataset) -> dict[str, Any]:
         """The fields of a result that `to_xarray` wrote; a KeyError tells what is missing."""
         dims = tuple(str(dim) for dim in data["value"].dims)
-        told = {name: json.loads(data.attrs[name]) for name in ("report", "meta")}
+        report, meta = (json.loads(data.attrs[name]) for name in ("report", "meta"))
+        recipe = json.loads(data.attrs.get("recipe", "{}"))
+        if not (isinstance(meta, dict) and isinstance(recipe, dict)):
+            raise InputError("its notes are no mappings")
         together = {n: data[n].values for n in ("estimate", "low", "high") if n in data}
         return {
-            "values": torch.tensor(data["value"].values),
+            "values": numbers_of(data, "value"),
             "dims": dims,
             "coords": {dim: coords_of(data, dim) for dim in dims},
-            "recipe": json.loads(data.attrs.get("recipe", "{}")),
+            "recipe": recipe,
+            "report": arguments.listed("report", report, str, "texts"),
+            "meta": {name: arguments.text(name, said) for name, said in meta.items()},
             **{name: torch.tensor(held) for name, held in together.items()},
             "controls": {n: Result(**Result._fields(x)) for n, x in controls_in(data).items()},
             **counts_in(data),
-            **told,
         }
 
     # ---------------------------------------------------------------- figures

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+import h5py
+import torch
 import xarray as xr
+from torch import Tensor
+
+from audio_lens.errors import InputError
 
 CONTROL = "control."  # begins the names of variables that belong to a control
+MOST_PACKED = 1_100  # how many bytes one of a compressed file can stand for (1,032 in deflate)
+SLACK = 2**20  # bytes, for fill values that are not written
+_SEAL = b"\naudio_lens sha256 "  # and 64 digits: of all bytes before it, which HDF5 does not read
 _TOLD = ("meta", "report", "recipe")
 _ARRAYS = ("value", "estimate", "low", "high")
 
@@ -46,3 +56,56 @@ def controls_in(data: xr.Dataset) -> dict[str, xr.Dataset]:
         found[control] = data[list(names)].rename(names)
         found[control].attrs = {name: json.dumps(held) for name, held in told.items()}
     return found
+
+
+# -------------------------------------------------------------------------------- damage
+
+
+def sealed(data: bytes) -> bytes:
+    """A file with a hash of itself behind it."""
+    return data + _SEAL + hashlib.sha256(data).hexdigest().encode()
+
+
+def check_whole(path: Path) -> None:
+    """Raise unless a file is as it was written, and safe to read.
+
+    HDF5 may read a damaged file for ever, so the hash comes first. Files of others have none.
+
+    Raises:
+        InputError: another hash; numbers of more bytes than the file can hold, or that lie in
+            other files.
+        OSError: a file of another kind.
+    """
+    held = path.read_bytes()
+    seal = held[-len(_SEAL) - 64 :][: len(_SEAL)]
+    if sum(map(int.__eq__, seal, _SEAL)) > len(_SEAL) // 2:  # a damaged one is one, too
+        end = len(held) - len(_SEAL) - 64
+        if sealed(held[:end]) != held:
+            raise InputError("it is damaged: its bytes are not those that were written")
+    _check_declared(path, len(held))
+
+
+def _check_declared(path: Path, size: int) -> None:
+    declared = 0
+    with h5py.File(path) as file:
+        for name in file:
+            link = file.get(name, getlink=True)
+            held = file[name] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(held, h5py.Dataset) or held.is_virtual or held.external:
+                raise InputError(f"{name} does not lie in it")
+            packed = MOST_PACKED if held.compression or held.scaleoffset is not None else 1
+            declared += held.size * held.dtype.itemsize // packed
+    if declared > size + SLACK:
+        raise InputError(f"it declares more than {declared:,} bytes of numbers, and has {size:,}")
+
+
+def numbers_of(data: xr.Dataset, name: str) -> Tensor:
+    """A variable of a Dataset, whose values have a fraction.
+
+    Raises:
+        InputError: values of another kind.
+    """
+    values = data[name].values
+    if values.dtype.kind != "f":
+        raise InputError(f"{name} is of {values.dtype}, not of numbers with a fraction")
+    return torch.tensor(values)

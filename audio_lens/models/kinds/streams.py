@@ -145,7 +145,7 @@ class CodecTime(HookedAudioTransformer):
         """
         if stream not in self.lags_s:
             known = ", ".join(self.lags_s)
-            raise ValueError(f"no stream named {stream!r}; this model has {known}")
+            raise InputError(f"no stream named {stream!r}; this model has {known}")
         seconds = (steps.double() + 0.5) * self.cfg.step_s - self.lags_s[stream]
         return seconds.round(decimals=9).masked_fill(seconds < 0, math.nan)
 

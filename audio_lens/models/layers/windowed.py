@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.models.layers.attention import Attention
 
 
@@ -47,7 +48,7 @@ class WindowedAttention(Attention):
             ValueError: for a mask or bias beside the windows' own.
         """
         if allowed is not None or bias is not None:
-            raise ValueError("windowed attention takes no mask and no bias beside its own")
+            raise InputError("windowed attention takes no mask and no bias beside its own")
         if self._is_explicit() or self._is_watched():
             own = self.whole_bias(q)
             own = None if own is None else own[..., : q.shape[1], : k.shape[1]]

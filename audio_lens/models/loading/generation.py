@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from audio_lens.errors import InputError
 from audio_lens.models.config import LoadingError
 
 GENERATION_FILE = "generation_config.json"
@@ -41,5 +42,5 @@ def stored_settings(
 def _held(path: Path) -> dict[str, Any]:
     held = json.loads(path.read_text())
     if not isinstance(held, dict):
-        raise ValueError(f"it holds a {type(held).__name__}, no settings by their names")
+        raise InputError(f"it holds a {type(held).__name__}, no settings by their names")
     return held

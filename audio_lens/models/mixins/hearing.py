@@ -177,13 +177,10 @@ class Hearing(Running, Host):
         """
         if isinstance(source, list) and audio_io.is_clip(source):
             source = {"array": source}  # a list of samples
-        samples = audio_io.load(source, self.cfg.sampling_rate, sampling_rate)
-        seconds = len(samples) / self.cfg.sampling_rate
-        if seconds > self.cfg.max_audio_s:
-            raise audio_io.AudioError(
-                f"the clip is {seconds:.2f} s long and this model takes "
-                f"{self.cfg.max_audio_s:g} s: cut it (it would be silently truncated)"
-            )
+        longest_s = self.cfg.max_audio_s
+        samples = audio_io.load(source, self.cfg.sampling_rate, sampling_rate, longest_s)
+        if len(samples) / self.cfg.sampling_rate > longest_s:
+            raise audio_io.too_long("the clip", len(samples) / self.cfg.sampling_rate, longest_s)
         return samples
 
     def load_clips(self, audio: Any, sampling_rate: audio_io.Rates) -> list[Float[Any, " _"]]:

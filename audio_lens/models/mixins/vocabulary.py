@@ -30,6 +30,8 @@ class Vocabulary(Host):
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(f"token ids are whole numbers, got {tokens.dtype}")
         n = self.cfg.output.need_d_vocab
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(f"token ids are whole numbers, got {tokens.dtype}")
         unknown = tokens[(tokens < 0) | (tokens >= n)]
         if len(unknown):
             raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
@@ -51,6 +53,8 @@ class Vocabulary(Host):
                 id is not in the vocabulary.
         """
         if not isinstance(text, str):
+            if isinstance(text, bool) or not isinstance(text, SupportsIndex):
+                raise TokenError(f"a token is a word or an id, got {text!r}")
             return self._checked_token(operator.index(text))
         if self.cfg.labels:
             return self._label(text)

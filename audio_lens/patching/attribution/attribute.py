@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from audio_lens import metrics
+from audio_lens.arguments import whole
+from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.confirm import Confirmation, confirm
 from audio_lens.patching.attribution.runs import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 DEFAULT_STEPS = 5
+MOST_STEPS = 10_000
 
 
 @dataclass(repr=False, init=False)
@@ -171,7 +174,7 @@ def attribute(
         model.need_one_device("attribution")
         spec = SweepSpec.of(**locals())
         if not spec.sites or len(set(spec.sites)) < len(spec.sites):
-            raise ValueError(f"name one site or several, each once; got {site!r}")
+            raise InputError(f"name one site or several, each once; got {site!r}")
         _check_further_decoders(model, spec.sites, metric)
         tables = [CellTable.of(model, spec, (one,)) for one in spec.sites]
         _check_method(model, tables, method, steps)
@@ -231,15 +234,15 @@ def _check_method(
     model: HookedAudioTransformer, tables: list[CellTable], method: str, steps: int | None
 ) -> None:
     if method not in get_args(Method):
-        raise ValueError(f"method is one of {', '.join(get_args(Method))}, got {method!r}")
+        raise InputError(f"method is one of {', '.join(get_args(Method))}, got {method!r}")
     if steps is not None and method != "ig":
-        raise ValueError(f"steps belong to method 'ig', not to {method!r}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise InputError(f"steps belong to method 'ig', not to {method!r}")
+    if steps is not None:
+        whole("steps", steps, least=1, most=MOST_STEPS)
     fixed = [str(table.site) for table in tables if QueryKeyTap.fits(model, table)]
     if method == "qk_fix" and len(fixed) < len(tables):
         others = [str(table.site) for table in tables if str(table.site) not in fixed]
-        raise ValueError(
+        raise InputError(
             f"method 'qk_fix' is for queries and keys, not {', '.join(others)}: use 'atp' there, "
             "or 'atp*' for all"
         )
@@ -256,9 +259,9 @@ def _check_further_decoders(
     family, further = model.cfg.family, model.cfg.further_decoders
     inside = [str(site) for site in sites if site.part in further]
     if inside:
-        raise ValueError(f"attribution does not reach into {', '.join(inside)}: use sweep")
+        raise InputError(f"attribution does not reach into {', '.join(inside)}: use sweep")
     if beside := model.written_beside(metrics.streams_read(metric)):
-        raise ValueError(
+        raise InputError(
             f"attribution does not reach through the {' and '.join(beside)} of {family}, which "
             "writes beside the decoder: read the text alone (metrics.of_stream('text', ...)), or "
             "use sweep"
@@ -268,7 +271,7 @@ def _check_further_decoders(
     points = ("hook_logits", *(f"{part}." for part in further))
     dead = [name for name in model.list_hooks(dir="fwd") if name.startswith(points)]
     if dead:
-        raise ValueError(
+        raise InputError(
             f"your hooks on {', '.join(dead)} do not run: of {family} only the text is computed "
             "here. Remove them"
         )
@@ -277,7 +280,7 @@ def _check_further_decoders(
 def _check_not_at_its_minimum(metric: Any) -> None:
     for name, one in metrics.named(metric).items():
         if getattr(one, "needs_reference", False):
-            raise ValueError(
+            raise InputError(
                 f"metric {name!r} compares with the clean run, which is the base run of direction "
                 "'noise': it is flat there, and gradients say nothing. Use another metric or "
                 "direction, or method 'ig'"
@@ -286,12 +289,12 @@ def _check_not_at_its_minimum(metric: Any) -> None:
 
 def _check_droppable(model: HookedAudioTransformer, table: CellTable) -> None:
     if any(len(cell.layers) > 1 for cell in table.cells):
-        raise ValueError(
+        raise InputError(
             "dropping gradients leaves out a cell's own layer, so a cell can have but one: put "
             "'layer' among the axes, without layer_window"
         )
     if len(layers_from(model, table.site)) < 2:
-        raise ValueError("dropping gradients needs a model of at least two layers")
+        raise InputError("dropping gradients needs a model of at least two layers")
 
 
 def _check_softmax_is_free(model: HookedAudioTransformer, tables: list[CellTable]) -> None:
@@ -304,7 +307,7 @@ def _check_softmax_is_free(model: HookedAudioTransformer, tables: list[CellTable
         if model.hook_dict[name].fwd_hooks
     ]
     if hooked:
-        raise ValueError(
+        raise InputError(
             f"the QK-fix computes the softmax itself, without your hooks on {', '.join(hooked)}: "
             "remove them or use method 'atp'"
         )

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.arguments import names, whole
+from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import Cell, SweepResult
@@ -155,10 +157,10 @@ def confirm(
         request: the arguments of that sweep, as `plan` takes them.
         is_signed: whether estimates have a direction, or are magnitudes only.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    whole("top_k", top_k, least=1)
+    whole("seed", seed, least=-(2**63), most=2**63 - 1)
     if exact not in ("top", "all"):
-        raise ValueError(f"exact is 'top' or 'all', got {exact!r}")
+        raise InputError(f"exact is 'top' or 'all', got {exact!r}")
     site = Site.parse(estimated.site, model)
     chosen, report = _chosen_controls(controls, other, site)
     with evaluating(model) as notes:
@@ -201,7 +203,7 @@ def confirm(
 def _check_model(estimated: SweepResult, model: HookedAudioTransformer) -> None:
     """Raise for another model than the estimates are of."""
     if estimated.meta.get("weights_hash") not in (None, weights_hash(model)):
-        raise ValueError(
+        raise InputError(
             "this model has other weights than the one the estimates are of: pass that one"
         )
 
@@ -239,13 +241,13 @@ def _chosen_controls(
     if controls is None:
         report = [f"control {name} left out: {why}" for name, why in lacking.items()]
         return [name for name in CONTROLS if name not in lacking], report
-    for name in controls:
+    for name in names("controls", controls):
         if name not in CONTROLS:
-            raise ValueError(f"no control {name!r}; there are {', '.join(CONTROLS)}")
+            raise InputError(f"no control {name!r}; there are {', '.join(CONTROLS)}")
         if name in lacking:
-            raise ValueError(f"control {name!r}: {lacking[name]}")
+            raise InputError(f"control {name!r}: {lacking[name]}")
     if other is not None and "other_item" not in controls:
-        raise ValueError("other= is for the control 'other_item', which is not among controls")
+        raise InputError("other= is for the control 'other_item', which is not among controls")
     return list(controls), []
 
 
@@ -268,7 +270,7 @@ class _Sweeps:
         progress: bool | None,
     ):
         if request is None:
-            raise ValueError(
+            raise InputError(
                 "confirm takes an attribution as attribute gave it: call it before select or mean, "
                 "and before it is pickled"
             )
@@ -280,7 +282,7 @@ class _Sweeps:
         self.cells = self.estimated.cells()
         self.estimates = torch.tensor([cell.effect for cell in self.cells])
         if not self.estimates.isfinite().any():
-            raise ValueError("clean and corrupted are alike in the metric: nothing to confirm")
+            raise InputError("clean and corrupted are alike in the metric: nothing to confirm")
         pair = (self.request["corrupted"], self.request["clean"])
         self.base, self.source = pair if estimated.direction == "denoise" else pair[::-1]
 

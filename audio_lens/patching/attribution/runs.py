@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from audio_lens import metrics
+from audio_lens.errors import InputError
 from audio_lens.hooks import local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.taps import Entrance, QueryKeyTap, Tap, precise
@@ -261,7 +262,7 @@ class Estimate:
         with metrics.blamed(name, "the run that is patched"):
             value = self.reader.value(name, leaf)
         if not (isinstance(value, Tensor) and value.requires_grad):
-            raise ValueError(
+            raise InputError(
                 f"metric {name!r} has no gradient, which attribution needs: use one that is "
                 "differentiable in the logits (a logit difference, a log-probability), or sweep"
             )
@@ -269,7 +270,7 @@ class Estimate:
         if value.ndim and len(value) > 1:
             _check_rows_apart(name, value, slope, leaf)
         if not slope.any() and self.method != "ig":
-            raise ValueError(
+            raise InputError(
                 f"metric {name!r} is flat at the base run, so gradients say nothing there: use "
                 "another metric or direction, or method 'ig'"
             )
@@ -514,7 +515,7 @@ def _check_rows_apart(name: str, value: Tensor, slope: Tensor, leaf: Tensor) -> 
     (weighed,) = torch.autograd.grad((weights * value).sum(), leaf)
     off = (weighed - weights[:, None, None] * slope).abs().max()
     if off > max(1e-4, 8 * torch.finfo(leaf.dtype).eps) * weighed.abs().max():
-        raise ValueError(
+        raise InputError(
             f"metric {name!r} mixes rows: a value per row must depend on that row's logits alone "
             "(or give one scalar for the batch)"
         )

@@ -15,6 +15,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.trace import is_known, stack_of
 
@@ -66,7 +67,7 @@ class Tap:
             ValueError: before the base run has passed.
         """
         if self._difference is None:
-            raise ValueError(f"the base run has not passed {self.name}")
+            raise InputError(f"the base run has not passed {self.name}")
         return self._difference
 
     def _meet(self, gradient: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.models.layers import MLP, Attention, Block, GatedMLP
 from audio_lens.patching.engine.trace import PackedRows, Source, Trace
 from audio_lens.sites import Site
@@ -50,7 +51,7 @@ class LanePatches:
             ValueError: where all units are patched.
         """
         if self.unit is None:
-            raise ValueError("these lanes patch all units at once")
+            raise InputError("these lanes patch all units at once")
         return self.unit
 
     def __getitem__(self, index: Tensor) -> LanePatches:

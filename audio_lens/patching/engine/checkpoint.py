@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from audio_lens import files
+from audio_lens.arguments import number, path_of
 from audio_lens.errors import AudioLensError
 
 EVERY_S = 2.0
@@ -38,21 +39,20 @@ class Checkpoint:
         failure: why the last save failed; None if it did not.
 
     Raises:
-        CheckpointError: if there is no folder to write to, or ``every_s`` is no number of seconds.
+        CheckpointError: if there is no folder to write to.
+        InputError: if ``every_s`` is no number of seconds.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, str], every_s: float | int = EVERY_S):
-        self.path, self.identity, self.every_s = Path(path), identity, every_s
+        self.path, self.identity, self.every_s = path_of("checkpoint", path), identity, every_s
         self.failure: str | None = None
         self._due = -math.inf
         self._written: tuple[int, ...] | None = None
-        if not every_s >= 0:
-            raise CheckpointError(
-                f"checkpoint_every_s is a number of seconds from 0 on, got {every_s}"
-            )
+        number("checkpoint_every_s", every_s, least=0, unit="seconds")
         is_other = self.path.exists() and not self.path.is_file()
         if is_other or not self.path.parent.is_dir():
             raise CheckpointError(f"no file can be written at {self.path}")
+        self._read()  # raises before any work
 
     def load(
         self, baselines: Float[Tensor, "runs ..."]
@@ -65,25 +65,37 @@ class Checkpoint:
         Raises:
             CheckpointError: if the file holds another sweep, or none.
         """
-        if not self.path.is_file():
+        saved = self._read()
+        if saved is None:
             return None
-        try:
-            with safe_open(self.path, "pt") as file:
-                held = dict(json.loads((file.metadata() or {}).get("identity", "{}")))
-                saved = [file.get_tensor(name) for name in ("values", "done", "baselines")]
-        except Exception as error:
-            raise CheckpointError(f"{self.path} is no checkpoint of a sweep: {error}") from error
-        self._check_same(held)
-        values, done, before = saved
-        is_alike = before.shape == baselines.shape and torch.allclose(
-            before, baselines, rtol=1e-3, atol=1e-6
-        )
-        if not is_alike:
+        before = saved["baselines"]
+        if before.shape != baselines.shape:
+            raise CheckpointError(f"{self.path} was made with other metrics or stimuli")
+        if not torch.allclose(before, baselines, rtol=1e-3, atol=1e-6):
             raise CheckpointError(
                 f"{self.path} was made with another model: clean and corrupted metrics were "
                 f"{before.flatten().tolist()}, now {baselines.flatten().tolist()}"
             )
-        return values, done
+        return saved["values"], saved["done"]
+
+    def _read(self) -> dict[str, Tensor] | None:
+        """What was saved, of this sweep; None where nothing was.
+
+        Raises:
+            CheckpointError: if the file holds another sweep, or something else.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                held = json.loads((file.metadata() or {}).get("identity", "{}"))
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not isinstance(held, dict) or saved.keys() != {"values", "done", "baselines"}:
+                raise CheckpointError("it holds something else")
+        except Exception as error:
+            raise CheckpointError(f"{self.path} is no checkpoint of a sweep: {error}") from error
+        self._check_same(held)
+        return saved
 
     def _check_same(self, held: dict[str, str]) -> None:
         """Raise unless a file's identity is this one.

@@ -13,6 +13,7 @@ from torch import Tensor
 from audio_lens.edits.at import At
 from audio_lens.edits.do import Do
 from audio_lens.edits.edit import Edit, Laid
+from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.mixins.running import Step
 from audio_lens.patching.engine.trace import Source
@@ -57,7 +58,7 @@ class EditedSource:
     def at(self, layer: int | None, name: str) -> Tensor:
         """The edited activation of the base run."""
         if self.base is None:
-            raise ValueError("this source is made of activations that are given to it")
+            raise InputError("this source is made of activations that are given to it")
         return self.changed(self.base.at(layer, name), layer, name, Step(self.inputs))
 
     def step(self, copies: int, start: int) -> Step:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Complement, Window
@@ -90,7 +91,7 @@ class Run:
         """
         trace = self.encoder if part == "encoder" else self.decoder
         if trace is None:
-            raise ValueError(f"this run holds nothing of the {part}")
+            raise InputError(f"this run holds nothing of the {part}")
         return trace
 
     @property

@@ -11,6 +11,7 @@ from fancy_einsum import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.errors import KindError
 from audio_lens.models.layers import MLP, Attention, Block, GatedMLP
 from audio_lens.patching.engine.changes import (
     BlockEntry,
@@ -202,5 +203,5 @@ def _mlp_of(block: Block) -> MLP:
         TypeError: for one of another kind, which `is_entered` keeps out.
     """
     if not isinstance(block.mlp, MLP):
-        raise TypeError(f"the neurons of a {type(block.mlp).__name__} cannot be taken apart")
+        raise KindError(f"the neurons of a {type(block.mlp).__name__} cannot be taken apart")
     return block.mlp

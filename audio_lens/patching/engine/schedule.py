@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from audio_lens.errors import InputError
 from audio_lens.patching.engine.hooked import HookedRoute
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.trace import blocks_of, stack_of
@@ -118,7 +119,7 @@ class Schedule:
         """
         free = self.budget - held
         if free < self.largest_cell:
-            raise ValueError(
+            raise InputError(
                 f"the unpatched runs take {held / 1e9:.3f} GB and one cell up to "
                 f"{self.largest_cell / 1e9:.3f} GB, more than the budget of "
                 f"{self.budget / 1e9:.3f} GB: raise memory_gb, or use fewer stimuli"

@@ -16,6 +16,7 @@ from fancy_einsum import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.errors import InputError
 from audio_lens.hooks import HookFn, HookPoint, local_name
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import Attention, Block, Context, KVCache, Stack
@@ -134,7 +135,7 @@ class Trace:
             ValueError: where the context came without a cache; `Trace.of` gives one.
         """
         if self.context.past is None:
-            raise ValueError("this run kept no keys and values")
+            raise InputError("this run kept no keys and values")
         return self.context.past
 
     def keys_values(self, attn: Attention) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ class Trace:
         """
         held = self.past.get(attn.name)
         if held is None:
-            raise ValueError(f"the keys and values of {attn.name} are not held")
+            raise InputError(f"the keys and values of {attn.name} are not held")
         return held
 
     def projected(self, layer: int, resid: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +244,7 @@ def heard(encoded: Float[Tensor, "b s d"] | None) -> Float[Tensor, "b s d"]:
         ValueError: for None.
     """
     if encoded is None:
-        raise ValueError("nothing is heard without an encoder")
+        raise InputError("nothing is heard without an encoder")
     return encoded
 
 
