@@ -519,7 +519,8 @@ def _check_hook(name: Any, hook: Any) -> None:
     if not (isinstance(name, str) or callable(name)):
         raise InputError(f"a hook's place is a name or a filter of names, got {name!r}")
     if not callable(hook):
-        raise InputError(f"a hook on {_label(name)} is a function, got {hook!r}")
+        place = name if isinstance(name, str) else f"the filter {name!r}"
+        raise InputError(f"a hook on {place} is a function, got {hook!r}")
 
 
 def _is_named(names: NamesFilter) -> bool:

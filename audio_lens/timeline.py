@@ -70,8 +70,8 @@ class Span(Combinable):
             return window
         try:
             start_s, end_s, label = window if len(window) == 3 else (*window, None)
-            bounds = (number("a bound", at, unit="seconds") for at in (start_s, end_s))
-            return Span(*map(float, bounds), label)
+            start, end = (number("a bound", at, unit="seconds") for at in (start_s, end_s))
+            return Span(float(start), float(end), label)
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"a window is a Span, (start_s, end_s) or (start_s, end_s, label), got {window!r}: "
@@ -129,8 +129,8 @@ class Band:
             return band
         try:
             low_hz, high_hz, label = band if len(band) == 3 else (*band, None)
-            bounds = (number("a bound", at, unit="Hz") for at in (low_hz, high_hz))
-            return Band(*map(float, bounds), label)
+            low, high = (number("a bound", at, unit="Hz") for at in (low_hz, high_hz))
+            return Band(float(low), float(high), label)
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"a band is a Band, (low_hz, high_hz) or (low_hz, high_hz, label), got {band!r}: "

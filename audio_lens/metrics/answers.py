@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -247,7 +247,9 @@ def _ids(words: Words, model: HookedAudioTransformer, inputs: AudioInputs) -> In
 def _per_row(words: Words, inputs: AudioInputs) -> list[Word]:
     """One word per row; a single one serves all."""
     one = isinstance(words, (str, Integral))
-    many = [words] * len(inputs) if one else listed("an answer", words, (str, Integral), _WORDS)
+    many: list[Any] = [words] * len(inputs)
+    if not one:
+        many = listed("an answer", words, (str, Integral), _WORDS)
     if any(isinstance(word, bool) for word in many):
         raise InputError(f"an answer must be a word or a token id, got {words!r}")
     if len(many) != len(inputs):

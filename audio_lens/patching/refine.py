@@ -41,9 +41,9 @@ def refined(
         ValueError: for a threshold that is not positive, axes without "time", or windows that
             overlap.
     """
-    threshold, axes = spec.refine, spec.axes
+    axes = spec.axes
     planned = Plan.of(model, spec)
-    number("refine", threshold, above=0, unit="the baseline gap")
+    threshold = number("refine", spec.refine, above=0, unit="the baseline gap")
     if "time" not in axes:
         raise InputError("refine splits windows: it needs axis 'time'")
     spans = planned.table.coords["time"]

@@ -137,5 +137,5 @@ def names(name: Any, wanted: Any) -> bool:
     if not isinstance(wanted, Real):
         return False
     if isinstance(name, Band):
-        return name.low_hz <= wanted < name.high_hz
-    return name.start_s <= wanted < name.end_s
+        return name.low_hz <= float(wanted) < name.high_hz
+    return name.start_s <= float(wanted) < name.end_s

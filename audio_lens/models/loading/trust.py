@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.auto_mappings import (
+    CONFIG_MAPPING_NAMES,
+    FEATURE_EXTRACTOR_MAPPING_NAMES,
+    PROCESSOR_MAPPING_NAMES,
+)
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from audio_lens.models.config import LoadingError
