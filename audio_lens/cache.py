@@ -10,6 +10,7 @@ from einops import rearrange
 from fancy_einsum import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.serialization import add_safe_globals
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 from transformer_lens.utilities.slice import Slice
@@ -601,3 +602,6 @@ def _of_positions(
             "their own each: cache all positions"
         )
     return weights.repeat(n_steps, *[1] * (weights.ndim - 1))
+
+
+add_safe_globals([AudioCache])  # inert: torch.load takes it without weights_only=False

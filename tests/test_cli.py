@@ -276,7 +276,7 @@ def test_an_output_that_fails_costs_no_other(run, clips, monkeypatch, tmp_path):
             raise files.OutputError(f"{path} cannot be written (No space left on device)")
         return honest(path, data)
 
-    monkeypatch.setattr(results, "write", write)
+    monkeypatch.setattr(results.result, "write", write)
     result = run(*own(clips, *QUICK, "--save", "map.nc"))
     assert_one_red_line(result, "map.nc cannot be written (No space left on device)")
     assert "html written to map.html" in result.stdout and "netcdf" not in result.stdout
@@ -333,7 +333,7 @@ def test_other_failures_exit_with_one(run, monkeypatch):
 
 def test_info_shows_parts_and_hooks(run, embedded):
     short, long = run("info"), run("info", "embedded", "--hooks")
-    for part in ("encoder", "connector", "decoder", "0.02", "0.04", "215 hook points"):
+    for part in ("encoder", "connector", "decoder", "0.02", "0.04", "221 hook points"):
         assert part in short.stdout
     assert "decoder.blocks.1" not in short.stdout
     assert all(name in long.stdout for name in embedded.hook_dict)

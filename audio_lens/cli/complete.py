@@ -23,10 +23,11 @@ _RESIDUAL = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _ATTENTION = ("q", "k", "v", "z", "result", "attn_scores", "pattern")
 _INNER = (*(f"attn.{name}" for name in _ATTENTION), "mlp.pre", "mlp.post")
 _CROSS = ("cross_attn_out", "resid_mid_cross", *(f"cross_attn.{name}" for name in _ATTENTION))
+_OF_LANGUAGE_MODELS = ("attn.rot_q", "attn.rot_k", "mlp.gate", "mlp.pre_linear")
 SITES = {
     "encoder": (*_RESIDUAL, *_INNER),
     "connector": ("in", "out"),
-    "decoder": (*_RESIDUAL, *_INNER, "attn.rot_q", "attn.rot_k", "mlp.pre_linear", *_CROSS),
+    "decoder": (*_RESIDUAL, *_INNER, *_OF_LANGUAGE_MODELS, *_CROSS),
 }
 AXES = ("layer", "head", "time", "position", "neuron", "frequency")
 

@@ -181,7 +181,8 @@ def attention(
         answer = 0 if text is not None else max_new_tokens
         prompts, told = asked.prompts(listener), {}
         for prompt in prompts:
-            check_heads(listener, sites_of(prompt, site or None), layer or None, head or None)
+            if not prompt.n_ahead:  # else steps of the clip enter while the model writes
+                check_heads(listener, sites_of(prompt, site or None), layer or None, head or None)
         for path, prompt, page in zip(asked.clips, prompts, pages, strict=True):
             shown = prompt_shown(prompt, None, answer)
             found = read_attention(

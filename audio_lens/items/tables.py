@@ -18,7 +18,7 @@ import soundfile
 from audio_lens import files
 from audio_lens.alignment import AlignmentError, read_textgrid
 from audio_lens.audio import AudioError
-from audio_lens.errors import AudioLensError
+from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.hooks import suggest
 from audio_lens.items.item import Item, ItemError, heard, rated
 from audio_lens.timeline import Span
@@ -106,13 +106,13 @@ def need_pyarrow() -> Any:
     """The library that reads and writes parquet.
 
     Raises:
-        ImportError: naming the extra that brings it.
+        ExtraError: naming the extra that brings it.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("parquet needs pyarrow: pip install 'audio_lens[tables]'") from error
+        raise ExtraError("parquet needs pyarrow: pip install 'audio_lens[tables]'") from error
     return pyarrow
 
 

@@ -249,7 +249,7 @@ class HookedAudioTransformer(
         start: int = 0,
         stop: int | None = None,
         past: KVCache | None = None,
-    ) -> Float[Tensor, "b t d"]:
+    ) -> Float[Tensor, "b t states"]:
         """The final hidden states; with ``stop``, the residual stream entering that block."""
         with self.running(inputs, past):
             return self._decode(inputs, encoded, resid, start, stop, past)

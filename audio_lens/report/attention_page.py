@@ -93,9 +93,11 @@ def attention_page(
     """
     text("title", title)
     given = Prompt.of(model, inputs, row, clip, audio)
-    chosen = sites_of(given, sites)
+    waits = given.n_ahead > 0  # steps of the clip enter while the model writes
+    prompt = prompt_shown(given, cache, answer) if waits else given
+    chosen = sites_of(prompt, sites)
     check_heads(model, chosen, layers, heads)
-    prompt = prompt_shown(given, cache, answer)
+    prompt = prompt if waits else prompt_shown(given, cache, answer)
     tiers = {"words": words, "phones": phones}
     found = read_attention(prompt, chosen, layers, heads, cache)
     return write_attention(prompt, found, path, title, tiers, keeps_layers=layers is not None)

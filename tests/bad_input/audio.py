@@ -98,11 +98,10 @@ PREPARED = {
     ),
     "a clip too short for one token": lambda: model().prepare(np.zeros(99), "?", RATE),
     "no clips": lambda: model().prepare([], "?"),
-    "a prompt without clips": lambda: model().prepare([[]], "?"),
     "an array without its rate": lambda: model().prepare(TONE, "?"),
     "no text": lambda: model().prepare(TONE, None, RATE),
     "a number for a text": lambda: model().prepare(TONE, 3, RATE),
-    "two texts for one clip": lambda: model().prepare([TONE], ["a", "b"], RATE),
+    "three texts for two clips": lambda: model().prepare([TONE, TONE], ["a", "b", "c"], RATE),
     "a placeholder too many": lambda: model().prepare(
         TONE, 2 * model().placeholder + "what is said?", RATE
     ),

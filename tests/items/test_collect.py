@@ -15,6 +15,7 @@ from audio_lens import (
     Activations,
     ActivationsError,
     HookedAudioTransformer,
+    HookError,
     InputError,
     Item,
     Items,
@@ -200,7 +201,7 @@ def test_a_run_that_stopped_goes_on(items, embedded, tmp_path: Path, acts) -> No
             raise Stopped
 
     embed = "encoder.blocks.0.hook_resid_pre"
-    with pytest.raises(Stopped), embedded.hooks([(embed, stop_at_third)]):
+    with pytest.raises(HookError), embedded.hooks([(embed, stop_at_third)]):
         collect(embedded, items, SITES, to=tmp_path, shard_bytes=1)
     assert len(shard_paths(tmp_path)) == 2
     with pytest.raises(ActivationsError, match=r"lacks [23] of 5 items: collect again"):

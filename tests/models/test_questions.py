@@ -25,8 +25,8 @@ RATE = 16_000
 ASKED = [
     name
     for name in FAMILIES
-    if name
-    not in ("whisper", "moshi", "kyutai_stt", "musicgen", "audio_spectrogram_transformer", "beats")
+    if name not in ("moshi", "kyutai_stt", "musicgen", "audio_spectrogram_transformer", "beats")
+    and not name.startswith("whisper")
     and not any(kind in name for kind in ("wav2vec2", "mms", "hubert", "data2vec", "unispeech"))
     and not name.startswith("wavlm")
 ]

@@ -625,7 +625,7 @@ def test_inputs_explain_the_change(case, site):
         ({"direction": "both"}, WRONG_VALUE, "direction"),
         ({"method": "exact"}, WRONG_VALUE, "method"),
         ({"steps": 4}, ValueError, "steps belong to method 'ig'"),
-        ({"method": "ig", "steps": 0}, ValueError, "at least 1"),
+        ({"method": "ig", "steps": 0}, ValueError, "of 1 to"),
         ({"method": "qk_fix"}, ValueError, "queries and keys, not decoder.resid_pre"),
         ({"method": "grad_drop", "axes": "position"}, ValueError, "'layer' among the axes"),
         ({"method": "atp*", "layer_window": 2}, ValueError, "without layer_window"),

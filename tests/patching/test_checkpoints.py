@@ -225,7 +225,7 @@ def test_values_of_another_shape_are_refused(tmp_path: Path) -> None:
     file = Checkpoint(tmp_path / "x", {"a": "b"})
     done = torch.zeros(3, dtype=torch.bool)
     file.save(torch.zeros(1, 3), done, torch.zeros(2, 1))
-    with pytest.raises(patching.CheckpointError, match="another model"):
+    with pytest.raises(patching.CheckpointError, match="other metrics or stimuli"):
         Checkpoint(tmp_path / "x", {"a": "b"}).load(torch.zeros(2, 4))
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from audio_lens import HookedAudioTransformer, metrics, patching
+from audio_lens import HookedAudioTransformer, InputError, metrics, patching
 from audio_lens.patching.engine import heap, hooked, routes
 from audio_lens.patching.engine.checkpoint import Checkpoint
 from families import FAMILIES
@@ -345,7 +345,7 @@ def test_a_checkpoint_replaces_no_device(llm, tmp_path):
             run(llm, pair("qwen2_audio"), checkpoint=path)
 
 
-@pytest.mark.parametrize(("every_s", "finished"), [(0, [1, 2, 3]), (1e6, [1]), (math.inf, [1])])
+@pytest.mark.parametrize(("every_s", "finished"), [(0, [1, 2, 3]), (1e6, [1])])
 def test_checkpoints_are_saved_from_the_first_batch_on(
     llm, tmp_path, monkeypatch, every_s, finished
 ):
@@ -401,7 +401,7 @@ def test_a_killed_sweep_leaves_a_whole_checkpoint(llm, tmp_path):
 @pytest.mark.parametrize("every_s", [-1, math.nan])
 def test_the_interval_of_checkpoints_is_a_number_of_seconds(llm, tmp_path, every_s):
     options = {"checkpoint": tmp_path / "x", "checkpoint_every_s": every_s}
-    with pytest.raises(patching.CheckpointError, match="number of seconds"):
+    with pytest.raises(InputError, match="number of seconds"):
         run(llm, pair("qwen2_audio"), **options)
 
 
@@ -447,7 +447,7 @@ def test_other_errors_are_not_taken_for_memory(llm, monkeypatch):
 def test_a_budget_too_small_for_one_cell_raises_early(llm):
     with pytest.raises(ValueError, match="raise memory_gb"):
         run(llm, pair("qwen2_audio"), memory_gb=1e-5)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be a positive number"):
         run(llm, pair("qwen2_audio"), memory_gb=0)
 
 
@@ -622,7 +622,7 @@ def test_refinement_is_interrupted_and_goes_on(llm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refine": 0.0}, "above 0"),
+        ({"refine": 0.0}, "positive number"),
         ({"refine": 0.1, "windows": (0.3, 0.1)}, "do not overlap"),
         ({"refine": 0.1, "windows": None, "axes": ("layer", "position")}, "axis 'time'"),
     ],
