@@ -45,6 +45,7 @@ def run(tmp_path: Path, *options: str) -> tuple[Result, dict]:
     return result, json.loads(found.read_text()) if found.exists() else {}
 
 
+@pytest.mark.slow
 def test_all_that_is_installed_agrees(tmp_path: Path) -> None:
     result, figures = run(tmp_path)
     assert result.exit_code == 0, result.output
@@ -85,6 +86,7 @@ def test_unknown_options_are_refused(tmp_path: Path, options: list[str]) -> None
     assert not figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", report.PLOT_SUFFIXES)
 def test_growth_is_drawn(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if suffix == ".png":

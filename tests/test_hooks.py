@@ -96,6 +96,7 @@ def in_place(act: Tensor, hook: HookPoint) -> Tensor:
     return act
 
 
+@pytest.mark.slow
 def test_in_place_edits_stay_where_they_are_made(model, inputs):
     """They equal edits of a copy, and change neither weights, nor inputs, nor earlier points."""
     order: list[str] = []

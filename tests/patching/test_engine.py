@@ -376,6 +376,7 @@ SWEEPING = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_a_whole_checkpoint(llm, tmp_path):
     """kill -9 at several times: what is on disk is a checkpoint that the same call goes on from."""
     given, whole = pair("qwen2_audio"), run(llm, pair("qwen2_audio"), cells_per_forward=1)
