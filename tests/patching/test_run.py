@@ -48,7 +48,7 @@ def test_a_run_equals_a_whole_forward(name: str, site: Site) -> None:
     attended = model.output_attended(inputs) if logits.ndim == 3 else slice(None)
     torch.testing.assert_close(logits[attended], whole[attended], rtol=1e-10, atol=1e-10)
     base = patching.run(model, inputs, [], all_logits)
-    assert not torch.allclose(base, found)
+    assert not torch.allclose(base, found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(scope="module")
