@@ -6,9 +6,10 @@ the keys of cross-attention is what it reads.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,14 +28,13 @@ class _OnKeys(Do):
     """A change of scores or patterns at some keys."""
 
     keys: Where
-    on_scores: bool = True
-    on_patterns: bool = True
+    on_patterns: ClassVar[bool] = True  # scores can all be changed
 
     def check(self, site: Site, asked: Mapping[str, Any]) -> None:
-        kinds = {"attn_scores": self.on_scores, "pattern": self.on_patterns}
-        if not kinds.get(site.last, False):
+        kinds = ("attn_scores", "pattern") if self.on_patterns else ("attn_scores",)
+        if site.last not in kinds:
             near = f"{site.part}.{site.sublayer if 'attn' in site.sublayer else 'attn'}"
-            known = " or ".join(f"{near}.{name}" for name, fits in kinds.items() if fits)
+            known = " or ".join(f"{near}.{name}" for name in kinds)
             raise SiteError(f"{type(self).__name__} edits {known}, not {site}")
 
     def __call__(self, x: Float[Tensor, "b h q k"], at: At) -> Float[Tensor, "b h q k"]:
@@ -42,17 +42,17 @@ class _OnKeys(Do):
         change = self.scores if at.site.last == "attn_scores" else self.pattern
         return change(x, keys, at)
 
+    @abstractmethod
     def scores(
         self, x: Float[Tensor, "b h q k"], keys: Bool[Tensor, "b 1 1 k"], at: At
     ) -> Float[Tensor, "b h q k"]:
         """The changed scores; masked ones (minus infinity) stay masked."""
-        raise NotImplementedError
 
     def pattern(
         self, x: Float[Tensor, "b h q k"], keys: Bool[Tensor, "b 1 1 k"], at: At
     ) -> Float[Tensor, "b h q k"]:
-        """The changed pattern."""
-        raise NotImplementedError
+        """The changed pattern; `check` lets none through where `on_patterns` is False."""
+        raise SiteError(f"{type(self).__name__} edits scores, and {at.name} is a pattern")
 
 
 @dataclass(frozen=True, eq=False)
