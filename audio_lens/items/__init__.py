@@ -8,6 +8,7 @@ from audio_lens.items.controls import ControlError
 from audio_lens.items.findings import found
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items
+from audio_lens.items.measuring import Measured, measured
 from audio_lens.items.methods import METHODS, Method, MethodError, method, rerun
 from audio_lens.items.pairs import Dropped, ItemPair, PairBatch, Pairs
 
@@ -22,12 +23,14 @@ __all__ = [
     "ItemError",
     "ItemPair",
     "Items",
+    "Measured",
     "Method",
     "MethodError",
     "PairBatch",
     "Pairs",
     "collect",
     "found",
+    "measured",
     "method",
     "read",
     "rerun",

@@ -91,6 +91,14 @@ class _AtPosition(Metric):
 
     position: int | None = None
 
+    def of_rows(self, rows: Sequence[int], count: int) -> Metric:
+        named = {name: getattr(self, name, "") for name in ("answer", "against")}
+        each = {name: _words(x) for name, x in named.items() if not isinstance(x, (str, Integral))}
+        for words in each.values():
+            if len(words) != count:
+                raise InputError(f"{count} rows need as many answers, got {len(words)}")
+        return replace(self, **{name: [x[row] for row in rows] for name, x in each.items()})
+
     def _positions(self, model: HookedAudioTransformer, inputs: AudioInputs) -> Int[Tensor, " b"]:
         check_head(model)
         attended = model.output_attended(inputs)
@@ -249,12 +257,16 @@ def _per_row(words: Words, inputs: AudioInputs) -> list[Word]:
     one = isinstance(words, (str, Integral))
     many: list[Any] = [words] * len(inputs)
     if not one:
-        many = listed("an answer", words, (str, Integral), _WORDS)
+        many = _words(words)
     if any(isinstance(word, bool) for word in many):
         raise InputError(f"an answer must be a word or a token id, got {words!r}")
     if len(many) != len(inputs):
         raise InputError(f"{len(inputs)} rows need as many answers, got {len(many)}")
     return many
+
+
+def _words(words: Words) -> list[Word]:
+    return listed("an answer", words, (str, Integral), _WORDS)
 
 
 def _at_one(x: Float[Tensor, "b *t v"], position: Int[Tensor, " b"]) -> Float[Tensor, "b v"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -98,6 +98,18 @@ class Metric(ABC):
                 f"metrics.of_stream({model.cfg.streams[0][0]!r}, metric)"
             )
         return self._bind(model, model.as_inputs(inputs), reference)
+
+    def of_rows(self, rows: Sequence[int], count: int) -> Metric:
+        """The metric of some rows of a batch; where it names a word for each row, of theirs.
+
+        Args:
+            rows: which.
+            count: how many rows the batch has.
+
+        Raises:
+            InputError: words for another number of rows.
+        """
+        return self
 
     @abstractmethod
     def _bind(

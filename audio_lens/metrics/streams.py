@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -51,6 +52,9 @@ class _OfStream(Metric):
     metric: Metric
 
     names_stream: ClassVar[bool] = True
+
+    def of_rows(self, rows: Sequence[int], count: int) -> Metric:
+        return replace(self, metric=self.metric.of_rows(rows, count))
 
     @property
     def name(self) -> str:
