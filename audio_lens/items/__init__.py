@@ -9,10 +9,11 @@ from audio_lens.items.findings import found
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items
 from audio_lens.items.measuring import Measured, measured
-from audio_lens.items.methods import METHODS, Method, MethodError, method, rerun
+from audio_lens.items.methods import ANALYSES, METHODS, Method, MethodError, analysis, method, rerun
 from audio_lens.items.pairs import Dropped, ItemPair, PairBatch, Pairs
 
 __all__ = [
+    "ANALYSES",
     "METHODS",
     "Activations",
     "ActivationsError",
@@ -28,6 +29,7 @@ __all__ = [
     "MethodError",
     "PairBatch",
     "Pairs",
+    "analysis",
     "collect",
     "found",
     "measured",

@@ -23,6 +23,7 @@ from audio_lens.results import Result
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 METHODS: dict[str, Method] = {}
+ANALYSES: dict[str, Method] = {}
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -90,6 +91,26 @@ def method(name: str) -> Callable[[Function], Function]:
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
         METHODS[name] = Method(name, told, summary)
         return cast(Function, told)
+
+    return register
+
+
+def analysis(name: str) -> Callable[[Function], Function]:
+    """Register what ``audio-lens analyse NAME`` runs.
+
+    That is ``function(model, items, *, seed=0, progress=None)``, which gives a `Result`, or several
+    by name, of methods that it calls. The first line of its docstring is the question it answers.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
+
+    def register(function: Function) -> Function:
+        if name in ANALYSES and ANALYSES[name].function.__module__ != function.__module__:
+            raise InputError(f"{ANALYSES[name].function.__module__} is called {name!r} already")
+        summary = (inspect.getdoc(function) or "").partition("\n")[0]
+        ANALYSES[name] = Method(name, function, summary)
+        return function
 
     return register
 
