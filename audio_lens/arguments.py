@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import math
 import os
@@ -145,3 +146,12 @@ def path_of(name: str, value: Any) -> Path:
     except ValueError as error:  # a zero byte, or half a letter
         raise InputError(f"no file can be called {reprlib.repr(str(path))}: {error}") from error
     return path
+
+
+def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
+    """The known names nearest to a mistaken one, as the end of an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    holding = sorted((k for k in known if name in k), key=lambda k: not k.endswith(name))
+    nearest = list(dict.fromkeys([*close[:1], *holding, *close])) or known
+    return "nearest names: " + ", ".join(nearest[:count])

@@ -8,10 +8,9 @@ somebody asks.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
@@ -21,6 +20,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.utilities.slice import Slice, SliceInput
 
 from audio_lens import arguments
+from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError, InputError, RangeError
 from audio_lens.hook_points import HookError as HookError
 from audio_lens.hook_points import HookFn, HookPoint, Watched, is_ours, plain
@@ -99,15 +99,6 @@ def kept_axis(wanted: PosSlice) -> Slice:
     """A slice that never drops its axis."""
     chosen = as_slice(wanted)
     return Slice([cast("int", chosen.slice)]) if chosen.mode == "int" else chosen
-
-
-def suggest(name: str, known: Iterable[str], count: int = 5) -> str:
-    """The known names nearest to a mistaken one, as the end of an error message."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
-    holding = sorted((k for k in known if name in k), key=lambda k: not k.endswith(name))
-    nearest = list(dict.fromkeys([*close[:1], *holding, *close])) or known
-    return "nearest names: " + ", ".join(nearest[:count])
 
 
 @runtime_checkable

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from audio_lens import arguments
+from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
-from audio_lens.hooks import suggest
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -123,6 +123,22 @@ def _spellings(text: str, output_part: str) -> list[str]:
     return [*spelled, *(f"{output_part}.{name}" for name in spelled)]
 
 
+def check_name(text: str) -> None:
+    """Raise for what is no site of any model: known without one.
+
+    Raises:
+        SiteError: naming what activations are called.
+    """
+    last = text.rpartition(".")[2]
+    if last in _SUBLAYER_OF or last in ("in", "out") or _is_a_stream(last):
+        return
+    named = [*_SUBLAYER_OF, "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "out"]
+    raise SiteError(
+        f"{text!r} is no site of any model: its last piece, {last!r}, is none of the activations "
+        f"({suggest(last, named)})"
+    )
+
+
 def in_blocks(layer: int | None) -> int:
     """The block of a site that lies in one.
 
@@ -179,6 +195,11 @@ def _site(part: str, activation: str, n_layers: int) -> Site | None:
         return Site(part, activation, n_layers, positions_of, 2, "head", 1)
     if path.startswith("mlp") and last in _PER_NEURON:
         return Site(part, activation, n_layers, positions_of, 1, "neuron", 2)
-    if not path and ("resid" in last or last.endswith("_out")):
+    if not path and _is_a_stream(last):
         return Site(part, activation, n_layers, positions_of, 1, None, None)
     return None
+
+
+def _is_a_stream(last: str) -> bool:
+    """Whether this is what the residual stream holds, or what is added to it."""
+    return "resid" in last or last.endswith("_out")

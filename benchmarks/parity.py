@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from audio_lens import HookedAudioTransformer
-from audio_lens.models.catalogue import FILE, Catalogue, Entry
+from audio_lens.catalogue import FILE, Catalogue, Entry
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "models")]
@@ -112,7 +112,7 @@ def main() -> None:
     if arguments.write:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         held = {"versions": versions, "entries": [asdict(entry) for entry in entries]}
-        (ROOT / "audio_lens" / "models" / FILE).write_text(json.dumps(held, indent=1) + "\n")
+        (ROOT / "audio_lens" / FILE).write_text(json.dumps(held, indent=1) + "\n")
 
 
 if __name__ == "__main__":

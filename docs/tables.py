@@ -133,7 +133,7 @@ def _code(names: Sequence[str]) -> str:
 
 def model_table() -> str:
     """What `audio-lens models` prints."""
-    from audio_lens.models.catalogue import Catalogue
+    from audio_lens.catalogue import Catalogue
 
     catalogue = Catalogue.load()
     rows = [

@@ -26,7 +26,8 @@ INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edite
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
         *("report", "recipes", "analysis", "items", "patching", "pairs", "alignment", "metrics"),
-        *("models", "results", "drawing", "synthesis", "corruptions", *HEARD),
+        *("models", "results", "drawing", "synthesis", "corruptions", "sites", "catalogue"),
+        *HEARD,
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
@@ -48,7 +49,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "pairs": ("models", "corruptions", *HEARD),
     "alignment": ("models", *HEARD),
     "metrics": ("models", *HEARD),
-    "models": HEARD,
+    "models": ("catalogue", *HEARD),
     "results": ("drawing", *GROUND),
     "drawing": GROUND,
     "cache": GROUND,
@@ -71,6 +72,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "arguments": ("errors", "printable"),
     "errors": ("printable",),
     "printable": (),
+    "catalogue": (),
 }
 
 SHAPES = ("config", "layers")  # what everything in a model speaks of
@@ -87,7 +89,6 @@ MODELS: dict[str, tuple[str, ...]] = {
     "registry": SHAPES,
     "config": ("layers",),
     "layers": (),
-    "catalogue": (),
 }
 
 

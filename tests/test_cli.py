@@ -657,3 +657,21 @@ def test_completion_and_help_import_nothing_heavy():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["models"], "qwen2_audio"),
+        (["models", "--json"], '"entries"'),
+        (["map", "--help"], "--axes"),
+        (["map", "--axes", "tone"], "unknown axis 'tone'"),
+        (["map", "--site", "encoder.tone"], "no site of any model"),
+        (["map", "--clean", "gone.wav"], "there is no file gone.wav"),
+        (["attention", "--site", "encoder.mlp"], "has no heads"),
+    ],
+)
+def test_what_needs_no_model_does_not_wait_for_torch(command, says):
+    without = "import sys; sys.modules['torch'] = None; from audio_lens import cli; cli.main()"
+    made = subprocess.run([sys.executable, "-c", without, *command], capture_output=True, text=True)
+    assert says in made.stdout + made.stderr and made.returncode in (0, cli.BAD_INPUT)

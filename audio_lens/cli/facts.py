@@ -25,7 +25,7 @@ def models(as_json: AsJson = False, verbose: Verbose = False, debug: Debug = Fal
     [green]audio-lens models --json[/]
     """
     with plain_errors(debug, verbose):
-        from audio_lens.models.catalogue import Catalogue
+        from audio_lens.catalogue import Catalogue
 
         catalogue = Catalogue.load()
         if as_json:

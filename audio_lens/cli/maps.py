@@ -149,10 +149,10 @@ def map_command(
     """
     with plain_errors(debug, verbose, checkpoint):
         shared.check_there(clean, corrupted)
+        wanted, sites = _wanted_axes(axes), _wanted_sites(site)
         case = _case(clean, corrupted, question, answer, against, language)
         outputs = {"--out": html, "--save": save, "--checkpoint": checkpoint}
         shared.check_outputs(outputs, [case.clips.clean, case.clips.corrupted], model)
-        wanted, sites = _wanted_axes(axes), _listed(site)
         directions = _DIRECTIONS[direction]
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("--checkpoint-every belongs to --checkpoint: name a file to save to")
@@ -243,9 +243,14 @@ def _check_answers(model: Any, name: str) -> None:
         )
 
 
-def _listed(names: str) -> list[str]:
-    """Names with commas between, each once."""
-    return list(dict.fromkeys(name.strip() for name in names.split(",")))
+def _wanted_sites(names: str) -> list[str]:
+    """Sites with commas between, each once; what no model has raises before one is loaded."""
+    from audio_lens import sites
+
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for one in wanted:
+        sites.check_name(one)
+    return wanted
 
 
 def _as_data(result: Any) -> dict[str, Any]:
@@ -327,14 +332,12 @@ def _listen(
 
 
 def _wanted_axes(axes: str) -> list[str]:
-    from audio_lens.patching.result import AXES
-
     wanted = [axis.strip() for axis in axes.split(",")]
     if len(wanted) > 2:
         raise ValueError(f"a map has one or two axes, got {', '.join(wanted)}")
-    unknown = [axis for axis in wanted if axis not in AXES]
+    unknown = [axis for axis in wanted if axis not in complete.AXES]
     if unknown:
-        raise ValueError(f"unknown axis {unknown[0]!r}: choose of {', '.join(AXES)}")
+        raise ValueError(f"unknown axis {unknown[0]!r}: choose of {', '.join(complete.AXES)}")
     return wanted
 
 

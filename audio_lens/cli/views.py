@@ -170,6 +170,7 @@ def attention(
     [green]audio-lens attention *.wav --model facebook/wav2vec2-base-960h --out pages --json[/]
     """
     with plain_errors(debug, verbose):
+        _check_attends(site or ())
         asked = Asked.of(audio, question, text, language, textgrid)
         pages = _pages(asked.clips, html, "attention", textgrid, model)
         listener = shared.load(model, device, dtype)
@@ -195,6 +196,13 @@ def attention(
                 _print_heads(found, page)
         if as_json:
             shared.print_json(told)
+
+
+def _check_attends(sites: Sequence[str]) -> None:
+    """Raise for what is attention in no model."""
+    for site in sites:
+        if site.rpartition(".")[2] not in ("attn", "cross_attn"):
+            raise ValueError(f"{site!r} has no heads: --site is one of {', '.join(SITES)}")
 
 
 def _heads(found: ClipAttention) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from audio_lens.hooks import suggest
+from audio_lens.arguments import suggest
 from audio_lens.inputs import InputError
 from audio_lens.places import Ground, Where
 from audio_lens.sites import Site, SiteError

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
-from audio_lens.hooks import suggest
 from audio_lens.items.item import OWN_FIELDS, Label
 
 INDEX = "activations.json"

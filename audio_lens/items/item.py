@@ -16,10 +16,10 @@ import soundfile
 import torch
 from jaxtyping import Float
 
+from audio_lens.arguments import suggest
 from audio_lens.audio import AudioError, check, load
 from audio_lens.corruptions import Corruption
 from audio_lens.errors import AudioLensError
-from audio_lens.hooks import suggest
 from audio_lens.timeline import Span
 
 Label = str | int | float | bool

@@ -17,9 +17,9 @@ import soundfile
 
 from audio_lens import files
 from audio_lens.alignment import AlignmentError, read_textgrid
+from audio_lens.arguments import suggest
 from audio_lens.audio import AudioError
 from audio_lens.errors import AudioLensError, ExtraError
-from audio_lens.hooks import suggest
 from audio_lens.items.item import Item, ItemError, heard, rated
 from audio_lens.timeline import Span
 

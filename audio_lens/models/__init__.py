@@ -1,8 +1,8 @@
 """Hooked re-implementations of audio models, one file per family."""
 
+from audio_lens.catalogue import Catalogue
 from audio_lens.models import compose, families
 from audio_lens.models.base import HookedAudioTransformer
-from audio_lens.models.catalogue import Catalogue
 from audio_lens.models.compose import CompositionError, HookedComposed, Placeholder
 from audio_lens.models.config import AudioConfig, LoadingError
 from audio_lens.models.layers import PartConfig

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from audio_lens.arguments import suggest
 from audio_lens.audio import Rates
 from audio_lens.cache import AudioCache
-from audio_lens.hooks import HookPoint, suggest
+from audio_lens.hooks import HookPoint
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models import registry
 from audio_lens.models.config import AudioConfig

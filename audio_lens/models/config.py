@@ -10,8 +10,8 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
-from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
 from audio_lens.models.layers import PartConfig, needed
 

@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
+from audio_lens.arguments import suggest
 from audio_lens.cache import AudioCache
 from audio_lens.errors import InputError
-from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter, suggest
+from audio_lens.hooks import HookFn, HookNameError, HookPoint, Hooks, NamesFilter
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.config import AudioConfig
 from audio_lens.models.layers import PartConfig, Stack, bias_of

@@ -18,9 +18,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from audio_lens import metrics
-from audio_lens.arguments import listed, number, numbers
+from audio_lens.arguments import listed, number, numbers, suggest
 from audio_lens.errors import InputError, KindError
-from audio_lens.hooks import suggest
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers
 from audio_lens.patching.checks import check_pair

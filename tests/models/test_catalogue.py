@@ -4,8 +4,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from audio_lens.catalogue import Catalogue
 from audio_lens.cli import app
-from audio_lens.models.catalogue import Catalogue
 from families import FAMILIES
 
 README = Path(__file__).parents[2] / "README.md"

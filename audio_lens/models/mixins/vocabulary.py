@@ -8,8 +8,8 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
-from audio_lens.hooks import suggest
 from audio_lens.inputs import InputError
 from audio_lens.models.mixins.host import Host
 

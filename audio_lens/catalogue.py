@@ -54,7 +54,7 @@ class Catalogue:
     @staticmethod
     def load() -> Catalogue:
         """The catalogue that ships with the package."""
-        text = (resources.files("audio_lens") / "models" / FILE).read_text(encoding="utf-8")
+        text = (resources.files("audio_lens") / FILE).read_text(encoding="utf-8")
         held = json.loads(text)
         return Catalogue([Entry(**entry) for entry in held["entries"]], held["versions"])
 
