@@ -5,8 +5,7 @@ Everything that can be wrong with site, axes, windows or layers raises here, bef
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from audio_lens.arguments import numbers
 from audio_lens.errors import InputError
+from audio_lens.patching.interventions import PLACE_AXES, Interventions, Layers
 from audio_lens.patching.spec import Bands, SweepSpec, Windows
 from audio_lens.places import Ground
 from audio_lens.results import in_words
@@ -28,18 +28,8 @@ if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 DEFAULT_WINDOW_S = 0.1
-PLACE_AXES = ("time", "position", "frequency", "group")  # what splits the positions of a site
 _WINDOW_FORMS = "a width in seconds, (width, stride), a list of spans, or 'position'"
 _BAND_FORMS = "a list of bands or (low_hz, high_hz), or 'patch'"
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What one row of a forward has patched: blocks, units (None: all) and a set of positions."""
-
-    layers: tuple[int | None, ...]
-    unit: int | None
-    positions: int  # row of `CellTable.positions`
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class CellTable:
     coords: dict[str, list]
     positions: Bool[Tensor, "sets batch t"]
     covered: Bool[Tensor, "sets rows"]
-    cells: list[Intervention]
+    cells: Interventions
 
     @staticmethod
     def of(
@@ -104,7 +94,7 @@ class CellTable:
             coords={axis: coords[axis] for axis in axes},
             positions=positions,
             covered=where.covered(positions),
-            cells=list(cells_of(site, axes, coords, chosen, spec.layer_window)),
+            cells=Interventions.of(site, axes, coords, chosen, spec.layer_window),
         )
 
     @property
@@ -138,19 +128,27 @@ class CellTable:
 
     def hook_names(self, cells: Sequence[int]) -> list[str]:
         """The hook points that some cells patch."""
-        layers = sorted({layer for c in cells for layer in self.cells[c].layers}, key=str)
-        return [site.hook_name(layer) for site in self.sites for layer in layers]
+        return self._hook_names({layer for c in cells for layer in self.cells[c].layers})
+
+    @property
+    def all_hook_names(self) -> list[str]:
+        """The hook points that any cell patches."""
+        return self._hook_names(self.cells.layers)
+
+    def _hook_names(self, layers: Iterable[int | None]) -> list[str]:
+        in_order = sorted(layers, key=str)
+        return [site.hook_name(layer) for site in self.sites for layer in in_order]
 
     def where(self, cells: Sequence[int]) -> Bool[Tensor, "n batch t"]:
         """The patched positions of some cells."""
-        return self.positions[[self.cells[cell].positions for cell in cells]]
+        chosen = self.cells.positions[list(cells)]
+        return self.positions[chosen.to(self.positions.device)]
 
     def units(self, cells: Sequence[int]) -> Int[Tensor, " n"] | None:
         """The patched heads or neurons of some cells; None where all are."""
-        if self.site.unit not in self.axes:
+        if self.cells.unit is None:
             return None
-        units = [self.cells[cell].unit for cell in cells]
-        return torch.tensor(units, device=self.positions.device)
+        return self.cells.unit[list(cells)].to(self.positions.device)
 
 
 def _common(model: HookedAudioTransformer, sites: tuple[Site, ...], axes: Sequence[str]) -> Site:
@@ -201,7 +199,7 @@ def _check_axes(site: Site, spec: SweepSpec) -> None:
 
 def chosen_layers(
     site: Site, layers: int | Sequence[int] | None, axes: tuple[str, ...], layer_window: int
-) -> tuple[int | None, ...]:
+) -> Layers:
     if site.n_layers is None:
         if layers is not None or layer_window != 1:
             raise SiteError(f"{site} lies outside the blocks: it has no layers to choose")
@@ -218,26 +216,6 @@ def chosen_layers(
     if not chosen or not is_known or len(set(chosen)) < len(chosen):
         raise InputError(f"layers must lie in 0 to {last}, each once; got {list(chosen)}")
     return chosen
-
-
-def cells_of(
-    site: Site,
-    axes: tuple[str, ...],
-    coords: dict[str, list],
-    layers: tuple[int | None, ...],
-    layer_window: int,
-) -> Iterator[Intervention]:
-    in_order = tuple(sorted(layer for layer in layers if layer is not None)) or layers
-    for place in itertools.product(*(range(len(coords[axis])) for axis in axes)):
-        at, positions = dict(zip(axes, place, strict=True)), 0
-        for axis in (axis for axis in axes if axis in PLACE_AXES):
-            positions = positions * len(coords[axis]) + at[axis]
-        first = coords["layer"][at["layer"]] if "layer" in at else None
-        yield Intervention(
-            layers=in_order if first is None else tuple(range(first, first + layer_window)),
-            unit=at.get(site.unit or ""),
-            positions=positions,
-        )
 
 
 class Positions:

@@ -349,7 +349,7 @@ class Plan:
         names = state.readout.names
         dims, coords = batch_dims(request.spec.metric, names, len(request.spec.base), state.clean)
         if "stimulus" in dims:
-            absent = ~table.covered[[cell.positions for cell in table.cells]].T
+            absent = ~table.covered[table.cells.positions].T
             per_cell = per_cell.masked_fill(absent, torch.nan)
         batch_shape = [len(coords[dim]) for dim in dims]
         shape = [*batch_shape, *(len(table.coords[axis]) for axis in table.axes)]

@@ -261,17 +261,17 @@ class SweepResult(Result):
         Raises:
             ValueError: if there are several metrics and none is named.
         """
-        one = self.of_metric(metric)
-        values, clean, corrupted = one._means()
+        return list(super().cells(metric))
+
+    def _columns(self) -> dict[str, Float[Tensor, "..."]]:
+        values, clean, corrupted = self._means()
         recovery = _recovery(values, clean, corrupted)
-        change = values - one._patched(clean, corrupted)
-        told = (values, recovery, one._effect(recovery), change)
-        columns = (x.flatten().tolist() for x in told)
-        numbers = zip(*columns, strict=True)
-        return [
-            Cell(*own, **{FIELDS.get(axis, axis): place for axis, place in at.items()})
-            for own, at in zip(numbers, one._places(), strict=True)
-        ]
+        change = values - self._patched(clean, corrupted)
+        effect = self._effect(recovery)
+        return {"value": values, "recovery": recovery, "effect": effect, "change": change}
+
+    def _cell(self, place: dict[str, Any], numbers: dict[str, float]) -> Cell:
+        return Cell(**numbers, **{FIELDS.get(axis, axis): at for axis, at in place.items()})
 
     def _means(self) -> Float[Tensor, " values_clean_corrupted *axes"]:
         """Values and baselines of every cell, each the mean over the stimuli that have all."""

@@ -24,8 +24,9 @@ from audio_lens.cache import AudioCache
 from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
-from audio_lens.patching.cells import CellTable, cells_of
+from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.readout import Readout
+from audio_lens.patching.interventions import Interventions
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.running import evaluating
@@ -236,7 +237,7 @@ def _table(
         coords=coords,
         positions=single.bool()[:, None].expand(-1, batch, -1),
         covered=torch.ones(len(single), len(inputs.inputs), dtype=torch.bool),
-        cells=list(cells_of(site, tuple(axes), coords, tuple(coords["layer"]), layer_window=1)),
+        cells=Interventions.of(site, axes, coords, tuple(coords["layer"]), layer_window=1),
     )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens import arguments
@@ -253,18 +251,38 @@ class Result:
             ValueError: if there are several metrics and none is named.
         """
         one = self.of_metric(metric)
-        values = one.values.nanmean(0) if "stimulus" in one.dims else one.values
-        values = values if one.estimate is None else one.estimate
-        bounds = (
-            [None] * values.numel() if bound is None else bound.flatten().tolist()
-            for bound in (one.low, one.high)
-        )
-        numbers = zip(values.flatten().tolist(), one._places(), *bounds, strict=True)
-        return [LabelledValue(*number) for number in numbers]
+        columns = one._columns()
+        every = torch.arange(columns[next(iter(columns))].numel())
+        return one._cells_at(every, columns)
 
-    def _places(self) -> Iterator[dict[str, Any]]:
-        for place in itertools.product(*(self.coords[axis] for axis in self.axes)):
-            yield dict(zip(self.axes, place, strict=True))
+    def _columns(self) -> dict[str, Float[Tensor, "..."]]:
+        """What a cell has, of all cells, the stimuli averaged."""
+        values = self.values.nanmean(0) if "stimulus" in self.dims else self.values
+        values = values if self.estimate is None else self.estimate
+        bounds = (
+            {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
+        )
+        return {"value": values} | bounds
+
+    def _cell(self, place: dict[str, Any], numbers: dict[str, float]) -> Any:
+        """One cell, of what `_columns` has of it."""
+        return LabelledValue(at=place, **numbers)
+
+    def _cells_at(
+        self, chosen: Int[Tensor, " n"], columns: Mapping[str, Float[Tensor, "..."]]
+    ) -> list[Any]:
+        """The cells of these numbers, in the order of the axes."""
+        sizes = [len(self.coords[axis]) for axis in self.axes]
+        at = [along.tolist() for along in torch.unravel_index(chosen, sizes)] if sizes else []
+        coords = [[self.coords[axis][i] for i in x] for axis, x in zip(self.axes, at, strict=True)]
+        numbers = [column.flatten()[chosen].tolist() for column in columns.values()]
+        return [
+            self._cell(
+                {axis: along[i] for axis, along in zip(self.axes, coords, strict=True)},
+                {name: column[i] for name, column in zip(columns, numbers, strict=True)},
+            )
+            for i in range(len(chosen))
+        ]
 
     def top(self, n: int = 10, metric: str | None = None) -> list[Any]:
         """The ``n`` cells that are largest in size in the first of ``quantities``, without NaN.
@@ -275,10 +293,12 @@ class Result:
             ValueError: if there are several metrics and none is named.
         """
         whole("n", n, least=0)
-        first = next(iter(self.quantities))
-        sizes = [(abs(getattr(cell, first)), cell) for cell in self.cells(metric)]
-        known = [(size, cell) for size, cell in sizes if math.isfinite(size)]
-        return [cell for _, cell in sorted(known, key=lambda pair: -pair[0])[:n]]
+        one = self.of_metric(metric)
+        columns = one._columns()
+        sizes = columns[next(iter(one.quantities))].flatten().abs()
+        known = sizes.isfinite().nonzero().flatten()
+        strongest = known[sizes[known].argsort(descending=True, stable=True)[:n]]
+        return one._cells_at(strongest, columns)
 
     # ---------------------------------------------------------------- files
 

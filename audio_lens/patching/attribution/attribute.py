@@ -22,7 +22,6 @@ from audio_lens.patching.attribution.runs import (
     Method,
     differentiable,
     layers_from,
-    layers_of,
 )
 from audio_lens.patching.attribution.taps import QueryKeyTap
 from audio_lens.patching.cells import CellTable
@@ -288,7 +287,7 @@ def _check_not_at_its_minimum(metric: Any) -> None:
 
 
 def _check_droppable(model: HookedAudioTransformer, table: CellTable) -> None:
-    if any(len(cell.layers) > 1 for cell in table.cells):
+    if not table.cells.are_of_one_layer:
         raise InputError(
             "dropping gradients leaves out a cell's own layer, so a cell can have but one: put "
             "'layer' among the axes, without layer_window"
@@ -302,7 +301,7 @@ def _check_softmax_is_free(model: HookedAudioTransformer, tables: list[CellTable
         name
         for table in tables
         if QueryKeyTap.fits(model, table)
-        for layer in layers_of(table)
+        for layer in table.cells.layers
         for name in QueryKeyTap.softmax_points(table.site.hook_name(layer))
         if model.hook_dict[name].fwd_hooks
     ]

@@ -50,11 +50,6 @@ def differentiable(model: HookedAudioTransformer) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def layers_of(table: CellTable) -> tuple[int | None, ...]:
-    """The blocks a table has cells in."""
-    return tuple(dict.fromkeys(layer for cell in table.cells for layer in cell.layers))
-
-
 def layers_from(model: HookedAudioTransformer, site: Site) -> list[Layer]:
     """The blocks of the site's part and of the parts behind it."""
     parts = model.cfg.parts
@@ -94,7 +89,7 @@ class Estimate:
         self.taps = {
             (table.site, layer): self._tap(table, layer, kept)
             for table in tables
-            for layer in layers_of(table)
+            for layer in table.cells.layers
         }
         self.entrances = [Entrance(name) for name in self._entrances()] if method == "ig" else []
         taps = [*self.entrances, *self.taps.values()]
@@ -306,12 +301,11 @@ class Estimate:
     def _effects(self, table: CellTable) -> Float[Tensor, "metrics rows layers sets units"]:
         n_units = len(table.coords[table.site.unit]) if table.site.unit in table.axes else 1
         nothing = self.base_values.new_zeros(len(table.positions), self.n_rows, n_units)
-        together = dict.fromkeys(cell.layers for cell in table.cells)
         per_metric = [
             torch.stack(
                 [
                     nothing + sum(self.effects[i, (table.site, layer)] for layer in layers)
-                    for layers in together
+                    for layers in table.cells.blocks
                 ]
             )
             for i in range(len(self.names))

@@ -99,7 +99,7 @@ class SuffixRoute(FromBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layers = {layer for cell in self.table.cells for layer in cell.layers}
+        layers = self.table.cells.layers
         hooks = [site.local_hook for site in self.table.sites]
         if not isinstance(self.source, EditedSource):
             self.source = HeldSource.of(self.source, itertools.product(layers, hooks))

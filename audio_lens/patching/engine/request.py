@@ -64,7 +64,7 @@ class Request:
         source = spec.source
         if source is None or isinstance(source, AudioInputs):
             return Request(model, spec, table.to(model.device), source)
-        names = table.hook_names(range(len(table.cells)))
+        names = table.all_hook_names
         missing = [name for name in names if name not in source]
         if missing:
             lacking = ", ".join(missing[:3])
@@ -72,7 +72,7 @@ class Request:
         given = {name: source[name] for name in names}
         for site in table.sites:
             expected = shape_of(model, site, spec.timeline)
-            for name in replace(table, sites=(site,)).hook_names(range(len(table.cells))):
+            for name in replace(table, sites=(site,)).all_hook_names:
                 check_shape(name, given[name], expected)
         return Request(model, spec, table.to(model.device), given)
 
@@ -93,7 +93,7 @@ class Request:
             return HookedRoute
         if self.table.part in self.model.cfg.further_decoders:
             return BehindRoute
-        is_single = len(self.table.sites) == 1 and all(len(c.layers) == 1 for c in self.table.cells)
+        is_single = len(self.table.sites) == 1 and self.table.cells.are_of_one_layer
         if is_single and not self.unknown:
             return _OF_PART[self.table.part]
         return HookedRoute if self.table.part == "connector" else SuffixRoute
@@ -192,6 +192,7 @@ class Request:
         """
         spec, table = self.spec, self.table
         own = need_own_parts(self.model, spec)
+        cells = repr((table.coords, table.axes, table.cells.blocks))
         return {
             "weights": weights,
             "settings": settings_of(self.model),
@@ -203,7 +204,7 @@ class Request:
             "site": table.site_name,
             "axes": " ".join(table.axes),
             "direction": spec.direction,
-            "cells": hashlib.sha256(repr((table.coords, table.cells)).encode()).hexdigest(),
+            "cells": hashlib.sha256(cells.encode()).hexdigest(),
             "metric": f"{', '.join(metrics.named(spec.metric))} {own['metric']}",
             "hooks": f"{', '.join(self.hooked)} {own['hooks']}".strip(),
             "clean": spec.clean.digest(),

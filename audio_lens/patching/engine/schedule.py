@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from audio_lens.errors import InputError
@@ -41,19 +42,21 @@ class Schedule:
         self.shrunk = 1.0
         self.costs = Costs(self.model, self.table.part, _shape(self.model, spec), is_whole)
         places = self.table.positions.any(1)
-        first = torch.where(places.any(-1), places.int().argmax(-1), places.shape[-1])
-        self._first = first.tolist()
+        first = torch.where(places.any(-1), places.int().argmax(-1), places.shape[-1]).cpu()
+        cells, is_own = self.table.cells, self.table.site.positions_of == "decoder"
+        self._layers, self._places = cells.first_layers, first[cells.positions]
+        starts = self._places if is_own else torch.zeros_like(self._places)
+        self._starts: list[int] = starts.tolist()  # the first position of the decoder that changes
 
     # ---------------------------------------------------------------- order
 
     def queue(self, cells: Iterable[int]) -> collections.deque[int]:
         """The cells in an order in which those that share work stand side by side."""
-        return collections.deque(sorted(cells, key=self._order))
-
-    def _order(self, cell: int) -> tuple[int, int, int]:
-        intervention = self.table.cells[cell]
-        layer = -1 if intervention.layers[0] is None else intervention.layers[0]
-        return layer, self._first[intervention.positions], intervention.unit or 0
+        chosen = torch.tensor(list(cells), dtype=torch.long)
+        units = self.table.cells.unit
+        units = torch.zeros_like(self._layers) if units is None else units
+        keys = [x[chosen].numpy() for x in (units, self._places, self._layers)]
+        return collections.deque(chosen[np.lexsort(keys)].tolist())
 
     def next(self, queue: collections.deque[int], free: float | int) -> list[int]:
         """The next cells of a queue that run together in so many bytes; at least one."""
@@ -62,7 +65,7 @@ class Schedule:
         bytes_left = free * self.shrunk
         cells: list[int] = []
         while queue and len(cells) < most:
-            start = self._start(queue[0])
+            start = self._starts[queue[0]]
             rows_left -= self.costs.rows(start)
             bytes_left -= self.costs.bytes(start, self.explicit)
             if cells and min(rows_left, bytes_left) < 0:
@@ -75,18 +78,13 @@ class Schedule:
         self.most = max(1, n_cells // 2)
         self.shrunk /= 2
 
-    def _start(self, cell: int) -> int:
-        """The first position of the decoder that a cell changes."""
-        is_own = self.table.site.positions_of == "decoder"
-        return self._first[self.table.cells[cell].positions] if is_own else 0
-
     # ---------------------------------------------------------------- cost
 
     def flops(self, cells: Iterable[int]) -> float | int:
         """Expected floating-point operations of some cells."""
-        return sum(
-            self.costs.flops(self.table.cells[cell].layers[0], self._start(cell)) for cell in cells
-        )
+        layers, starts = self._layers.tolist(), self._starts
+        alike = collections.Counter((layers[cell], starts[cell]) for cell in cells)
+        return sum(n * self.costs.flops(*place) for place, n in alike.items())
 
     @property
     def loop(self) -> float | int:
@@ -96,8 +94,7 @@ class Schedule:
     @property
     def largest_cell(self) -> int:
         """Memory that the largest cell takes while it runs."""
-        start = min(self._start(cell) for cell in range(len(self.table.cells)))
-        return self.costs.bytes(start, self.explicit)
+        return self.costs.bytes(min(self._starts), self.explicit)
 
     @property
     def budget(self) -> float | int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from audio_lens.models.layers import PartConfig
-from audio_lens.sites import in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -127,20 +126,20 @@ class Costs:
         rows, layers = shape.tokens - start, cfg.n_layers - layer
         return stack_flops(cfg, rows, (shape.tokens + start) / 2, layers, shape.memory)
 
-    def flops(self, layer: int | None, start: int) -> float | int:
-        """Operations of a cell patched at a block, from a position on."""
+    def flops(self, layer: int, start: int) -> float | int:
+        """Operations of a cell patched at a block (-1: outside them), from a position on."""
         if self.whole:
             return self.loop
         others = self._stacks(self._others)
         if self._is_behind:
             return others
         if self.part == "decoder":
-            return others + self.shape.prompts * self._decoder_from(in_blocks(layer), start)
+            return others + self.shape.prompts * self._decoder_from(layer, start)
         heard = others + self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
         if self.part == "connector":
             return heard
         cfg, frames = self.cfg.need_encoder, self.shape.frames
-        layers = cfg.n_layers - in_blocks(layer)
+        layers = cfg.n_layers - layer
         return heard + self.shape.clips * stack_flops(cfg, frames, frames, layers)
 
     def rows(self, start: int) -> int:
