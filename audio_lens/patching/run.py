@@ -16,7 +16,7 @@ from audio_lens import metrics
 from audio_lens.edits.edit import Edit, Laid, in_force
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import KVCache, needed
-from audio_lens.patching.engine.hooked import from_position
+from audio_lens.patching.engine.hooked import from_position, output_of
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import Trace, blocks_of, crosses_of, heard, is_known, stack_of
 from audio_lens.places import Ground
@@ -137,7 +137,7 @@ class Unedited:
 
     @cached_property
     def logits(self) -> Float[Tensor, "b *t v"]:
-        return _output(self.model, self.hidden, self.inputs)
+        return output_of(self.model, self.hidden, self.inputs)
 
     def read(self, readout: Readout) -> Float[Tensor, "b r c"]:
         """What metrics read of it."""
@@ -182,7 +182,7 @@ class Unedited:
         with in_force(model, laid):
             encoded = model.encode(inputs, resid, first)
             hidden = model.decode(inputs, encoded) if model.cfg.decoder else heard(encoded)
-            return Edited(self, _output(model, hidden, inputs), 0)
+            return Edited(self, output_of(model, hidden, inputs), 0)
 
     def _from_decoder(self, laid: Sequence[Laid]) -> Edited:
         first = min(_layers(laid, "decoder"))
@@ -230,7 +230,7 @@ class Edited:
     def logits(self) -> Float[Tensor, "b *t v"]:
         if self.hidden is None:
             return self._all
-        later = _output(self.base.model, self.hidden, from_position(self.base.inputs, self.start))
+        later = output_of(self.base.model, self.hidden, from_position(self.base.inputs, self.start))
         return torch.cat([self.base.logits[:, : self.start], later], dim=1)
 
     @property
@@ -248,13 +248,6 @@ class Edited:
         found = readout.logits(self.hidden[index, position - self.start], index, position)
         rows[index, readout.slots[index, position]] = found.to(rows.dtype)
         return rows
-
-
-def _output(
-    model: HookedAudioTransformer, hidden: Float[Tensor, "b t d"], inputs: AudioInputs
-) -> Float[Tensor, "b *t v"]:
-    logits = model.read_out(hidden, inputs)
-    return logits if model.cfg.output_kind is None else model.hook_logits(logits)
 
 
 def _layers(laid: Sequence[Laid], part: str) -> list[int]:

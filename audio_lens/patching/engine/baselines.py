@@ -13,7 +13,7 @@ from torch import Tensor
 from audio_lens.patching.checks import check_finite
 from audio_lens.patching.engine.changes import kept_for
 from audio_lens.patching.engine.edited import EditedSource
-from audio_lens.patching.engine.hooked import HookedRoute
+from audio_lens.patching.engine.hooked import HookedRoute, LateRoute
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.routes import DecoderRoute, EncoderRoute, FromBase, Route, Run
@@ -137,11 +137,21 @@ def _with_hooks(request: Request, schedule: Schedule, kind: type[HookedRoute]) -
     values = _measured(request, readouts, [one.of_logits(logits) for one, logits in both])
     source = _edited(request, None) if spec.do else _given(request, activations, None)
     route = kind(model, spec.base, request.table, readouts[0], source, encoder_out)
+    if isinstance(route, LateRoute):
+        route.keep_until(request.first_hooked)
     state = _state(request, route, readouts[0], values, schedule.free_beside(0))
     if request.hooked:
-        note = f"your hooks were in force: {', '.join(request.hooked)}; so every cell was a whole"
-        state.notes.append(f"{note} run of the decoder" if is_heard_once else f"{note} forward")
+        in_force = f"your hooks were in force: {', '.join(request.hooked)}"
+        state.notes.append(f"{in_force}; so every cell was {_ran(route, is_heard_once)}")
     return state
+
+
+def _ran(route: Route, is_heard_once: bool) -> str:
+    """What every cell was, for people."""
+    if isinstance(route, LateRoute):
+        at_most = f"block {route.first} of the {route.table.part} at most"
+        return f"a run from its first patched block on, from {at_most}"
+    return "a whole run of the decoder" if is_heard_once else "a whole forward"
 
 
 def literally(request: Request, readout: Readout, cell: int) -> Float[Tensor, " metrics *batch"]:

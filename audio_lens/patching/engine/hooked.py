@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,7 @@ from audio_lens.patching.engine.trace import (
     blocks_of,
     crosses_of,
     encoder_context,
+    heard,
 )
 from audio_lens.shapes import check_shape
 from audio_lens.sites import Site, in_blocks
@@ -223,6 +224,68 @@ class HookedRoute(Route):
         return self.model.run_with_hooks(
             self.inputs.repeat(n), fwd_hooks=hooks, encoder_out=encoder_out
         )
+
+
+@dataclass(eq=False)
+class LateRoute(HookedRoute):
+    """Sites in blocks, beside hooks of the user's that reach no earlier block than some.
+
+    Attributes:
+        first: the first block that such hooks reach. It runs in every cell, and so do all behind
+            it: hooks may know of each other.
+    """
+
+    first: int = field(init=False, default=0)
+
+    what = "all from the first block on that is patched or that your hooks reach"
+    left_out = "earlier blocks, and what lies before the part"
+
+    def keep_until(self, first: int) -> None:
+        """Run what no hook reaches, once.
+
+        Args:
+            first: the first block that hooks reach.
+        """
+        self.first = first
+        self.residuals = [self._run(self.inputs, self.encoder_out, None, 0, 0)]
+        for layer in range(min(first, int(self.table.cells.first_layers.max()))):
+            entering = self.residuals[-1]
+            left = self._run(self.inputs, self.encoder_out, entering, layer, layer + 1)
+            self.residuals.append(left)
+
+    def _run(
+        self,
+        inputs: AudioInputs,
+        encoded: Tensor | None,
+        resid: Float[Tensor, "b t d"] | None,
+        start: int,
+        stop: int | None = None,
+    ) -> Tensor:
+        """The part from a block on, up to another or to what it gives."""
+        if self.table.part == "encoder":
+            return heard(self.model.encode(inputs, resid, start, stop))
+        return self.model.decode(inputs, encoded, resid, start, stop)
+
+    def _logits(self, cells: Sequence[int], hooks: list) -> Float[Tensor, "nb *t v"]:
+        n, model = len(cells), self.model
+        start = min(self.first, int(self.table.cells.first_layers[list(cells)].min()))
+        inputs, encoded = self.inputs.repeat(n), self.encoder_out
+        if encoded is not None:
+            encoded = repeat(encoded, "c ... -> (n c) ...", n=n)
+        resid = repeat(self.residuals[start], "b ... -> (n b) ...", n=n)
+        with model.hooks(hooks):
+            hidden = self._run(inputs, encoded, resid, start)
+            if self.table.part == "encoder" and model.cfg.decoder is not None:
+                hidden = model.decode(inputs, hidden)
+            return output_of(model, hidden, inputs)
+
+
+def output_of(
+    model: HookedAudioTransformer, hidden: Float[Tensor, "b t d"], inputs: AudioInputs
+) -> Float[Tensor, "b *t v"]:
+    """What a model gives for its final hidden states."""
+    logits = model.read_out(hidden, inputs)
+    return logits if model.cfg.output_kind is None else model.hook_logits(logits)
 
 
 @dataclass(eq=False)

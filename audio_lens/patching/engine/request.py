@@ -20,7 +20,7 @@ from audio_lens.models.layers import Attention, RMSNorm
 from audio_lens.patching.cells import CellTable
 from audio_lens.patching.checks import rounding_notes
 from audio_lens.patching.engine.changes import is_entered
-from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, SuffixRoute
+from audio_lens.patching.engine.hooked import BehindRoute, HookedRoute, LateRoute, SuffixRoute
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.routes import (
     ConnectorRoute,
@@ -90,7 +90,7 @@ class Request:
     def route(self) -> type[FromBase] | type[HookedRoute]:
         """The way in which all cells are computed."""
         if self.hooked or self.model.is_split or self.whole_because:
-            return HookedRoute
+            return LateRoute if self.first_hooked > 0 else HookedRoute
         if self.table.part in self.model.cfg.further_decoders:
             return BehindRoute
         is_single = len(self.table.sites) == 1 and self.table.cells.are_of_one_layer
@@ -104,6 +104,25 @@ class Request:
         streams = metrics.streams_read(self.spec.metric)
         reasons = (self.model.whole_because(str(site), streams) for site in self.table.sites)
         return next(filter(None, reasons), "")
+
+    @cached_property
+    def first_hooked(self) -> int:
+        """The first block of the sites' part that runs in every cell, since hooks reach it.
+
+        0 where hooks lie before the blocks, or where nothing can be left out.
+        """
+        part = self.table.part
+        if self.whole_because or part not in ("encoder", "decoder"):
+            return 0
+        behind = tuple(f"{other}." for other in parts_from(self.model, part)[1:])
+        after = (f"{part}.ln_final", f"{part}.unembed", f"{part}.hook_out", "hook_logits")
+        layers = [self.model.cfg.parts[part].n_layers]
+        for name in self.hooked:
+            if name.startswith(f"{part}.blocks."):
+                layers.append(int(name.split(".")[2]))
+            elif not name.startswith((*behind, *after)):
+                return 0
+        return min(layers)
 
     @cached_property
     def unknown(self) -> str:
@@ -172,7 +191,8 @@ class Request:
         if self.spec.precision != "exact":
             notes.append(f"computed in {self.spec.precision}: not exact")
         if self.model.is_split:
-            notes.append("the model lies on several devices: every cell was a whole forward")
+            ran = LateRoute.what if self.route is LateRoute else HookedRoute.what
+            notes.append(f"the model lies on several devices: every cell ran {ran}")
         elif self.whole_because:
             notes.append(f"{self.whole_because}: every cell was a whole forward")
         elif self.unknown and not (self.hooked or self.route is BehindRoute):

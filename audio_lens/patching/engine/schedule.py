@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from audio_lens.errors import InputError
-from audio_lens.patching.engine.hooked import HookedRoute
+from audio_lens.patching.engine.hooked import HookedRoute, LateRoute
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.trace import blocks_of, stack_of
 from audio_lens.patching.engine.work import Costs, Shape
@@ -29,15 +29,16 @@ class Schedule:
 
     Attributes:
         explicit: whether attention writes out matrices as large as patterns.
-        most: at most so many cells together; None leaves it to the budget. Whole forwards run one
-            by one unless somebody asks for more.
+        most: at most so many cells together; None leaves it to the budget. Whole forwards, and
+            runs beside hooks, run one by one unless somebody asks for more.
     """
 
     def __init__(self, request: Request):
         self.model, self.table, spec = request.model, request.table, request.spec
         self.explicit = request.attn_mode == "explicit" or _holds_bias(self.model)
         is_whole = request.route is HookedRoute
-        self.most = 1 if is_whole and spec.cells_per_forward is None else spec.cells_per_forward
+        one_by_one = 1 if is_whole or request.hooked else None
+        self.most = spec.cells_per_forward or one_by_one
         self.memory_gb = spec.memory_gb
         self.shrunk = 1.0
         self.costs = Costs(self.model, self.table.part, _shape(self.model, spec), is_whole)
@@ -45,6 +46,8 @@ class Schedule:
         first = torch.where(places.any(-1), places.int().argmax(-1), places.shape[-1]).cpu()
         cells, is_own = self.table.cells, self.table.site.positions_of == "decoder"
         self._layers, self._places = cells.first_layers, first[cells.positions]
+        if request.route is LateRoute:
+            is_own, self._layers = False, self._layers.clamp(max=request.first_hooked)
         starts = self._places if is_own else torch.zeros_like(self._places)
         self._starts: list[int] = starts.tolist()  # the first position of the decoder that changes
 
