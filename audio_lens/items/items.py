@@ -13,7 +13,7 @@ import numpy as np
 from audio_lens import metrics
 from audio_lens.errors import AudioLensError, InputError
 from audio_lens.inputs import AudioInputs
-from audio_lens.items.batches import Batch, batches
+from audio_lens.items.batches import Batch, batches, prepared
 from audio_lens.items.item import SHOWN, Item, ItemError, Label, listed
 from audio_lens.items.pairs import How, Pairs, Stream, pairs_of
 from audio_lens.items.tables import read_items, write_items
@@ -255,6 +255,34 @@ class Items(Sequence[Item]):
         """
         return batches(self, model, size)
 
+    def usable(self, model: HookedAudioTransformer, *, skip_bad: bool = False) -> Items:
+        """The items, after every clip and text, those of counterparts too, was prepared once.
+
+        What a long run would meet at its end is met before it: samples that are NaN, clips that are
+        too long, texts that the model does not take.
+
+        Args:
+            model: which is to take them.
+            skip_bad: leave out items that cannot be used, and tell of each in ``skipped`` and the
+                log, in place of raising.
+
+        Raises:
+            ItemError: naming the items that cannot be used.
+        """
+        bad: dict[str, str] = {}
+        for item in self:
+            try:
+                prepared(item, model)
+                if (other := item.counterpart) is not None:
+                    prepared(other, model)
+            except ItemError as error:
+                bad[item.id] = str(error)
+        if bad and not skip_bad:
+            raise ItemError(listed(f"{len(bad)} items cannot be used", [*bad.values()]))
+        for why in bad.values():
+            log.warning("left out %s", why)
+        return Items((x for x in self if x.id not in bad), (*self.skipped, *bad.values()))
+
     def check_answers(self, model: HookedAudioTransformer, against: bool = False) -> None:
         """Raise unless the model can give every answer as one token (or class).
 
@@ -338,7 +366,7 @@ def gathered(
             bad.append(f"{where}: {item.name} has changed since it was written down")
         else:
             places[item.id] = where
-            good.append(item)
+            good.append(item.replaced(place=where))
     if bad and not skip_bad:
         raise ItemError(listed(f"{len(bad)} rows of {path} cannot be used", bad))
     for why in bad:
