@@ -20,6 +20,7 @@ from audio_lens.audio import AudioError, check, load
 from audio_lens.corruptions import Corruption
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import suggest
+from audio_lens.sound_files import opened
 from audio_lens.timeline import Span
 
 Label = str | int | float | bool
@@ -215,9 +216,52 @@ class Spoiled:
         return {"array": changed, "sampling_rate": rate}
 
 
+@dataclass(frozen=True, eq=False)
+class Excerpt:
+    """A stretch of a sound file, read whenever it is heard.
+
+    Attributes:
+        path: the file.
+        start_s, end_s: seconds in it.
+
+    Raises:
+        AudioError: no sound file, or a stretch that lies beyond its end.
+    """
+
+    path: Path
+    start_s: float
+    end_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_s < self.end_s <= self.file_s + SLACK_S:
+            raise AudioError(
+                f"{self.start_s:.2f} to {self.end_s:.2f} s is no stretch of {self.path}, which "
+                f"lasts {self.file_s:.2f} s"
+            )
+
+    @property
+    def file_s(self) -> float:
+        """How long the whole file lasts, in seconds."""
+        with opened(self.path, str(self.path)) as file:
+            return file.frames / file.samplerate
+
+    def __call__(self) -> dict[str, Any]:
+        """Its samples, channels averaged, with their rate.
+
+        Raises:
+            AudioError: a file that cannot be read.
+        """
+        with opened(self.path, str(self.path)) as file:
+            rate = file.samplerate
+            file.seek(round(self.start_s * rate))
+            frames = round((self.end_s - self.start_s) * rate)
+            samples = file.read(frames, dtype="float32", always_2d=True).mean(1)
+        return {"array": samples, "sampling_rate": rate}
+
+
 def rated(audio: Any, sampling_rate: int | None) -> Any:
     """A clip with its rate beside it, where samples have none of their own."""
-    if isinstance(audio, Spoiled):
+    if isinstance(audio, (Spoiled, Excerpt)):
         return audio()
     if isinstance(audio, list):
         audio = np.asarray(audio)
