@@ -20,7 +20,6 @@ from audio_lens import Edit, HookedAudioTransformer, Result, cli, edits
 from audio_lens.cli import complete, methods, shared
 from audio_lens.items import ANALYSES, Method, found, measured
 from audio_lens.models.embedded import clip_pairs
-from audio_lens.report import result_page
 
 LAYERS = [2, 3]
 RATE = 16_000
@@ -295,16 +294,3 @@ def test_outputs_overwrite_nothing_that_is_read(run: Callable[..., Any]) -> None
     done = run("test_several", "--items", path, "--save", "clip.nc")
     refused(done, "clip.share.nc")
     assert Result.load("clip.residence.nc").n_kept == 2  # the other one is written
-
-
-# -------------------------------------------------------------------------------- its page
-
-
-def test_a_page_needs_results() -> None:
-    with pytest.raises(ValueError, match="no results"):
-        result_page({}, "page.html")
-    wide = Result(
-        torch.zeros(2, 2, 300), ("a", "b", "c"), {"a": [0, 1], "b": [0, 1], "c": [*range(300)]}
-    )
-    with pytest.raises(ValueError, match="has 300 figures, by c"):
-        result_page({"wide": wide}, "page.html")

@@ -124,7 +124,7 @@ def analyse(
 def _check_alone(options: Mapping[str, Path | None]) -> None:
     given = [name for name, path in options.items() if path is not None]
     if given:
-        raise ValueError(f"{given[0]} is of a method: name one, of {', '.join(methods.listed())}")
+        raise ValueError(f"{given[0]} is of a method: name one (audio-lens analyse lists them)")
 
 
 def _list_methods(as_json: bool) -> None:
@@ -167,10 +167,10 @@ def _clips(items: Items) -> list[Path]:
 
 
 def _usable(items: Items, model: Any, skip_bad: bool) -> Items:
-    """The items that the model can take, with answers that a metric can read."""
+    """The items that the model can take; if some have answers, all have."""
     usable = items.usable(model, skip_bad=skip_bad)
     _check_enough(usable)
-    if any(item.answer is not None for item in usable):  # some methods ask for none
+    if model.cfg.output_kind == "tokens" and any(item.answer is not None for item in usable):
         usable.check_answers(model, against=all(item.against is not None for item in usable))
     return usable
 
@@ -195,8 +195,9 @@ class Study:
     @property
     def results(self) -> dict[str, Result]:
         """By name; a single one is called as its method."""
-        several = isinstance(self.found, Mapping)
-        return dict(self.found) if several else {self.method.name: self.found}
+        if isinstance(self.found, Mapping):
+            return dict(self.found)
+        return {self.method.name: self.found}
 
     @property
     def title(self) -> str:

@@ -88,5 +88,5 @@ def _name_given(decorator: ast.expr) -> str | None:
         return None
     called, (given,) = decorator.func, decorator.args
     name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
-    is_name = isinstance(given, ast.Constant) and isinstance(given.value, str)
-    return given.value if name == REGISTER and is_name else None
+    said = given.value if isinstance(given, ast.Constant) else None
+    return said if name == REGISTER and isinstance(said, str) else None

@@ -259,7 +259,8 @@ class Items(Sequence[Item]):
         """The items, after every clip and text, those of counterparts too, was prepared once.
 
         What a long run would meet at its end is met before it: samples that are NaN, clips that are
-        too long, texts that the model does not take.
+        too long, texts that the model does not take, and answers of several tokens where it writes
+        tokens.
 
         Args:
             model: which is to take them.
@@ -269,14 +270,8 @@ class Items(Sequence[Item]):
         Raises:
             ItemError: naming the items that cannot be used.
         """
-        bad: dict[str, str] = {}
-        for item in self:
-            try:
-                prepared(item, model)
-                if (other := item.counterpart) is not None:
-                    prepared(other, model)
-            except ItemError as error:
-                bad[item.id] = str(error)
+        whys = {item.id: _unusable(item, model) for item in self}
+        bad = {name: why for name, why in whys.items() if why}
         if bad and not skip_bad:
             raise ItemError(listed(f"{len(bad)} items cannot be used", [*bad.values()]))
         for why in bad.values():
@@ -293,17 +288,11 @@ class Items(Sequence[Item]):
         Raises:
             ItemError: naming the first items that lack an answer, or whose is several tokens.
         """
+        fields = ("answer", "against") if against else ("answer",)
         wrong: list[str] = []
         for item in self:
-            for field in ("answer", *(["against"] if against else [])):
-                said = getattr(item, field)
-                if said is None:
-                    wrong.append(f"{item.name} has no {field}")
-                    continue
-                try:
-                    model.to_single_token(said)
-                except TokenError as error:
-                    wrong.append(f"{item.name}, {field}: {error}")
+            wrong += [f"{item.name} has no {one}" for one in fields if getattr(item, one) is None]
+            wrong += _unreadable(item, model, fields)
         if wrong:
             raise ItemError(listed(f"{len(wrong)} answers cannot be read off one token", wrong))
 
@@ -339,6 +328,28 @@ class Items(Sequence[Item]):
                     f"{list(item.options)}. Take one kind at a time: items.filter(...)"
                 )
         return tuple(first.options)
+
+
+def _unusable(item: Item, model: HookedAudioTransformer) -> str:
+    """Why a model cannot take an item; empty where it can."""
+    try:
+        for side in filter(None, (item, item.counterpart)):
+            prepared(side, model)
+    except ItemError as error:
+        return str(error)
+    fields = ("answer", "against") if model.cfg.output_kind == "tokens" else ()
+    return next(_unreadable(item, model, fields), "")
+
+
+def _unreadable(item: Item, model: HookedAudioTransformer, fields: Sequence[str]) -> Iterator[str]:
+    """Why answers that an item has are no single tokens."""
+    for field in fields:
+        if (said := getattr(item, field)) is None:
+            continue
+        try:
+            model.to_single_token(said)
+        except TokenError as error:
+            yield f"{item.name}, {field}: {error}"
 
 
 def gathered(

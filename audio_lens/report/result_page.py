@@ -46,7 +46,8 @@ def result_page(
         ValueError: no results, or one of more than 200 figures (select a part of it).
         OutputError: a path that cannot be written; an old page stays.
     """
-    text("title", title), text("question", question)
+    text("title", title)
+    text("question", question)
     named = results if isinstance(results, Mapping) else {title: results}
     listed("results", named.values(), Result, "results")
     if not named:

@@ -230,6 +230,10 @@ def test_what_a_model_cannot_take_is_found_at_once(
     assert "item 'long' (items.jsonl line 3)" in caplog.text
     with pytest.raises(ItemError, match=r"'good' \(items.jsonl line 1\) has no answer"):
         items.check_answers(embedded)
+    told = Items([usable[0].replaced(answer="two nine"), usable[0].replaced(id="b", answer="two")])
+    with pytest.raises(ItemError, match=r"item 'good' .*answer: 'two nine' is 2 tokens"):
+        told.usable(embedded)
+    assert [item.id for item in told.usable(embedded, skip_bad=True)] == ["b"]
 
 
 def test_answers_of_several_tokens_and_none_are_named(embedded: HookedAudioTransformer) -> None:
