@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from audio_lens import Edit, HookedAudioTransformer, Result, cli, edits
 from audio_lens.cli import complete, methods, shared
 from audio_lens.items import ANALYSES, Method, found, measured
-from audio_lens.models.embedded import clip_pairs
+from audio_lens.models.embedded import CLIPS, clip_pairs
+from families import FAMILIES
 
 LAYERS = [2, 3]
 RATE = 16_000
@@ -163,6 +164,14 @@ def test_many_cells_are_cut_to_the_strongest(
     assert "group last, layer 2" in shown and "group own, layer 0" not in shown
 
 
+def test_the_table_of_the_docs_is_one(run: Callable[..., Any]) -> None:
+    page = Path(__file__).parents[1] / "docs" / "analyse.md"
+    Path("conflict.jsonl").write_text(page.read_text().split("```json\n")[1].partition("```")[0])
+    Path("clips").symlink_to(CLIPS)
+    result = run("test_blocked", "--items", "conflict.jsonl")
+    assert result.exit_code == 0 and "2 items of conflict.jsonl" in result.stdout, result.output
+
+
 def test_methods_are_listed_without_importing_torch() -> None:
     code = "from audio_lens.cli import app; app(['analyse', '--json'], standalone_mode=False)"
     code += "\nimport sys; assert 'torch' not in sys.modules"
@@ -283,6 +292,14 @@ def test_files_that_are_no_tables_are_refused(
 ) -> None:
     Path(name).write_bytes(content)
     refused(run("test_blocked", "--items", name), told)
+
+
+def test_a_model_without_questions_needs_a_table(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whisper = HookedAudioTransformer.from_hf(FAMILIES["whisper"].build())
+    monkeypatch.setattr(shared, "load", lambda *_: whisper)
+    refused(run("test_blocked", "--model", "tiny"), "tiny takes no questions", "--items")
 
 
 def test_outputs_overwrite_nothing_that_is_read(run: Callable[..., Any]) -> None:

@@ -104,6 +104,8 @@ def analyse(
         chosen, table = methods.get(method), _read(items, skip_bad)
         shared.check_outputs(outputs, [items, *_clips(table)], model)
         listener = shared.load(model, device, dtype)
+        if items is None and not listener.takes_question:
+            raise ValueError(f"{model} takes no questions, as the shipped clips have: name --items")
         usable = _usable(table, listener, skip_bad)
         found = chosen.function(listener, usable, seed=seed, progress=progress)
         study = Study(chosen, items, usable, found)
