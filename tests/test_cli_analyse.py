@@ -155,6 +155,13 @@ def test_several_results_go_by_name(run: Callable[..., Any]) -> None:
     assert "stream text, group last, layer 2" in shown and "share" in shown
 
 
+def test_numbers_are_not_cut_in_narrow_terminals(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.out, "_width", 30)
+    assert "stream text, group last, layer 2   11 [11, 11]" in run("test_several").stdout
+
+
 def test_many_cells_are_cut_to_the_strongest(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

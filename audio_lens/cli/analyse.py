@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from audio_lens.cli import complete, methods, shared
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from audio_lens.results import Result
 
 LEAST = 2  # items: one alone has neither an interval nor another to be compared with
-SHOWN = 40  # cells of a result that are printed
+SHOWN, MOST_LETTERS = 40, 1000  # cells of a result that are printed, and letters of a line
 COUNTS = ("n_kept", "n_dropped")
 TOLD = ("values", "axes", "coords", "interval", "controls", *COUNTS, "dropped", "report")
 DEMO = "the shipped clips"
@@ -260,17 +261,26 @@ def _print_result(name: str, result: Result) -> None:
     from audio_lens.results.lines import control_lines, lines, metric_names
 
     columns = metric_names(result)
-    table = Table(escape(name), *map(escape, columns), box=None, header_style="dim")
+    table = Table(box=None, header_style="dim")
+    for column in (name, *columns):
+        table.add_column(escape(column), no_wrap=True)
     for line in lines(result, most=SHOWN):
         table.add_row(escape(line.place), *line.numbers)
     for line in control_lines(result):
         table.add_row(f"[dim]control {escape(line.place)}[/]", *line.numbers)
-    out.print(table)
+    _print_whole(table)
     n_cells = len(result.cells(columns[0] if "metric" in result.dims else None))
     if n_cells > SHOWN:
         out.print(f"[dim]the strongest {SHOWN} of {n_cells} cells; --json and --save have all[/]")
     for note in [*_counts(result), *result.report]:
         out.print(f"[dim]{escape(note)}[/]", soft_wrap=True)
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table whose numbers are never cut, also where lines then wrap."""
+    options = out.options.update(max_width=MOST_LETTERS)
+    table.width = Measurement.get(out, options, table).maximum
+    out.print(table, crop=False)
 
 
 def _counts(result: Result) -> list[str]:

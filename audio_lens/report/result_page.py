@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from audio_lens.results import Result
 from audio_lens.results.lines import Line, control_lines, lines, metric_names, metrics_of
 
 DRAWN = 2  # axes of a figure
-HEIGHT_PX, MARGIN_PX = 380, {"l": 74, "r": 100, "t": 50, "b": 46}
+SIZE = {"autosize": True, "height": 420, "margin": {"l": 74, "r": 100, "t": 90, "b": 46}}
 MOST_LINES, MOST_FIGURES = 200, 200  # of a result
 
 
@@ -81,10 +81,8 @@ class Section:
         return {facet: [str(one) for one in known] for facet, known in self._facets().items()}
 
     def figures(self) -> Iterator[dict[str, Any]]:
-        """The figure of every choice; none of a result without axes."""
-        if not self.result.axes:
-            return
-        facets = self._facets()
+        """The figure of every choice; of a result without axes, one bar."""
+        facets, result = self._facets(), _of_an_axis(self.result, self.name)
         chosen = [
             dict(zip(facets, one, strict=True)) for one in itertools.product(*facets.values())
         ]
@@ -94,8 +92,8 @@ class Section:
             )
         for choice in chosen:
             parts = {facet: at for facet, at in choice.items() if facet != "metric"}
-            drawn = self.result.select(**parts).plot(metric=choice.get("metric"))
-            drawn.update_layout(height=HEIGHT_PX, margin=MARGIN_PX)
+            drawn = result.select(**parts).plot(metric=choice.get("metric"))
+            drawn.update_layout(**SIZE)
             yield {
                 "facets": {facet: str(at) for facet, at in choice.items()},
                 "figure": drawn.to_dict(),
@@ -103,8 +101,6 @@ class Section:
 
     def _facets(self) -> dict[str, list]:
         """The coordinates of what a figure cannot hold: the metric, and a third axis and more."""
-        if not self.result.axes:
-            return {}
         metrics = {"metric": metrics_of(self.result)} if "metric" in self.result.dims else {}
         places = {axis: place for place, axis in enumerate(ACROSS)}
         order = sorted(self.result.axes, key=lambda axis: places.get(axis, len(places)))
@@ -144,3 +140,16 @@ class Section:
     @property
     def notes(self) -> list[str]:
         return self.result.report
+
+
+def _of_an_axis(result: Result, name: str) -> Result:
+    """The result; one without axes as one of a single cell, so that it can be drawn."""
+    if result.axes:
+        return result
+    together = {one: getattr(result, one) for one in ("values", "estimate", "low", "high")}
+    return replace(
+        result,
+        dims=(*result.dims, "result"),
+        coords=result.coords | {"result": [name]},
+        **{one: None if held is None else held[..., None] for one, held in together.items()},
+    )

@@ -14,7 +14,7 @@ import soundfile
 
 from audio_lens import ItemError, Items
 from audio_lens.items import read
-from audio_lens.items.read.rows import options_in, right_of
+from audio_lens.items.read.rows import by_letter, options_in, right_of
 from audio_lens.timeline import Span
 
 RATE = 8000
@@ -64,6 +64,11 @@ def test_a_letter_and_a_text_must_agree() -> None:
     with pytest.raises(ItemError, match=r"the answer is \(a\) a cat"):
         right_of("(a) a cat", {"a": "a dog", "b": "a cat"})
     assert right_of("A", {"x": "A", "a": "B"}) == "A"  # a choice is taken before a letter
+
+
+def test_choices_lose_letters_of_their_own_alone() -> None:
+    assert by_letter(["(A) a dog", "(B) a cat"]) == {"a": "a dog", "b": "a cat"}
+    assert by_letter(["I. Newton", "A. Lincoln"]) == {"a": "I. Newton", "b": "A. Lincoln"}
 
 
 # -------------------------------------------------------------------------------- MMAU, MMAR

@@ -181,8 +181,8 @@ def right_of(said: str, options: Mapping[str, str]) -> str:
         ItemError: a letter and a text that are of different choices.
     """
     said = said.strip()
-    if said in options.values() or not options:
-        return said if said in options.values() else unmarked(said)
+    if said in options.values():
+        return said
     alone = re.fullmatch(r"[(\[]?([A-Za-z])[)\].:]?", said)
     if alone and alone[1].lower() in options:
         return options[alone[1].lower()]
@@ -194,8 +194,12 @@ def right_of(said: str, options: Mapping[str, str]) -> str:
 
 
 def by_letter(choices: Sequence[str]) -> dict[str, str]:
-    """Choices in their order, by letters, without those they have."""
-    return {chr(ord("a") + i): unmarked(str(choice)) for i, choice in enumerate(choices)}
+    """Choices in their order, by letters; where all have their own, they lose them."""
+    letters = [chr(ord("a") + i) for i in range(len(choices))]
+    marks = [_MARK.match(str(choice)) for choice in choices]
+    theirs = [(mark[1] or mark[2]).lower() if mark else None for mark in marks]
+    said = [unmarked(str(x)) if theirs == letters else str(x).strip() for x in choices]
+    return dict(zip(letters, said, strict=True))
 
 
 def chosen(
