@@ -82,10 +82,11 @@ def check(path: str | Path) -> None:
     """Raise unless there is a sound file at the path; no sample of it is read.
 
     Raises:
-        AudioError: if the file is missing, empty, cut off or not audio.
+        AudioError: if the file is missing, empty, without samples, cut off or not audio.
     """
-    with opened(_path(path), str(path)):
-        pass
+    with opened(_path(path), str(path)) as file:
+        if file.frames == 0:
+            raise AudioError(f"{path} holds no samples")
 
 
 def _path(path: str | Path) -> Path:

@@ -49,6 +49,13 @@ def sites(ctx: Any, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def methods(incomplete: str) -> list[tuple[str, str]]:
+    """What `audio-lens analyse` runs, with the question of each."""
+    from audio_lens.cli.methods import listed
+
+    return [(n, one.summary) for n, one in listed().items() if n.startswith(incomplete)]
+
+
 def axes(incomplete: str) -> list[str]:
     """One axis, or another behind a comma."""
     before, comma, last = incomplete.rpartition(",")

@@ -5,6 +5,7 @@ from audio_lens.items.activations import Activations, ActivationsError
 from audio_lens.items.batches import Batch
 from audio_lens.items.collect import collect
 from audio_lens.items.controls import ControlError
+from audio_lens.items.demo import demo_items
 from audio_lens.items.findings import found
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items
@@ -31,6 +32,7 @@ __all__ = [
     "Pairs",
     "analysis",
     "collect",
+    "demo_items",
     "found",
     "measured",
     "method",

@@ -20,11 +20,13 @@ from audio_lens.arguments import suggest
 from audio_lens.audio import AudioError, check, load
 from audio_lens.corruptions import Corruption
 from audio_lens.errors import AudioLensError
+from audio_lens.sound_files import opened
 from audio_lens.timeline import Span
 
 Label = str | int | float | bool
 SHOWN = 5  # of many things that are wrong, those that an error names
 OWN_FIELDS = ("group", "answer", "against", "text", "id")  # what `value` finds beside labels
+SLACK_S = 0.1  # by which words may end behind the clip: aligners round, and hear its padding
 
 
 class ItemError(AudioLensError, ValueError):
@@ -49,6 +51,7 @@ class Item:
         id: its name, different for every item; `Items` numbers those without.
         other_audio, other_text: counterparts that move one stream alone, for pairs.
         sampling_rate: of clips given as samples, in Hz.
+        place: where its row stands, as errors name it: "items.jsonl line 3".
 
     Raises:
         ItemError: an answer that is not among the options, or is the same as ``against``; options
@@ -67,6 +70,7 @@ class Item:
     other_audio: Any = field(default=None, kw_only=True, repr=False)
     other_text: str | None = field(default=None, kw_only=True)
     sampling_rate: int | None = field(default=None, kw_only=True)
+    place: str = field(default="", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.audio is None:
@@ -97,7 +101,8 @@ class Item:
     @property
     def name(self) -> str:
         """What errors call the item."""
-        return f"item {self.id!r}" if self.id else "an item"
+        called = f"item {self.id!r}" if self.id else "an item"
+        return f"{called} ({self.place})" if self.place else called
 
     @property
     def clip(self) -> Any:
@@ -117,6 +122,13 @@ class Item:
         samples, rate = heard(self.clip)
         return len(samples) / rate
 
+    @property
+    def counterpart(self) -> Item | None:
+        """The item with whatever it brings of ``other_audio`` and ``other_text``; else None."""
+        there = {"audio": self.other_audio, "text": self.other_text}
+        brought = {name: other for name, other in there.items() if other is not None}
+        return self.replaced(**brought) if brought else None
+
     def value(self, label: str) -> Label | None:
         """One of the labels, or else of the item's own fields: group, answer, against, text, id.
 
@@ -131,14 +143,25 @@ class Item:
         raise ItemError(f"{self.name} has no label {label!r}; {known}")
 
     def check(self) -> None:
-        """Raise unless there is a sound file wherever the item names one; no sample is read.
+        """Raise unless there is a sound file wherever the item names one, and its words lie in it.
+
+        No sample is read.
 
         Raises:
             AudioError: naming the path.
+            ItemError: a word that begins before the clip, or ends after it.
         """
         for audio in (self.audio, self.other_audio):
             if isinstance(audio, (str, Path)):
                 check(audio)
+        words = [word for word in map(Span.of, self.words) if word.clip == 0]
+        seconds = self.duration_s if words else 0.0
+        for word in words:
+            if word.start_s < 0 or word.end_s > seconds + SLACK_S:
+                raise ItemError(
+                    f"the word {word.label!r} lies at {word.start_s:.2f} to {word.end_s:.2f} s, "
+                    f"and the clip lasts {seconds:.2f} s"
+                )
 
     def digest(self) -> str:
         """A hash of the samples that are heard, and of all that is said of them.
@@ -193,9 +216,52 @@ class Spoiled:
         return {"array": changed, "sampling_rate": rate}
 
 
+@dataclass(frozen=True, eq=False)
+class Excerpt:
+    """A stretch of a sound file, read whenever it is heard.
+
+    Attributes:
+        path: the file.
+        start_s, end_s: seconds in it.
+
+    Raises:
+        AudioError: no sound file, or a stretch that lies beyond its end.
+    """
+
+    path: Path
+    start_s: float
+    end_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start_s < self.end_s <= self.file_s + SLACK_S:
+            raise AudioError(
+                f"{self.start_s:.2f} to {self.end_s:.2f} s is no stretch of {self.path}, which "
+                f"lasts {self.file_s:.2f} s"
+            )
+
+    @property
+    def file_s(self) -> float:
+        """How long the whole file lasts, in seconds."""
+        with opened(self.path, str(self.path)) as file:
+            return file.frames / file.samplerate
+
+    def __call__(self) -> dict[str, Any]:
+        """Its samples, channels averaged, with their rate.
+
+        Raises:
+            AudioError: a file that cannot be read.
+        """
+        with opened(self.path, str(self.path)) as file:
+            rate = file.samplerate
+            file.seek(round(self.start_s * rate))
+            frames = round((self.end_s - self.start_s) * rate)
+            samples = file.read(frames, dtype="float32", always_2d=True).mean(1)
+        return {"array": samples, "sampling_rate": rate}
+
+
 def rated(audio: Any, sampling_rate: int | None) -> Any:
     """A clip with its rate beside it, where samples have none of their own."""
-    if isinstance(audio, Spoiled):
+    if isinstance(audio, (Spoiled, Excerpt)):
         return audio()
     if isinstance(audio, list):
         audio = np.asarray(audio)

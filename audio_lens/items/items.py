@@ -13,7 +13,7 @@ import numpy as np
 from audio_lens import metrics
 from audio_lens.errors import AudioLensError, InputError
 from audio_lens.inputs import AudioInputs
-from audio_lens.items.batches import Batch, batches
+from audio_lens.items.batches import Batch, batches, prepared
 from audio_lens.items.item import SHOWN, Item, ItemError, Label, listed
 from audio_lens.items.pairs import How, Pairs, Stream, pairs_of
 from audio_lens.items.tables import read_items, write_items
@@ -255,6 +255,29 @@ class Items(Sequence[Item]):
         """
         return batches(self, model, size)
 
+    def usable(self, model: HookedAudioTransformer, *, skip_bad: bool = False) -> Items:
+        """The items, after every clip and text, those of counterparts too, was prepared once.
+
+        What a long run would meet at its end is met before it: samples that are NaN, clips that are
+        too long, texts that the model does not take, and answers of several tokens where it writes
+        tokens.
+
+        Args:
+            model: which is to take them.
+            skip_bad: leave out items that cannot be used, and tell of each in ``skipped`` and the
+                log, in place of raising.
+
+        Raises:
+            ItemError: naming the items that cannot be used.
+        """
+        whys = {item.id: _unusable(item, model) for item in self}
+        bad = {name: why for name, why in whys.items() if why}
+        if bad and not skip_bad:
+            raise ItemError(listed(f"{len(bad)} items cannot be used", [*bad.values()]))
+        for why in bad.values():
+            log.warning("left out %s", why)
+        return Items((x for x in self if x.id not in bad), (*self.skipped, *bad.values()))
+
     def check_answers(self, model: HookedAudioTransformer, against: bool = False) -> None:
         """Raise unless the model can give every answer as one token (or class).
 
@@ -265,17 +288,11 @@ class Items(Sequence[Item]):
         Raises:
             ItemError: naming the first items that lack an answer, or whose is several tokens.
         """
+        fields = ("answer", "against") if against else ("answer",)
         wrong: list[str] = []
         for item in self:
-            for field in ("answer", *(["against"] if against else [])):
-                said = getattr(item, field)
-                if said is None:
-                    wrong.append(f"{item.name} has no {field}")
-                    continue
-                try:
-                    model.to_single_token(said)
-                except TokenError as error:
-                    wrong.append(f"{item.name}, {field}: {error}")
+            wrong += [f"{item.name} has no {one}" for one in fields if getattr(item, one) is None]
+            wrong += _unreadable(item, model, fields)
         if wrong:
             raise ItemError(listed(f"{len(wrong)} answers cannot be read off one token", wrong))
 
@@ -313,6 +330,28 @@ class Items(Sequence[Item]):
         return tuple(first.options)
 
 
+def _unusable(item: Item, model: HookedAudioTransformer) -> str:
+    """Why a model cannot take an item; empty where it can."""
+    try:
+        for side in filter(None, (item, item.counterpart)):
+            prepared(side, model)
+    except ItemError as error:
+        return str(error)
+    fields = ("answer", "against") if model.cfg.output_kind == "tokens" else ()
+    return next(_unreadable(item, model, fields), "")
+
+
+def _unreadable(item: Item, model: HookedAudioTransformer, fields: Sequence[str]) -> Iterator[str]:
+    """Why answers that an item has are no single tokens."""
+    for field in fields:
+        if (said := getattr(item, field)) is None:
+            continue
+        try:
+            model.to_single_token(said)
+        except TokenError as error:
+            yield f"{item.name}, {field}: {error}"
+
+
 def gathered(
     path: str | Path,
     rows: Iterable[tuple[str, Item | AudioLensError, str | None]],
@@ -338,7 +377,7 @@ def gathered(
             bad.append(f"{where}: {item.name} has changed since it was written down")
         else:
             places[item.id] = where
-            good.append(item)
+            good.append(item.replaced(place=where))
     if bad and not skip_bad:
         raise ItemError(listed(f"{len(bad)} rows of {path} cannot be used", bad))
     for why in bad:

@@ -285,6 +285,8 @@ def _given(item: Item, stream: Stream | None) -> Item:
     if stream is None:
         if len(brought) == 2:
             raise ItemError("it brings other_audio and other_text: choose stream=")
+        if not brought:
+            raise ItemError("it brings neither other_audio nor other_text")
         stream = "audio" if brought == ["audio"] else "text"
     wanted = ["audio", "text"] if stream == "both" else [stream]
     lacking = [f"other_{name}" for name in wanted if there[name] is None]

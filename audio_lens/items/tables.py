@@ -42,6 +42,8 @@ def rows_of(path: str | Path) -> Iterator[tuple[str, Row]]:
         ItemError: no such file, another kind of file, or one that cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ItemError(f"{path} is a folder: name the table in it")
     if not path.is_file():
         raise ItemError(f"no table at {path}")
     reader = _READERS.get(path.suffix.lower())

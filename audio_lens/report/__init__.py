@@ -3,5 +3,13 @@
 from audio_lens.report.attention_page import attention_figure, attention_page
 from audio_lens.report.cache_page import cache_figure, cache_page
 from audio_lens.report.page import map_page
+from audio_lens.report.result_page import result_page
 
-__all__ = ["attention_figure", "attention_page", "cache_figure", "cache_page", "map_page"]
+__all__ = [
+    "attention_figure",
+    "attention_page",
+    "cache_figure",
+    "cache_page",
+    "map_page",
+    "result_page",
+]

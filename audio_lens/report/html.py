@@ -41,17 +41,15 @@ def write_page(
         }
         for index, clip in enumerate(rows.clips)
     ]
-    rate = rows.clips[0].sampling_rate
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            clips=[clip.name for clip in rows.clips],
-            data_gz=_packed(str(to_json_plotly({"clips": clips, "rate": rate} | data))),
-            plotly_gz=_plotly_gz(),
-            **shown,
-        )
-    )
+    heard = {"clips": clips, "rate": rows.clips[0].sampling_rate}
+    names = [clip.name for clip in rows.clips]
+    return write_drawn(path, template, heard | data, clips=names, **shown)
+
+
+def write_drawn(path: str | Path, template: str, data: dict[str, Any], **shown: Any) -> Path:
+    """Write a page without clips; its template extends ``frame.html``."""
+    drawn = {"data_gz": _packed(str(to_json_plotly(data))), "plotly_gz": _plotly_gz()}
+    page = _environment().get_template(template).render(**drawn, **shown)
     return write(path, page.encode())
 
 

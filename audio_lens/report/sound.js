@@ -1,8 +1,6 @@
 // Sound of a page's clips by Web Audio: stretches exact to the sample.
 // Clips are {flac: base64} or, without it, the difference of the first two.
 
-const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-
 class Sound {
   #context = null;
   #buffers = [];

@@ -1,19 +1,6 @@
 // The picture of a page: rows of clips above panels on one axis of seconds, with a frame around a
 // stretch, a cursor where it plays, and the buttons of `base.html`.
 
-const byId = (id) => document.getElementById(id);
-
-async function unpack(id) {
-  const packed = new Blob([fromBase64(byId(id).textContent)]).stream();
-  return new Response(packed.pipeThrough(new DecompressionStream("gzip"))).text();
-}
-
-async function loadPlotly() {
-  const script = document.createElement("script");
-  script.textContent = await unpack("plotly-gz");
-  document.head.append(script);
-}
-
 const say = (text) => { byId("status").textContent = text; };
 const inSeconds = (start, end) => `${start.toFixed(2)}–${end.toFixed(2)} s`;
 
@@ -51,11 +38,7 @@ class Stage {
     const shapes = [...(layout.shapes ?? []), ...clip.bounds.map((at) => bound(at, layout.meta.bottom))];
     const range = this.#plot.layout?.xaxis?.range; // stay zoomed
     const xaxis = { ...layout.xaxis, ...(range && { range }) };
-    const config = {
-      responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-    };
-    await Plotly.react(this.#plot, [...clip.traces, ...traces], { ...layout, xaxis, shapes }, config);
+    await Plotly.react(this.#plot, [...clip.traces, ...traces], { ...layout, xaxis, shapes }, PLOTLY);
     this.hideFrame();
     this.hideOutline();
     this.#moveCursor(this.#heard);

@@ -16,7 +16,7 @@ class Refused(AudioLensError, ValueError):
     """A command that ended with the exit code of bad input and one line about it."""
 
 
-def _run(*arguments: Any) -> Any:
+def run(*arguments: Any) -> Any:
     done = CliRunner().invoke(app, [str(one) for one in arguments])
     if done.exit_code != BAD_INPUT:
         return done.output
@@ -25,7 +25,7 @@ def _run(*arguments: Any) -> Any:
 
 
 def _map(*arguments: Any) -> Any:
-    return _run("map", *arguments)
+    return run("map", *arguments)
 
 
 COMMANDS = {
@@ -55,22 +55,22 @@ COMMANDS = {
     "map with a model that is not there": lambda: _map("--model", "./nowhere"),
     "map with an unknown device": lambda: _map("--device", "nowhere"),
     "map with an unknown dtype": lambda: _map("--dtype", "float33"),
-    "reproduce a file that is not there": lambda: _run("reproduce", "nothing.nc"),
-    "reproduce a text": lambda: _run("reproduce", written("text.nc", "no result")),
-    "reproduce a map of no recipe": lambda: _run("reproduce", result().save("bare.nc")),
-    "ask without a question": lambda: _run("ask", shipped().clean, "--question", ""),
-    "ask about a text": lambda: _run("ask", written("text.wav", "no"), "--question", "what?"),
-    "transcribe with a model that answers": lambda: _run(
+    "reproduce a file that is not there": lambda: run("reproduce", "nothing.nc"),
+    "reproduce a text": lambda: run("reproduce", written("text.nc", "no result")),
+    "reproduce a map of no recipe": lambda: run("reproduce", result().save("bare.nc")),
+    "ask without a question": lambda: run("ask", shipped().clean, "--question", ""),
+    "ask about a text": lambda: run("ask", written("text.wav", "no"), "--question", "what?"),
+    "transcribe with a model that answers": lambda: run(
         "transcribe", shipped().clean, "--model", "embedded"
     ),
-    "classify --top 0": lambda: _run("classify", shipped().clean, "-m", "embedded", "--top", "0"),
-    "attention --layer 99": lambda: _run("attention", "--layer", "99"),
-    "attention --head -99": lambda: _run("attention", "--head", "-99"),
-    "attention --site decoder.mlp": lambda: _run("attention", "--site", "decoder.mlp"),
-    "attention --textgrid of no clip": lambda: _run("attention", "--textgrid", "a.TextGrid"),
-    "lens --part head": lambda: _run("lens", "--part", "head"),
-    "lens --token of two tokens": lambda: _run("lens", "--token", "seven two"),
-    "info of a file": lambda: _run("info", written("model.txt", "weights")),
+    "classify --top 0": lambda: run("classify", shipped().clean, "-m", "embedded", "--top", "0"),
+    "attention --layer 99": lambda: run("attention", "--layer", "99"),
+    "attention --head -99": lambda: run("attention", "--head", "-99"),
+    "attention --site decoder.mlp": lambda: run("attention", "--site", "decoder.mlp"),
+    "attention --textgrid of no clip": lambda: run("attention", "--textgrid", "a.TextGrid"),
+    "lens --part head": lambda: run("lens", "--part", "head"),
+    "lens --token of two tokens": lambda: run("lens", "--token", "seven two"),
+    "info of a file": lambda: run("info", written("model.txt", "weights")),
 }  # fmt: skip
 
 CASES: list[Case] = named("The command line", COMMANDS)

@@ -33,6 +33,8 @@ def test_counterparts_that_items_bring(items: Items) -> None:
     assert both.pairs(stream="text").corrupted[0].audio == SHIPPED.clean
     changed = both.pairs(stream="both").corrupted[0]
     assert (changed.audio, changed.text) == (SHIPPED.corrupted, "Which digit is first?")
+    with pytest.raises(ItemError, match="it brings neither other_audio nor other_text"):
+        Items([items[0].replaced(other_audio=None)]).pairs()
     with pytest.raises(ItemError, match=r"4 of 4 items .*\n  item '0': it brings no other_t"):
         items.pairs(stream="text")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
@@ -207,6 +209,31 @@ def test_an_item_that_cannot_be_prepared_is_named(embedded: HookedAudioTransform
         list(items.batches(embedded))
     with pytest.raises(ItemError, match=r"item '1' has no text, and others have"):
         Items([items[0], Item(SHIPPED.clean)]).prepare(embedded)
+
+
+def test_what_a_model_cannot_take_is_found_at_once(
+    embedded: HookedAudioTransformer, tmp_path, caplog
+) -> None:
+    rows = []
+    for name, other in (("good", tone()), ("deaf", np.full(8000, np.nan)), ("long", tone(6.0))):
+        soundfile.write(tmp_path / f"{name}.wav", other, 16_000, subtype="FLOAT")
+        row = {"id": name, "audio": str(SHIPPED.clean), "text": SHIPPED.question}
+        rows.append(json.dumps(row | {"other_audio": f"{name}.wav"}))
+    (tmp_path / "items.jsonl").write_text("\n".join(rows))
+    items = Items.from_table(tmp_path / "items.jsonl")
+    with pytest.raises(ItemError) as raised:
+        items.usable(embedded)
+    for part in ("2 items", "item 'deaf' (items.jsonl line 2) cannot", "holds NaN", "long"):
+        assert part in str(raised.value)
+    usable = items.usable(embedded, skip_bad=True)
+    assert [item.id for item in usable] == ["good"] and len(usable.skipped) == 2
+    assert "item 'long' (items.jsonl line 3)" in caplog.text
+    with pytest.raises(ItemError, match=r"'good' \(items.jsonl line 1\) has no answer"):
+        items.check_answers(embedded)
+    told = Items([usable[0].replaced(answer="two nine"), usable[0].replaced(id="b", answer="two")])
+    with pytest.raises(ItemError, match=r"item 'good' .*answer: 'two nine' is 2 tokens"):
+        told.usable(embedded)
+    assert [item.id for item in told.usable(embedded, skip_bad=True)] == ["b"]
 
 
 def test_answers_of_several_tokens_and_none_are_named(embedded: HookedAudioTransformer) -> None:

@@ -149,6 +149,10 @@ def test_columns_of_other_names(folder: Path) -> None:
         ({"audio": "clips/a.wav", "answer": "a", "against": "a"}, "both 'a'"),
         ({"audio": "clips/a.wav", "answer": "c", "options": ["a"]}, "none of the options"),
         ({"audio": "clips/a.wav", "words": "[{]"}, "words must be a list"),
+        (
+            {"audio": "clips/a.wav", "words": [{"label": "a", "start_s": 0.1, "end_s": 0.3}]},
+            r"the word 'a' lies at 0\.10 to 0\.30 s, and the clip lasts 0\.10 s",
+        ),
         ({"audio": "clips/a.wav", "id": "good"}, "items.jsonl line 1 is called 'good' too"),
     ],
 )
@@ -193,6 +197,8 @@ def test_what_is_no_table_says_so(name: str, text: str, told: str, folder: Path)
 def test_missing_tables_and_odd_bytes_are_named(folder: Path) -> None:
     with pytest.raises(ItemError, match=r"no table at .*none\.csv"):
         Items.from_table(folder / "none.csv")
+    with pytest.raises(ItemError, match="clips is a folder: name the table in it"):
+        Items.from_table(folder / "clips")
     (folder / "latin.csv").write_bytes("audio\nclips/é.wav\n".encode("latin-1"))
     with pytest.raises(ItemError, match="no text in UTF-8"):
         Items.from_table(folder / "latin.csv")
@@ -210,6 +216,7 @@ def test_changed_clips_are_found(folder: Path) -> None:
 
 def test_words_of_textgrids(folder: Path) -> None:
     pytest.importorskip("praatio")
+    soundfile.write(folder / "clips" / "a.wav", np.full(8000, 0.1), 8000)
     (folder / "a.TextGrid").write_text(TEXTGRID.replace("{second}", "phones"))
     (item,) = Items.from_table(jsonl(folder, {"audio": "clips/a.wav", "words": "a.TextGrid"}))
     assert item.words == (Span(0.4, 1.0, "seven"),)

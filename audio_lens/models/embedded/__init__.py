@@ -22,6 +22,7 @@ class ShippedPair:
         clean, corrupted: sound files of equal length and layout.
         question: what is asked; ``answer`` is right for the clean clip, ``against`` for the other.
         words, corrupted_words: what is said when in either clip.
+        voice: who says it.
     """
 
     clean: Path
@@ -31,6 +32,7 @@ class ShippedPair:
     against: str
     words: tuple[Span, ...]
     corrupted_words: tuple[Span, ...]
+    voice: str = ""
 
     @property
     def swapped(self) -> Span:
@@ -59,6 +61,7 @@ def clip_pairs() -> list[ShippedPair]:
             against=pair["against"],
             words=words(pair["clean"]),
             corrupted_words=words(pair["corrupted"]),
+            voice=index["clips"][pair["clean"]]["voice"],
         )
         for pair in index["pairs"]
     ]
