@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ FAINTEST, STRONGEST = 0.25, 1.5  # ends of their colour scale: no noise in full 
 MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first
 ROW_PX, LEAST_PX, MOST_PX, BARS_PX, TITLE_PX = 26, 150, 560, 156, 40
 CONTROL_MARKS = ("diamond-open", "x-thin-open", "circle-open", "square-open", "cross-thin-open")
+LETTERS = 90  # of a line under the title
 TOUCHING = 1e-6  # stretches closer than this meet
 
 
@@ -69,6 +71,11 @@ class Axis:
             bounds = np.array([[band.low_hz, band.high_hz] for band in coords], dtype=float)
             edges, order = columns([tuple(pair) for pair in mel_of(bounds).tolist()])
         return Axis(name, order, edges, coords)
+
+    @staticmethod
+    def alone(result: Labelled) -> Axis:
+        """Of a single number, which has none: one place under the name of what was measured."""
+        return Axis("", [0], None, [result.meta.get("method", "value")])
 
     @property
     def names(self) -> list[str]:
@@ -156,6 +163,14 @@ def map_figure(
     return go.Figure([*before, *beside], layout)
 
 
+def say_below(figure: go.Figure, sentence: str) -> go.Figure:
+    """Say what was found under the title of a figure."""
+    lines = textwrap.wrap(escaped(sentence), LETTERS)
+    more = 16 * (len(lines) - 1)
+    figure.update_layout(title_subtitle_text="<br>".join(lines), margin_t=90 + more)
+    return figure
+
+
 def control_traces(result: Labelled, drawn: Map, quantity: str | None = None) -> list[go.Scatter]:
     """What controls gave, as marks over bars: of one axis, or the same over all of it."""
     if drawn.y is not None:
@@ -214,16 +229,19 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
         ValueError: unless the result has one or two axes, or if the quantity is unknown.
     """
     quantity = shown_quantity(result, quantity)
-    if not 1 <= len(result.axes) <= 2:
+    if len(result.axes) > 2:
         raise InputError(
-            f"a map has one or two axes, this result has {', '.join(result.axes) or 'none'}: "
+            f"a map has one or two axes, this result has {', '.join(result.axes)}: "
             f"select one first, for instance {_example_selection(result)}"
         )
     cells = np.empty([len(result.coords[axis]) for axis in result.axes], dtype=object)
     cells.flat[:] = result.cells()
-    across = next((axis for axis in ACROSS if axis in result.axes), result.axes[0])
+    across = next((axis for axis in ACROSS if axis in result.axes), None)
+    across = across or next(iter(result.axes), None)
     up = next((axis for axis in result.axes if axis != across), None)
-    x, y = Axis.of(result, across), None if up is None else Axis.of(result, up)
+    x = Axis.alone(result) if across is None else Axis.of(result, across)
+    y = None if up is None else Axis.of(result, up)
+    cells = cells if result.axes else cells.reshape(1)
     if y is None:
         cells = cells[[index for index, _, _ in x.columns]]
     elif result.axes[0] == across:
@@ -241,8 +259,8 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
 
 
 def _example_selection(result: Labelled) -> str:
-    axis = result.axes[0] if result.axes else "..."
-    return f"result.select({axis}={result.coords.get(axis, [0])[0]!r})"
+    axis = result.axes[0]
+    return f"result.select({axis}={result.coords[axis][0]!r})"
 
 
 def _check_one_clip(result: Labelled) -> None:
