@@ -53,7 +53,7 @@ def curves_figure(result: Labelled, quantity: str | None = None) -> go.Figure:
                 label = control or f"{lines} {name}"
                 for trace in _curve(cells[column, line], x, quantity, label, line, number):
                     is_first = not column and (not control or not line)
-                    trace.update(showlegend=bool(trace.mode) and is_first)
+                    trace.update(showlegend=is_first and trace.fill is None)
                     figure.add_trace(trace, row=1, col=column + 1)
     figure.update_layout(STYLE | {"margin": None, "showlegend": True, "dragmode": "zoom"})
     return figure.update_layout(title=escaped(result.title)).update_xaxes(type="category")
@@ -84,6 +84,7 @@ def _curve(
             y=[*high, *low[::-1]],
             fill="toself",
             fillcolor=colour.replace("rgb", "rgba").replace(")", f", {FAINT})"),
+            mode="lines",
             line={"width": 0},
             hoverinfo="skip",
             legendgroup=label,

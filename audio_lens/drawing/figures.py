@@ -33,7 +33,7 @@ FAINTEST, STRONGEST = 0.25, 1.5  # ends of their colour scale: no noise in full 
 MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first
 ROW_PX, LEAST_PX, MOST_PX, BARS_PX, TITLE_PX = 26, 150, 560, 156, 40
 CONTROL_MARKS = ("diamond-open", "x-thin-open", "circle-open", "square-open", "cross-thin-open")
-LETTERS = 90  # of a line under the title
+LETTERS, LINE_PX, ALONE = 90, 18, 0.3  # a line under the title; width of a bar that stands alone
 TOUCHING = 1e-6  # stretches closer than this meet
 
 
@@ -166,9 +166,9 @@ def map_figure(
 def say_below(figure: go.Figure, sentence: str) -> go.Figure:
     """Say what was found under the title of a figure."""
     lines = textwrap.wrap(escaped(sentence), LETTERS)
-    more = 16 * (len(lines) - 1)
-    figure.update_layout(title_subtitle_text="<br>".join(lines), margin_t=90 + more)
-    return figure
+    top = {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": LINE_PX}}
+    title = top | {"subtitle": {"text": "<br>".join(lines)}}
+    return figure.update_layout(title=title, margin_t=TITLE_PX + LINE_PX * (3 + len(lines)))
 
 
 def control_traces(result: Labelled, drawn: Map, quantity: str | None = None) -> list[go.Scatter]:
@@ -328,11 +328,11 @@ def _bars(result: Labelled, cells: np.ndarray, x: Axis, quantity: str, shades: l
     return go.Bar(
         name="map",
         x=places,
-        width=None if x.edges is None else widths,
+        width=(None if x.name else ALONE) if x.edges is None else widths,
         y=numbers(cells, quantity),
         error_y=error_bars(cells, result, quantity),
         customdata=[_hover(cell, names) for cell in cells],
-        text=[str(rank or "") for rank in marks],
+        text=[str(rank or "") for rank in marks] if x.name else None,
         textposition="outside",
         cliponaxis=False,
         marker={"color": shades, "line": {"color": "#888", "width": 1}},

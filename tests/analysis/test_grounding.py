@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,18 +89,26 @@ def test_planted_streams_are_handed_over_behind_the_copying_layer(planted):
     assert over.meta["method"] == "grounding.hand_over"
 
 
-def test_a_hand_over_of_an_analysis_can_be_made_again(planted):
+def test_a_hand_over_of_an_analysis_can_be_made_again():
     toy, items = hearing(two_stream_toy(2.0, 1.0)), conflicts()
-    over = grounding.handed_over(planted)
+    over = grounding.handed_over(grounding.residence(toy, items, controls=()))
     again = rerun(over, toy, items)
     assert torch.equal(again.values, over.values) and again.recipe == over.recipe
-    alone = grounding.hand_over(toy, items)
-    assert torch.equal(alone.low, over.low) and alone.report == over.report
+    assert torch.equal(again.low, over.low) and again.report == over.report
+
+
+def test_results_are_drawn_written_and_told_as_json(planted, tmp_path):
+    share = grounding.stream_share(hearing(two_stream_toy(2.0, 1.0)), conflicts())
+    for result in (share, planted, grounding.handed_over(planted)):
+        told = json.loads(json.dumps(result.to_dict()))
+        assert told["n_kept"] == 4 and told["interval"] is not None
+        assert result.plot().layout.title.subtitle.text
+        assert Result.load(result.save(tmp_path / "result.nc")).report == result.report
 
 
 def test_a_stream_that_moves_nothing_has_no_hand_over():
     toy = hearing(two_stream_toy(1.0, 0.0))
-    over = grounding.hand_over(toy, conflicts())
+    over = grounding.hand_over(toy, conflicts(), controls=())
     assert over.estimate[0] == COPIES + 1 and over.estimate[1].isnan()
     assert any("The text is never handed over" in line for line in over.report)
     assert any("The text may move nothing" in line for line in over.report)
@@ -245,8 +254,9 @@ def test_streams_are_resident_and_handed_over(embedded, trust):
         assert found["share"].estimate < 0.25
 
 
+@pytest.mark.slow
 def test_a_table_written_by_hand_is_analysed(embedded, told_text, tmp_path):
-    items = told_text[:4]
+    items = told_text[:2]
     items.to_table(tmp_path / "conflict.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "conflict.jsonl").read_text().splitlines()]
     columns = ("id", "audio", "text", "answer", "against", "other_audio", "other_text")
@@ -256,12 +266,7 @@ def test_a_table_written_by_hand_is_analysed(embedded, told_text, tmp_path):
     found = ANALYSES["grounding"].function(embedded, table, seed=1, progress=False)
     assert list(found) == ["share", "residence", "hand_over"]
     for name, result in found.items():
-        told = result.to_dict()
-        json.dumps(told)
-        assert told["n_kept"] == 4 and told["interval"] is not None
-        assert result.meta["seed"] == "1" and result.report, name
-        assert result.plot().layout.title.subtitle.text
-        assert Result.load(result.save(tmp_path / f"{name}.nc")).report == result.report
+        assert result.meta["seed"] == "1" and result.n_kept == 2, name
 
 
 # -------------------------------------------------------------------------------- bad input
@@ -317,6 +322,19 @@ def test_counterparts_of_other_lengths_are_left_out_and_counted(embedded, told_t
     assert moved.coords["stimulus"] == [item.id for item in told_text[1:3]]
     with pytest.raises(ItemError, match="none of the 3 items fits its counterparts"):
         grounding.residence(embedded, Items(map(longer, told_text[:3])), controls=())
+
+
+def test_clips_of_other_lengths_are_padded_and_told(embedded, told_text):
+    first, second = told_text[:2]
+    longer = np.pad(second.other_audio, (0, 1600))
+    items = Items([first, second.replaced(other_audio=longer)])
+    options = {"layers": 0, "controls": (), "streams": ("audio",)}
+    moved = grounding.residence(embedded, items, **options)
+    assert (moved.n_kept, moved.n_dropped) == (2, 0)
+    assert "1 clips were shorter" in moved.report[-1] and "0.10 s of silence" in moved.report[-1]
+    even = grounding.residence(embedded, told_text[:2], **options)
+    assert torch.allclose(moved.values[0], even.values[0], atol=1e-3)
+    assert "silence" not in even.report[-1]
 
 
 def test_no_other_warning_is_given(planted):

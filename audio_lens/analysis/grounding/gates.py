@@ -13,7 +13,15 @@ from torch import Tensor
 
 from audio_lens import places
 from audio_lens.analysis.grounding.residence import decoder_layers, held
-from audio_lens.analysis.grounding.streams import SITE, STREAMS, check, fitting, own_span
+from audio_lens.analysis.grounding.streams import (
+    SITE,
+    STREAMS,
+    check,
+    check_one,
+    counterparts,
+    fitting,
+    own_span,
+)
 from audio_lens.edits import Put
 from audio_lens.edits.edit import Edit
 from audio_lens.inputs import InputError
@@ -72,8 +80,10 @@ def and_or(
         InputError: thresholds that leave nothing between them, or layers that are not there.
     """
     _check_thresholds(high, low)
+    check_one(metric)
     check(model, items)
-    kept, dropped = fitting(model, items, ("both",))
+    fit = fitting(model, items, ("both",))
+    kept = fit.items
     depth = decoder_layers(model, layers)
     wanted = _logit_diff(model, kept) if metric is None else metric
 
@@ -88,7 +98,7 @@ def and_or(
                     for where in groups:
                         yield inputs, [Edit(SITE, Put(source), layer=layer, where=where)]
 
-    pairs = kept.pairs(stream="both")
+    pairs = counterparts(kept, "both")
     values = measured(model, pairs, cells, wanted, what="gates", progress=progress).values[:, 0]
     sides = values.reshape(len(kept), 2, -1)  # from the clean run, from the corrupted
     gap = sides[:, 0, 0] - sides[:, 1, 0]
@@ -97,11 +107,11 @@ def and_or(
     axes = {"layer": depth, "group": list(SITES), "direction": list(DIRECTIONS)}
     drawn: dict[str, Any] = {"denominators": gap, "by": by, "seed": seed}
     controls = {"identity": found(effects[:, 1], axes, kept, **drawn)}
-    result = found(effects[:, 0], axes, kept, controls=controls, dropped=dropped, **drawn)
+    result = found(effects[:, 0], axes, kept, controls=controls, dropped=fit.dropped, **drawn)
     result.meta |= {"high": str(high), "low": str(low)}
     result.report = [
         f"layer {layer}: {kind}" for layer, kind in kinds(result, high=high, low=low).items()
-    ]
+    ] + fit.notes
     return result
 
 
@@ -204,7 +214,8 @@ def gc(
         )
     warnings.warn(BIASED, stacklevel=3)
     check(model, items)
-    kept, dropped = fitting(model, items)
+    fit = fitting(model, items)
+    kept = fit.items
     depth = decoder_layers(model, layers)
     effects, gaps = zip(
         *(_brought_back(model, kept, stream, depth, progress) for stream in STREAMS), strict=True
@@ -229,7 +240,10 @@ def gc(
 
     result = coefficient(False)
     return replace(
-        result, controls={"normalised": coefficient(True)}, dropped=dropped, report=[BIASED]
+        result,
+        controls={"normalised": coefficient(True)},
+        dropped=fit.dropped,
+        report=[BIASED, *fit.notes],
     )
 
 
@@ -258,7 +272,7 @@ def _brought_back(
         for layer in layers:
             yield corrupted, [Edit(SITE, Put(source), layer=layer, where=where)]
 
-    pairs, wanted = items.pairs(stream=stream), _logit_diff(model, items)  # type: ignore[arg-type]
+    pairs, wanted = counterparts(items, stream), _logit_diff(model, items)
     what = f"{stream}, patches"
     values = measured(model, pairs, cells, wanted, what=what, progress=progress).values[:, 0]
     side = 1 if stream == "audio" else -1  # of the difference, which stream it is for

@@ -14,6 +14,8 @@ from audio_lens import metrics, places
 from audio_lens.analysis.grounding.streams import (
     SITE,
     check,
+    check_one,
+    counterparts,
     fitting,
     own_span,
     said,
@@ -62,8 +64,9 @@ def residence(
     to 1 where pieces of news add up.
 
     Args:
-        items: conflict items, as `stream_share` takes them. Those whose counterparts have other
-            lengths are left out, and counted.
+        items: conflict items, as `stream_share` takes them. The shorter of clip and counterpart is
+            padded with silence. Items whose texts have other numbers of tokens than their
+            counterparts are left out, and counted.
         metric: None takes the logit difference of what the stream says and what is said instead:
             of all answers that the items name, the one that swapping the stream raises most.
         streams: which of both.
@@ -87,17 +90,18 @@ def residence(
         ControlError: other_item of one item.
         InputError: unknown streams, layers or controls, or a decoder without audio positions.
     """
+    check_one(metric)
     check(model, items, streams)
     _check_controls(controls, len(items))
-    kept, dropped = fitting(model, items, streams)
+    fit = fitting(model, items, streams)
     depth = decoder_layers(model, layers)
     runs = [
-        _Run(model, kept, stream, depth, controls, text_span, seed).measured(metric, progress)
+        _Run(model, fit.items, stream, depth, controls, text_span, seed).measured(metric, progress)
         for stream in streams
     ]
     axes = {"stream": list(streams), "layer": depth, "group": list(GROUPS)}
-    result = _result(runs, axes, kept, controls, {"by": by, "seed": seed})
-    result.dropped, result.report = dropped, _told(result)
+    result = _result(runs, axes, fit.items, controls, {"by": by, "seed": seed})
+    result.dropped, result.report = fit.dropped, [*_told(result), *fit.notes]
     return result
 
 
@@ -218,7 +222,7 @@ class _Run:
 
     def measured(self, metric: Any, progress: bool | None) -> _Measured:
         wanted = self._metrics(progress) if metric is None else metric
-        pairs, alone = self.items.pairs(stream=self.stream), set()  # type: ignore[arg-type]
+        pairs, alone = counterparts(self.items, self.stream), set()
 
         def cells(batch: PairBatch) -> Iterator[Cell]:
             return self._cells(batch, alone)

@@ -14,6 +14,7 @@ from audio_lens.analysis.grounding.streams import (
     STREAMS,
     Said,
     check,
+    check_one,
     said,
     spoken,
     swapped,
@@ -214,8 +215,8 @@ def counterfactual(
         same form that says something else.
 
     Raises:
-        ItemError: items without ``other_text`` (and no ``without``), or of which nothing, or
-            everything, is dropped.
+        ItemError: items without ``other_text``, or of whose text nothing, or everything, is
+            dropped.
     """
     check(model, items, ("text",))
     bare = _bare(items, without)
@@ -266,6 +267,7 @@ def _outcomes(scores: Float[Tensor, "n two"]) -> Float[Tensor, "n outcomes"]:
 
 def _said(model: HookedAudioTransformer, items: Items, metric: Any, progress: bool | None) -> Said:
     """Of the items as they are, with the audio swapped, and with the text swapped."""
+    check_one(metric)
     check(model, items)
     sides = [items, *(swapped(items, stream) for stream in STREAMS)]
     return said(model, sides, metric, progress=progress)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens import metrics, places
 from audio_lens.inputs import InputError
-from audio_lens.items import ItemError, Items, PairBatch, measured
-from audio_lens.items.item import listed
+from audio_lens.items import ItemError, Items, PairBatch, Pairs, measured
+from audio_lens.items.item import heard, listed, rated
+from audio_lens.items.pairs import Stream
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.places import Where, Words
 
@@ -48,15 +50,47 @@ def check(model: HookedAudioTransformer, items: Items, streams: Sequence[str] = 
     items.check_answers(model, against=True)
 
 
+def check_one(metric: Any) -> None:
+    """Raise for several metrics at once.
+
+    Raises:
+        InputError: for a mapping.
+    """
+    if isinstance(metric, Mapping):
+        raise InputError(f"one metric at a time here, got {', '.join(map(str, metric))}")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Items whose counterparts fit them position by position.
+
+    Attributes:
+        dropped: how many others there were, by why.
+        notes: what was done to those that are here.
+    """
+
+    items: Items
+    dropped: dict[str, int]
+    notes: list[str]
+
+
 def fitting(
     model: HookedAudioTransformer, items: Items, streams: Sequence[str] = STREAMS
-) -> tuple[Items, dict[str, int]]:
-    """The items whose counterparts fit them position by position, and how many others there are.
+) -> Fitting:
+    """The items that fit their counterparts; shorter clips are padded to their counterparts'.
 
     Raises:
         ItemError: if that leaves none, naming the first.
     """
-    pairs = [items.pairs(stream=stream) for stream in streams]  # type: ignore[arg-type]
+    notes = []
+    if set(streams) & {"audio", "both"}:
+        items, seconds = padded(items)
+        if seconds:
+            notes.append(
+                f"{len(seconds)} clips were shorter than their counterparts, or these than they: "
+                f"up to {max(seconds):.2f} s of silence was appended to make both as long."
+            )
+    pairs = [counterparts(items, stream) for stream in streams]
     rows, why = [], []
     for row in range(len(items)):
         try:
@@ -67,7 +101,28 @@ def fitting(
             why.append(str(error))
     if not rows:
         raise ItemError(listed(f"none of the {len(items)} items fits its counterparts", why))
-    return items[rows], {UNFIT: len(why)} if why else {}
+    return Fitting(items[rows], {UNFIT: len(why)} if why else {}, notes)
+
+
+def padded(items: Items) -> tuple[Items, list[float]]:
+    """The items with silence behind the shorter of clip and ``other_audio``; how much, in seconds.
+
+    Clips of another rate than their counterparts stay as they are.
+
+    Raises:
+        AudioError: a clip that cannot be read.
+    """
+    made, seconds = [], []
+    for item in items:
+        sides = [heard(rated(x, item.sampling_rate)) for x in (item.audio, item.other_audio)]
+        (one, rate), (other, other_rate) = sides
+        if len(one) != len(other) and rate == other_rate:
+            length = max(len(one), len(other))
+            seconds.append(abs(len(one) - len(other)) / rate)
+            one, other = (np.pad(x, (0, length - len(x))) for x in (one, other))
+            item = item.replaced(audio=one, other_audio=other, sampling_rate=rate)
+        made.append(item)
+    return Items(made), seconds
 
 
 # -------------------------------------------------------------------------------- what is said
@@ -153,9 +208,14 @@ def spoken(items: Items, field: str) -> list[str]:
     return [str(getattr(item, field)) for item in items]
 
 
+def counterparts(items: Items, stream: str) -> Pairs[Items]:
+    """The items beside their counterparts of one stream, or of both."""
+    return items.pairs(stream=cast(Stream, stream))
+
+
 def swapped(items: Items, stream: str) -> Items:
     """The items with one stream replaced by its counterpart."""
-    return items.pairs(stream=stream).corrupted  # type: ignore[arg-type]
+    return counterparts(items, stream).corrupted
 
 
 # -------------------------------------------------------------------------------- where it stands
