@@ -236,15 +236,15 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
         )
     cells = np.empty([len(result.coords[axis]) for axis in result.axes], dtype=object)
     cells.flat[:] = result.cells()
-    across = next((axis for axis in ACROSS if axis in result.axes), None)
-    across = across or next(iter(result.axes), None)
+    first = next(iter(result.axes), None)
+    across = next((axis for axis in ACROSS if axis in result.axes), first)
     up = next((axis for axis in result.axes if axis != across), None)
     x = Axis.alone(result) if across is None else Axis.of(result, across)
     y = None if up is None else Axis.of(result, up)
-    cells = cells if result.axes else cells.reshape(1)
+    cells = np.atleast_1d(cells)
     if y is None:
         cells = cells[[index for index, _, _ in x.columns]]
-    elif result.axes[0] == across:
+    elif first == across:
         cells = cells.T
     tables = {name: numbers(cells, name) for name in result.quantities}
     limits = {name: colour_limit(table, name) for name, table in tables.items()}

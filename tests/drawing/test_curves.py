@@ -41,9 +41,9 @@ def test_three_axes_without_intervals_must_be_selected_from():
 
 
 def test_a_single_number_is_a_bar_with_its_controls():
-    control = Result(torch.tensor(0.9), (), {})
+    control = Result(torch.tensor(0.9).double(), (), {})
     share = Result(
-        torch.tensor(0.5),
+        torch.tensor(0.5).double(),
         (),
         {},
         low=torch.tensor(0.4),
