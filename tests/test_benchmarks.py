@@ -13,7 +13,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import collecting, edits, speaking
+from benchmarks import collecting, edits, grounding, speaking
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
@@ -204,3 +204,12 @@ def test_curves_of_edits_agree(embedded):
     assert whole.abs().max() > 1e-3
     for curve in others:
         torch.testing.assert_close(curve, whole, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_small_study_of_conflict_items_stays_in_its_time(data_dir):
+    app = typer.Typer()
+    app.command()(grounding.main)
+    result = CliRunner().invoke(app, ["--items", "3"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "share: The audio makes 0." in result.output and "3 items:" in result.output

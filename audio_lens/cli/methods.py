@@ -58,7 +58,7 @@ def get(name: str) -> Method:
     """
     if name in listed():
         importlib.import_module(listed()[name].module)
-    from audio_lens.hooks import suggest
+    from audio_lens.arguments import suggest
     from audio_lens.items import ANALYSES
 
     if name not in ANALYSES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ FAINTEST, STRONGEST = 0.25, 1.5  # ends of their colour scale: no noise in full 
 MARKED, LEAST_MARKED = 10, 0.1  # cells marked with their rank, if a tenth as strong as the first
 ROW_PX, LEAST_PX, MOST_PX, BARS_PX, TITLE_PX = 26, 150, 560, 156, 40
 CONTROL_MARKS = ("diamond-open", "x-thin-open", "circle-open", "square-open", "cross-thin-open")
+LETTERS, LINE_PX, ALONE = 90, 18, 0.3  # a line under the title; width of a bar that stands alone
 TOUCHING = 1e-6  # stretches closer than this meet
 
 
@@ -69,6 +71,11 @@ class Axis:
             bounds = np.array([[band.low_hz, band.high_hz] for band in coords], dtype=float)
             edges, order = columns([tuple(pair) for pair in mel_of(bounds).tolist()])
         return Axis(name, order, edges, coords)
+
+    @staticmethod
+    def alone(result: Labelled) -> Axis:
+        """Of a single number, which has none: one place under the name of what was measured."""
+        return Axis("", [0], None, [result.meta.get("method", "value")])
 
     @property
     def names(self) -> list[str]:
@@ -156,6 +163,14 @@ def map_figure(
     return go.Figure([*before, *beside], layout)
 
 
+def say_below(figure: go.Figure, sentence: str) -> go.Figure:
+    """Say what was found under the title of a figure."""
+    lines = textwrap.wrap(escaped(sentence), LETTERS)
+    top = {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": LINE_PX}}
+    title = top | {"subtitle": {"text": "<br>".join(lines)}}
+    return figure.update_layout(title=title, margin_t=TITLE_PX + LINE_PX * (3 + len(lines)))
+
+
 def control_traces(result: Labelled, drawn: Map, quantity: str | None = None) -> list[go.Scatter]:
     """What controls gave, as marks over bars: of one axis, or the same over all of it."""
     if drawn.y is not None:
@@ -214,19 +229,22 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
         ValueError: unless the result has one or two axes, or if the quantity is unknown.
     """
     quantity = shown_quantity(result, quantity)
-    if not 1 <= len(result.axes) <= 2:
+    if len(result.axes) > 2:
         raise InputError(
-            f"a map has one or two axes, this result has {', '.join(result.axes) or 'none'}: "
+            f"a map has one or two axes, this result has {', '.join(result.axes)}: "
             f"select one first, for instance {_example_selection(result)}"
         )
     cells = np.empty([len(result.coords[axis]) for axis in result.axes], dtype=object)
     cells.flat[:] = result.cells()
-    across = next((axis for axis in ACROSS if axis in result.axes), result.axes[0])
+    first = next(iter(result.axes), None)
+    across = next((axis for axis in ACROSS if axis in result.axes), first)
     up = next((axis for axis in result.axes if axis != across), None)
-    x, y = Axis.of(result, across), None if up is None else Axis.of(result, up)
+    x = Axis.alone(result) if across is None else Axis.of(result, across)
+    y = None if up is None else Axis.of(result, up)
+    cells = np.atleast_1d(cells)
     if y is None:
         cells = cells[[index for index, _, _ in x.columns]]
-    elif result.axes[0] == across:
+    elif first == across:
         cells = cells.T
     tables = {name: numbers(cells, name) for name in result.quantities}
     limits = {name: colour_limit(table, name) for name, table in tables.items()}
@@ -241,8 +259,8 @@ def draw_map(result: Labelled, quantity: str | None = None) -> Map:
 
 
 def _example_selection(result: Labelled) -> str:
-    axis = result.axes[0] if result.axes else "..."
-    return f"result.select({axis}={result.coords.get(axis, [0])[0]!r})"
+    axis = result.axes[0]
+    return f"result.select({axis}={result.coords[axis][0]!r})"
 
 
 def _check_one_clip(result: Labelled) -> None:
@@ -310,11 +328,11 @@ def _bars(result: Labelled, cells: np.ndarray, x: Axis, quantity: str, shades: l
     return go.Bar(
         name="map",
         x=places,
-        width=None if x.edges is None else widths,
+        width=(None if x.name else ALONE) if x.edges is None else widths,
         y=numbers(cells, quantity),
         error_y=error_bars(cells, result, quantity),
         customdata=[_hover(cell, names) for cell in cells],
-        text=[str(rank or "") for rank in marks],
+        text=[str(rank or "") for rank in marks] if x.name else None,
         textposition="outside",
         cliponaxis=False,
         marker={"color": shades, "line": {"color": "#888", "width": 1}},

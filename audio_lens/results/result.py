@@ -420,6 +420,9 @@ class Result:
     ) -> go.Figure:
         """The map of one or two axes as a plotly figure; stimuli are averaged.
 
+        Three axes with intervals are drawn as curves in panels. What was found is said below the
+        title: the first note of a result that has intervals.
+
         Args:
             quantity: one of ``quantities``; None is the first.
             metric: which metric, where there are several.
@@ -427,14 +430,19 @@ class Result:
             words, phones: labelled stretches of the clip, in seconds.
 
         Raises:
-            ValueError: for three axes (select one first), several metrics and none named, words
-                without audio, or audio that the windows do not fit.
+            ValueError: for three axes without intervals, or four (select one first), several
+                metrics and none named, words without audio, or audio that the windows do not fit.
         """
-        from audio_lens.drawing import clips, figures  # plotly takes long to import
+        from audio_lens.drawing import clips, curves, figures  # plotly takes long to import
 
-        windows = self.coords.get("time", [])
+        windows, one = self.coords.get("time", []), self.of_metric(metric)
         clip = clips.clip_above(windows, audio, words, phones, sampling_rate)
-        return figures.map_figure(self.of_metric(metric), quantity, clip)
+        is_found = self.low is not None
+        if is_found and len(one.axes) == 3 and clip is None:
+            figure = curves.curves_figure(one, quantity)
+        else:
+            figure = figures.map_figure(one, quantity, clip)
+        return figures.say_below(figure, self.report[0]) if is_found and self.report else figure
 
     def figure(
         self,
