@@ -26,6 +26,7 @@ class Do(ABC):
     """One kind of change of an activation."""
 
     reads_vectors: ClassVar[bool] = False  # whether it needs whole vectors of a site
+    spans_blocks: ClassVar[bool] = False  # whether it carries something from block to block
 
     def check(self, site: Site, asked: Mapping[str, Any]) -> None:
         """Raise where it makes no sense at a site.
