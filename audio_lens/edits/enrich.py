@@ -12,11 +12,9 @@ from torch import Tensor
 
 from audio_lens.arguments import numbers
 from audio_lens.edits.at import At
-from audio_lens.edits.do import Do, Number
+from audio_lens.edits.do import Do, Number, as_long_as
 from audio_lens.inputs import InputError
 from audio_lens.sites import Site, SiteError
-
-_LEAST = 1e-30  # a vector shorter than that has no direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +72,7 @@ class Enrich(Do):
             if giver < layer:
                 added = added + weight * self._of(given, giver, x, at)
         enriched = x + self.alpha * added
-        return _as_long_as(x, enriched) if self.keep_norm else enriched
+        return as_long_as(x, enriched) if self.keep_norm else enriched
 
     def _of(self, given: Mapping[int, Tensor], giver: int, x: Tensor, at: At) -> Tensor:
         """What a giver gave in this call."""
@@ -84,9 +82,3 @@ class Enrich(Do):
                 "this call: its layer= names givers and takers, and all run in one forward"
             )
         return given[giver].to(x)
-
-
-def _as_long_as(x: Float[Tensor, "..."], changed: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Changed vectors with the lengths of the former ones; those that vanished stay 0."""
-    before, now = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, changed))
-    return changed * (before / now.clamp(min=_LEAST))
