@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.errors import AudioLensError, InputError
+from audio_lens.items.item import Item, heard
 
 CONTROLS = {
     "identity": "a run's own activations put back: nothing may change",
@@ -25,6 +26,7 @@ CONTROLS = {
     "random_keys": "as many other positions",
     "permuted_labels": "the same items under each other's labels",
     "empty": "the claim that claims nothing",
+    "no_audio": "the same question over silence",
     "destroyed": "what wiping out the corrupted answer would give by itself",
 }
 Place = TypeVar("Place", bound=Hashable)
@@ -93,6 +95,16 @@ def norm_matched_noise(source: Float[Tensor, "*b d"], seed: int = 0) -> Float[Te
     spread = wide.std(-1, correction=0, keepdim=True)
     noise = noise / noise.std(-1, correction=0, keepdim=True)
     return (wide.mean(-1, keepdim=True) + spread * noise).to(source)
+
+
+def no_audio(item: Item) -> Item:
+    """The item over silence as long as its clip: what is answered without hearing anything.
+
+    Raises:
+        AudioError: a clip that cannot be read.
+    """
+    samples, rate = heard(item.clip)
+    return item.replaced(audio=np.zeros_like(samples), sampling_rate=rate)
 
 
 # -------------------------------------------------------------------------------- places
