@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.corruptions import Silence
 from audio_lens.errors import AudioLensError, InputError
-from audio_lens.items.item import Item, heard
+from audio_lens.items.item import Item, Spoiled
 
 CONTROLS = {
     "identity": "a run's own activations put back: nothing may change",
@@ -98,13 +99,9 @@ def norm_matched_noise(source: Float[Tensor, "*b d"], seed: int = 0) -> Float[Te
 
 
 def no_audio(item: Item) -> Item:
-    """The item over silence as long as its clip: what is answered without hearing anything.
-
-    Raises:
-        AudioError: a clip that cannot be read.
-    """
-    samples, rate = heard(item.clip)
-    return item.replaced(audio=np.zeros_like(samples), sampling_rate=rate)
+    """The item over silence as long as its clip: what is answered without hearing anything."""
+    silent = Spoiled(item.clip, Silence())
+    return item.replaced(audio=silent, other_audio=None, sampling_rate=None)
 
 
 # -------------------------------------------------------------------------------- places
