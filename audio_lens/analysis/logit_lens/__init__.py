@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from audio_lens.analysis.logit_lens.critical import (
+from audio_lens.analysis.logit_lens.curves import (
     critical_layer,
     landmarks,
     onset,
     peak,
     threshold,
 )
-from audio_lens.analysis.logit_lens.enrichment import enrich, enrichment, grid, selected
-from audio_lens.analysis.logit_lens.information import (
+from audio_lens.analysis.logit_lens.enriching import enrich, enrichment, grid, selected
+from audio_lens.analysis.logit_lens.prefix import prefixed
+from audio_lens.analysis.logit_lens.scores import (
     critical,
     information,
     outcomes,
     probability,
 )
-from audio_lens.analysis.logit_lens.prefix import prefixed
-from audio_lens.analysis.logit_lens.saturation import saturation, saturation_layer
+from audio_lens.analysis.logit_lens.settling import saturation, saturation_layer
 from audio_lens.analysis.logit_lens.streams import (
     TOP_TOKENS,
     Lens,

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.analysis.logit_lens.information import OUTCOMES
 from audio_lens.analysis.logit_lens.reading import BATCH, Asked
+from audio_lens.analysis.logit_lens.scores import OUTCOMES
 from audio_lens.analysis.logit_lens.vocabulary import (
     check_reads_text,
     logits_of_streams,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from audio_lens.analysis.logit_lens.critical import ALPHA, LANDMARKS, landmarks, threshold
+from audio_lens.analysis.logit_lens.curves import ALPHA, LANDMARKS, landmarks, threshold
 from audio_lens.analysis.logit_lens.reading import (
     LAST,
     Asked,
