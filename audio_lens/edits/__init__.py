@@ -3,6 +3,7 @@
 from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
 from audio_lens.edits.do import Add, Do, Latents, Mix, Project, Put, Scale, Swap
 from audio_lens.edits.edit import Edit, intervene
+from audio_lens.edits.enrich import Enrich
 from audio_lens.edits.written import from_dict, load, save, to_dict
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Block",
     "Do",
     "Edit",
+    "Enrich",
     "Latents",
     "Mix",
     "Multiply",

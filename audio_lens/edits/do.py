@@ -20,12 +20,14 @@ Number = float | int
 # over its rows and positions, a number, or "mean"
 Source = Any
 MEAN = "mean"
+_LEAST = 1e-30  # a vector shorter than that has no direction
 
 
 class Do(ABC):
     """One kind of change of an activation."""
 
     reads_vectors: ClassVar[bool] = False  # whether it needs whole vectors of a site
+    spans_blocks: ClassVar[bool] = False  # whether it carries something from block to block
 
     def check(self, site: Site, asked: Mapping[str, Any]) -> None:
         """Raise where it makes no sense at a site.
@@ -104,13 +106,15 @@ class Scale(Do):
 
 @dataclass(frozen=True, eq=False)
 class Add(Do):
-    """Adds a vector, ``alpha`` times."""
+    """Adds a vector, ``alpha`` times; with ``keep_norm`` the sum is as long as x was."""
 
     vector: Float[Tensor, "..."] | Number | Mapping[str, Tensor]
     alpha: Number | Float[Tensor, ""] = 1.0
+    keep_norm: bool = False
 
     def __call__(self, x: Float[Tensor, "..."], at: At) -> Float[Tensor, "..."]:
-        return x + self.alpha * at.value(self.vector, x)
+        changed = x + self.alpha * at.value(self.vector, x)
+        return as_long_as(x, changed) if self.keep_norm else changed
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +190,12 @@ class Latents(Do):
             )
         lost = x - self.autoencoder.decode(latents)
         return self.autoencoder.decode(changed) + lost
+
+
+def as_long_as(x: Float[Tensor, "..."], changed: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Changed vectors with the lengths of the former ones; those that vanished stay 0."""
+    before, now = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, changed))
+    return changed * (before / now.clamp(min=_LEAST))
 
 
 def projected(

@@ -18,12 +18,14 @@ from audio_lens.combining import Either, Outside, Without
 from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
 from audio_lens.edits.do import Add, Latents, Mix, Project, Put, Scale, Swap
 from audio_lens.edits.edit import Edit
+from audio_lens.edits.enrich import Enrich
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.places import Named, Words
 from audio_lens.timeline import Span
 
 _CLASSES = (
     *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
+    Enrich,
     *(Words, Named, Either, Without, Outside, Span, Edit),
 )
 KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from audio_lens.corruptions import Silence
 from audio_lens.errors import AudioLensError, InputError
+from audio_lens.items.item import Item, Spoiled
 
 CONTROLS = {
     "identity": "a run's own activations put back: nothing may change",
@@ -25,6 +27,7 @@ CONTROLS = {
     "random_keys": "as many other positions",
     "permuted_labels": "the same items under each other's labels",
     "empty": "the claim that claims nothing",
+    "no_audio": "the same question over silence",
     "destroyed": "what wiping out the corrupted answer would give by itself",
 }
 Place = TypeVar("Place", bound=Hashable)
@@ -93,6 +96,12 @@ def norm_matched_noise(source: Float[Tensor, "*b d"], seed: int = 0) -> Float[Te
     spread = wide.std(-1, correction=0, keepdim=True)
     noise = noise / noise.std(-1, correction=0, keepdim=True)
     return (wide.mean(-1, keepdim=True) + spread * noise).to(source)
+
+
+def no_audio(item: Item) -> Item:
+    """The item over silence as long as its clip: what is answered without hearing anything."""
+    silent = Spoiled(item.clip, Silence())
+    return item.replaced(audio=silent, other_audio=None, sampling_rate=None)
 
 
 # -------------------------------------------------------------------------------- places

@@ -123,6 +123,11 @@ class SweepSpec:
             raise InputError("do= says what is put in: source= goes into it, as edits.Put(source)")
         if self.do is not None and not isinstance(self.do, Do):
             raise InputError(f"do is one of audio_lens.edits (Put, Scale ...), got {self.do!r}")
+        if self.do is not None and self.do.spans_blocks:
+            raise InputError(
+                f"{type(self.do).__name__} goes from block to block, and a cell edits one: keep it "
+                "in force with intervene, or give it to patching.run"
+            )
         if self.direction not in ("denoise", "noise"):
             raise InputError(f"direction is 'denoise' or 'noise', got {self.direction!r}")
         if self.cells_per_forward is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from audio_lens.items import statistics
+from audio_lens.items import Item, statistics
 from audio_lens.items.statistics import ControlError, bootstrap, changepoint, ratio_of_means
 
 NAN = float("nan")
@@ -242,8 +242,16 @@ def test_a_control_that_cannot_be_drawn_says_why(call, told: str) -> None:
         call()
 
 
+def test_no_audio_is_silence_of_the_same_length() -> None:
+    item = Item(np.ones(800, np.float32), "what?", answer="a", sampling_rate=8_000, id="x")
+    silent = statistics.no_audio(item)
+    assert silent.duration_s == item.duration_s and not silent.clip["array"].any()
+    assert (silent.id, silent.text, silent.answer) == ("x", "what?", "a")
+    assert item.clip["array"].all()
+
+
 def test_every_control_is_there_and_told() -> None:
     assert set(statistics.CONTROLS) <= set(statistics.__all__)
-    assert len(statistics.CONTROLS) == 9 and all(statistics.CONTROLS.values())
+    assert len(statistics.CONTROLS) == 10 and all(statistics.CONTROLS.values())
     with pytest.raises(ValueError, match="not of 'kl'"):
         statistics.destroyed(torch.ones(1), torch.zeros(1), "kl")

@@ -21,12 +21,14 @@ class Step:
         start: how many positions of the decoder were there before this call.
         keeps: whether the call fills a key-value cache, so that others may go on from it.
         grounds: what was found out about positions of parts in this call, by part.
+        given: what earlier blocks gave to later ones in this call, by the ``id`` of the edit.
     """
 
     prompts: AudioInputs
     start: int = 0
     keeps: bool = False
     grounds: dict[str, Any] = field(default_factory=dict, repr=False)
+    given: dict[int, dict[int, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def is_prefill(self) -> bool:

@@ -10,15 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from audio_lens.analysis.logit_lens.vocabulary import (
+    AT_ONCE,
+    reads_text,
+    stream_hooks,
+    token_logits,
+    vocabulary_size,
+)
 from audio_lens.analysis.prompts import Places, Prompt, chosen_numbers, token_label
 from audio_lens.cache import AudioCache
 from audio_lens.inputs import InputError
-from audio_lens.models.config import TEXT
 from audio_lens.models.kinds.ctc import ctc_of
 from audio_lens.running import evaluating
 
 TOP_TOKENS = 3
-AT_ONCE = 2**23  # logits that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -69,26 +74,7 @@ class Streams:
 
 def has_vocabulary(prompt: Prompt, part: str) -> bool:
     """Whether what the part holds at a position can be read as tokens or labels."""
-    cfg = prompt.model.cfg
-    is_read = cfg.output_kind in ("tokens", "ctc") or TEXT in dict(cfg.streams)
-    return part == prompt.model.output_part and is_read
-
-
-def _logits(prompt: Prompt, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 n v"]:
-    """What is read of final hidden states: of several streams, the text."""
-    model = prompt.model
-    if model.cfg.output_kind == "streams":
-        return model.part("decoder").unembed(hidden)
-    return model.read_out(hidden, prompt.inputs)
-
-
-def _vocabulary(prompt: Prompt) -> int:
-    """How many tokens there are to read."""
-    cfg = prompt.model.cfg
-    count = dict(cfg.streams)[TEXT] if cfg.output_kind == "streams" else cfg.output.d_vocab
-    if count is None:
-        raise InputError(f"the {prompt.model.output_part} of {cfg.model_name} has no vocabulary")
-    return count
+    return part == prompt.model.output_part and reads_text(prompt.model)
 
 
 def check_vocabulary(prompt: Prompt, parts: Sequence[str]) -> None:
@@ -115,10 +101,9 @@ def stream_names(prompt: Prompt, part: str, layers: Sequence[int] | None = None)
     Raises:
         InputError: layers that the part does not have.
     """
-    blocks = prompt.model.part(part).blocks
-    numbers = chosen_numbers("layers", layers, len(blocks), part)
-    reads = {str(layer): f"{part}.blocks.{layer}.hook_resid_pre" for layer in numbers}
-    return reads | {"out": f"{part}.blocks.{len(blocks) - 1}.hook_{blocks[-1].last_stage}"}
+    *reads, out = stream_hooks(prompt.model, part)
+    numbers = chosen_numbers("layers", layers, len(reads), part)
+    return {str(layer): reads[layer] for layer in numbers} | {"out": out}
 
 
 @torch.no_grad()
@@ -189,7 +174,7 @@ def _read_tokens(
 
 
 def _token_id(prompt: Prompt, token: str | int) -> int:
-    found, count = prompt.model.to_single_token(token), _vocabulary(prompt)
+    found, count = prompt.model.to_single_token(token), vocabulary_size(prompt.model)
     if found >= count:
         raise InputError(f"the text has {count} tokens, so none is {found}")
     return found
@@ -200,11 +185,11 @@ def _written(
 ) -> tuple[Int[Tensor, "n top"], Float[Tensor, "n top"], Float[Tensor, "n watched"]]:
     """Likeliest tokens, their probabilities, and those of the watched ones."""
     model, found = prompt.model, []
-    size = max(1, AT_ONCE // _vocabulary(prompt))
+    size = max(1, AT_ONCE // vocabulary_size(prompt.model))
     with model.without_hooks():  # the user's hooks had their say in the run
         for piece in stream.to(model.device).split(size):
             hidden = model.output_stack.finish(piece[None])
-            probs = _logits(prompt, hidden)[0].float().softmax(-1).cpu()
+            probs = token_logits(model, hidden, prompt.inputs)[0].float().softmax(-1).cpu()
             best = probs.topk(min(TOP_TOKENS, probs.shape[-1]))
             found.append((best.indices, best.values, probs[:, list(watched)]))
     tokens, chances, of_watched = (torch.cat(pieces) for pieces in zip(*found, strict=True))
