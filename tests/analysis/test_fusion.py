@@ -104,11 +104,11 @@ def diluted(count: int = 4) -> Items:
 
 def test_what_is_diluted_late_is_brought_back():
     """The heard answer is given again to the layer that writes over it; other givers do nothing."""
-    result = fusion.iri(diluting_toy(), diluted())
+    result = fusion.iri(diluting_toy(), diluted(), lambdas=[0.4])
     chosen = {name: float(result.meta[name]) for name in ("lambda_attn", "lambda_mlp")}
     assert chosen == {"lambda_attn": 0.4, "lambda_mlp": 0.0}
     gains = result.select(metric="right").estimate
-    assert gains[0].tolist() == [0.0] * 4 and gains[-1].tolist() == [0.5] * 4
+    assert gains[0].tolist() == [0.0] * 2 and gains[-1].tolist() == [0.5] * 2
     assert result.controls["random_sites"].select(metric="right").values.abs().max() == 0
     assert result.controls["identity"].values.abs().max() == 0
     assert result.report[0].endswith("more are right") and "0.50 are right" in result.report[0]
@@ -131,12 +131,12 @@ def test_layers_that_give_are_those_that_recover():
 
 @pytest.fixture(scope="module")
 def items() -> Items:
-    return spoken_items(8, seed=3)
+    return spoken_items(7, seed=3)
 
 
 @pytest.fixture(scope="module")
 def traced(embedded, items):
-    return fusion.trace(embedded, items.pairs(), layers=[0, 2, 4, 5])
+    return fusion.trace(embedded, items.pairs(), layers=[0, 2, 5])
 
 
 @pytest.mark.real
@@ -148,8 +148,8 @@ def test_the_last_token_is_the_bottleneck_late_and_the_audio_holds_the_answer_ea
         assert (audio.low[:2] > 0.7).all() and audio.high[-1] < 0.4
         assert (last.high[:2] < 0.4).all() and last.low[-1] > 0.8
         assert (text.estimate - last.estimate).abs().max() < 0.1
-    assert "'audio' at 0, 2" in traced.report[0] and "'last' at 4, 5" in traced.report[0]
-    assert traced.n_kept >= 6
+    assert "'audio' at 0, 2;" in traced.report[0] and "'last' at 5" in traced.report[0]
+    assert traced.n_kept >= 5
 
 
 @pytest.mark.real
@@ -165,9 +165,10 @@ def test_controls_lie_where_they_must(traced):
 
 @pytest.mark.real
 def test_one_cell_by_hand(embedded, items, traced):
-    """Clean states of the last token put in by a hook, item by item."""
-    pairs, name = items.pairs(), "decoder.blocks.4.hook_resid_pre"
+    """Clean states of the audio put in by a hook, item by item."""
+    pairs, name = items.pairs(), "decoder.blocks.2.hook_resid_pre"
     over, under = [], []
+    audio = embedded.timeline(embedded.prepare([items[0].clip], [items[0].text]))[0].audio_span
     for item in traced.coords["stimulus"]:
         (pair,) = (pair for pair in pairs if pair.clean.id == item)
         clean, corrupted = (
@@ -177,7 +178,7 @@ def test_one_cell_by_hand(embedded, items, traced):
 
         def put(x, hook, states):
             x = x.clone()
-            x[:, -1] = states[:, -1]
+            x[:, audio] = states[:, audio]
             return x
 
         with torch.no_grad():
@@ -187,7 +188,7 @@ def test_one_cell_by_hand(embedded, items, traced):
             after = metric(embedded.run_with_hooks(corrupted, fwd_hooks=[(name, hook)]))
         over.append(float(after - before))
         under.append(float(metric(logits) - before))
-    cell = traced.select(metric="logit_diff", group="last", layer=4)
+    cell = traced.select(metric="logit_diff", group="audio", layer=2)
     assert cell.values.tolist() == pytest.approx(
         [a / b for a, b in zip(over, under, strict=True)], abs=1e-4
     )
@@ -219,6 +220,7 @@ def test_iri_is_a_null_result_where_nothing_is_diluted(embedded):
     """CORRECTIONS A18: the embedded model has no late attenuation."""
     result = fusion.iri(embedded, spoken_items(24, seed=5))
     assert result.select(metric="right").low.max() <= 0
+    assert result.plot(metric="right") is not None
     assert "no gain that can be told from 0" in result.report[0]
 
 
@@ -226,7 +228,6 @@ def test_a_trace_is_made_again_from_its_file(toy, cues, tmp_path):
     result = fusion.trace(toy, cues.pairs(), layers=[2, 3], controls=["other_item"], seed=2)
     again = rerun(result.save(tmp_path / "trace.nc"), toy, cues.pairs())
     assert torch.equal(again.values, result.values) and again.report == result.report
-    assert result.select(metric="log_prob").plot() is not None
 
 
 # -------------------------------------------------------------------------------- groups
