@@ -32,7 +32,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
     "analysis": (
-        *("items", "patching", *INTERVENING, "metrics", "models", "results"),
+        *("items", "patching", *INTERVENING, "metrics", "models", "results", "corruptions"),
         *HEARD,
     ),
     "items": (

@@ -217,3 +217,50 @@ def not_asking(inputs: AudioInputs) -> AudioInputs:
     tokens = inputs.tokens.clone()
     tokens[:, -1] = REST
     return replace(inputs, tokens=tokens)
+
+
+def diluting_toy(writer: int = 1, diluter: int = 3, gain: float = 1.2) -> Toy:
+    """A head brings the heard class, and a later layer writes the read class over it.
+
+    What is heard with less than ``gain`` loses. The layers between and behind write nothing.
+    """
+    toy = HearingToy(n_layers=5)
+    toy.copy_head(writer, 0, MARKER, AUDIO_CLASS, gain=1.0)
+    toy.copy_head(diluter, 1, TEXT_MARKER, TEXT_CLASS, gain=gain)
+    return toy
+
+
+class HearingToy(Toy):
+    """A toy that takes clips: their first sample says the class, the second how loud it is heard.
+
+    ``spoken`` makes them. Silence says nothing. A text is the class that is read.
+    """
+
+    def prepare(self, audio, text, sampling_rate=None) -> AudioInputs:
+        made = []
+        for clip, said in zip(audio, text, strict=True):
+            inputs = prompt(Cue(heard=0, read=int(said)))
+            frame = inputs.features[0, :, 4 * Cue(0).at_token]
+            frame.zero_()
+            heard, loud = (round(1000 * float(x)) for x in clip["array"][:2])
+            if heard:
+                frame[MARKER], frame[AUDIO_CLASS.start + heard - 1] = 1.0, loud / 100
+            made.append(inputs)
+        return AudioInputs.joined(made)
+
+    def to_single_token(self, text) -> int:
+        return int(text)
+
+
+def spoken(heard: int, loud: float = 1.0) -> dict:
+    """A clip in which a `HearingToy` hears a class."""
+    samples = torch.zeros(1600)
+    samples[0], samples[1] = (heard + 1) / 1000, loud / 10
+    return {"array": samples.numpy(), "sampling_rate": 16_000}
+
+
+def hearing_copy_toy(n_layers: int = 5, layer: int = 2, head: int = 1) -> HearingToy:
+    """`copy_toy` with clips."""
+    toy = HearingToy(n_layers)
+    toy.copy_head(layer, head, MARKER, AUDIO_CLASS, gain=1.0)
+    return toy
