@@ -231,7 +231,8 @@ def test_heads_are_mixed_one_by_one() -> None:
 def test_a_half_way_mixture_is_half_way_in_a_linear_model() -> None:
     mixed = lens.mix(toys.commit_toy(2), settled_items(2), reference="silence")
     change = mixed.select(metric="logit_diff").estimate
-    assert torch.equal(change, torch.tensor([0, -0.25, -0.5, -0.75, -1]).double().expand(5, -1))
+    expected = torch.tensor([0, -0.25, -0.5, -0.75, -1]).double().expand(5, -1)
+    assert torch.allclose(change, expected, atol=1e-12)
 
 
 def test_references_are_as_long_and_as_loud() -> None:

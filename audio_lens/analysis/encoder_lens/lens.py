@@ -100,7 +100,7 @@ def encoder_lens(
         said.own,
         controls=beside,
         meta={"reads": reads, "reference": REFERENCE if controls else "none"},
-        report=[*_curves(scores, said), *_examples(said, items), CANNOT],
+        report=[*_curves(scores, said), f"Read were {reads}.", *_examples(said, items), CANNOT],
     )
 
 
