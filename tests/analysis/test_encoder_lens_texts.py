@@ -125,6 +125,7 @@ def test_tokens_are_right_that_stand_in_the_transcript_in_order() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_whisper_as_published_decides_digits_in_its_last_layer() -> None:
     model, items = digits.digits_whisper(), digits.digit_items(range(1))
     result = lens.saturation(model, items, size=20, max_new_tokens=4)
@@ -133,9 +134,13 @@ def test_whisper_as_published_decides_digits_in_its_last_layer() -> None:
     assert result.select(group="right").values.nansum() > 0
 
 
-def test_models_that_write_nothing_are_named() -> None:
-    entry = tiny.ALL_FAMILIES["wav2vec2_ctc"]
-    with pytest.raises(InputError, match="no decoder that writes text"):
+@pytest.mark.parametrize(
+    "family, why",
+    [("wav2vec2_ctc", "no decoder that writes text"), ("kyutai_stt", "along with the sound")],
+)
+def test_models_that_write_no_text_of_their_own_are_named(family: str, why: str) -> None:
+    entry = tiny.ALL_FAMILIES[family]
+    with pytest.raises(InputError, match=why):
         lens.saturation(entry.hooked(entry.build()), spoken([3]))
 
 
@@ -154,6 +159,7 @@ def test_a_probe_tells_texts_that_are_made_up() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 def test_speech_and_noise_are_told_apart(part: str) -> None:
     pytest.importorskip("sklearn", reason="probes need the extra 'probe'")

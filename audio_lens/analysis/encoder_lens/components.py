@@ -56,9 +56,6 @@ class Components:
 
     def edits(self, *each: Do) -> list[Edit]:
         """For every component one edit of each kind, component by component."""
-        places = itertools.product(*self.axes.values())
-        return [
-            Edit(str(self.site), do, **dict(zip(self.axes, at, strict=True)))
-            for at in places
-            for do in each
-        ]
+        site, layers, heads = str(self.site), self.axes["layer"], self.axes.get("head", [None])
+        places = itertools.product(layers, heads)
+        return [Edit(site, do, layer=layer, head=head) for layer, head in places for do in each]

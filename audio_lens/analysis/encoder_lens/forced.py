@@ -14,6 +14,7 @@ from audio_lens.analysis.prompts import with_tokens
 from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.models.kinds.streams import CodecTime
 from audio_lens.models.mixins.settings import end_tokens
 
 
@@ -43,6 +44,8 @@ def check_writes(model: HookedAudioTransformer) -> None:
         InputError: naming what it has instead.
     """
     cfg = model.cfg
+    if isinstance(model, CodecTime):
+        raise InputError(f"{cfg.family} writes along with the sound: its texts have no prompt")
     if cfg.decoder is None or cfg.output_kind != "tokens":
         raise InputError(f"{cfg.family} has no decoder that writes text, one token after the other")
 

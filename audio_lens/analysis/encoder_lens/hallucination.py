@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def hallucination(
         ItemError: items without transcripts, groups or the label; rates of one kind alone; or too
             few groups for both sides to have both kinds.
     """
-    fold = _folds_of()
+    _sklearn("model_selection")  # raises now what it would raise later
     if part not in ("decoder", "encoder"):
         raise InputError(f"part is 'decoder' or 'encoder', got {part!r}")
     if part == "decoder" or label in RATES:
@@ -81,7 +82,7 @@ def hallucination(
     labels = (rates[rows] > 0).long()
     groups = kept.values("group")
     shuffled = torch.tensor(statistics.permuted_labels(labels.tolist(), seed=seed))
-    tests = fold(labels, groups, seed)
+    tests = _folds(labels, groups, seed)
     x = _activations(model, kept, part, max_new_tokens, size, progress)
     axes = {"layer": list(range(x.shape[1]))}
     own, chance = (_told_rightly(x, y, tests, strength) for y in (labels, shuffled))
@@ -192,47 +193,49 @@ def _told_rightly(
     strength: float,
 ) -> Float[Tensor, "n layers"]:
     """Whether a probe of each layer that never saw an item's group tells the item rightly."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
+    make_pipeline = _sklearn("pipeline").make_pipeline
     y, told = labels.numpy(), torch.zeros(x.shape[:2], dtype=torch.float64)
     for layer in range(x.shape[1]):
         held = x[:, layer].numpy()
         for test in tests:
             train = np.setdiff1d(np.arange(len(y)), test)
-            probe = LogisticRegression(C=1 / strength, max_iter=1000)
-            probe = make_pipeline(StandardScaler(), probe).fit(held[train], y[train])
+            scaler = _sklearn("preprocessing").StandardScaler()
+            probe = _sklearn("linear_model").LogisticRegression(C=1 / strength, max_iter=1000)
+            probe = make_pipeline(scaler, probe).fit(held[train], y[train])
             told[test, layer] = torch.as_tensor(probe.predict(held[test]) == y[test]).double()
     return told
 
 
-def _folds_of() -> Any:
-    """From labels and groups to the items that each fold tests.
+def _folds(labels: Int[Tensor, " n"], groups: Sequence[Any], seed: int) -> list[np.ndarray]:
+    """The items that each fold tests; of no group is one tested and another trained on.
 
     Raises:
-        ExtraError: without scikit-learn.
+        ItemError: groups that are too few.
+    """
+    count = min(FOLDS, len(set(groups)))
+    if count < 2:
+        raise ItemError(f"all items are of group {groups[0]!r}: a probe is tested on others")
+    splitter = _sklearn("model_selection").StratifiedGroupKFold(
+        count, shuffle=True, random_state=seed
+    )
+    y = labels.numpy()
+    parts = list(splitter.split(np.zeros(len(y)), y, [str(group) for group in groups]))
+    if any(len(set(y[train])) < 2 for train, _ in parts):
+        raise ItemError(
+            f"{len(set(groups))} groups are too few: without some of them only one kind is left"
+        )
+    return [test for _, test in parts if len(test)]
+
+
+def _sklearn(module: str) -> Any:
+    """A module of scikit-learn.
+
+    Raises:
+        ExtraError: where it is not installed.
     """
     try:
-        from sklearn.model_selection import StratifiedGroupKFold
+        return importlib.import_module(f"sklearn.{module}")
     except ImportError as error:
         raise ExtraError(
             "the hallucination probe needs scikit-learn: pip install 'audio_lens[probe]'"
         ) from error
-
-    def fold(
-        labels: Int[Tensor, " n"], groups: Sequence[Any], seed: int
-    ) -> list[Int[np.ndarray, " m"]]:
-        count = min(FOLDS, len(set(groups)))
-        if count < 2:
-            raise ItemError(f"all items are of group {groups[0]!r}: a probe is tested on others")
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-        y = labels.numpy()
-        parts = list(splitter.split(np.zeros(len(y)), y, [str(group) for group in groups]))
-        if any(len(set(y[train])) < 2 for train, _ in parts):
-            raise ItemError(
-                f"{len(set(groups))} groups are too few: without some of them only one kind is left"
-            )
-        return [test for _, test in parts if len(test)]
-
-    return fold

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -70,7 +70,7 @@ def encoder_lens(
         ImportError: texts with transcripts, without jiwer.
     """
     reads = reading_of(model, items, reads)
-    order = statistics.permuted_labels(range(len(items)), seed=seed)
+    order = cast(list[int], statistics.permuted_labels(range(len(items)), seed=seed))
     said = say(
         model,
         items,

@@ -26,6 +26,7 @@ from audio_lens.items.measuring import Cell
 from audio_lens.metrics import Metric
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.progress import track
+from audio_lens.timeline import Span
 
 ANSWERS, TEXTS = "answers", "texts"
 TOP, RIGHT, _CHANCE = "top", "right", " by chance"
@@ -211,8 +212,8 @@ def transcripts(items: Items) -> list[str] | None:
 def _transcript(item: Item) -> str | None:
     if item.answer is not None:
         return item.answer
-    labels = [word.label for word in item.words if word.label]
-    return " ".join(labels) if labels else None
+    labels = [Span.of(word).label for word in item.words]
+    return " ".join(filter(None, labels)) or None
 
 
 def _texts(
