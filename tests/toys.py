@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.config import AudioConfig
 from audio_lens.models.families.qwen2_audio import HookedQwen2Audio
+from audio_lens.models.families.whisper import HookedWhisper
 from audio_lens.models.layers import PartConfig
 
 N_CLASSES = 4
@@ -263,4 +266,126 @@ def hearing_copy_toy(n_layers: int = 5, layer: int = 2, head: int = 1) -> Hearin
     """`copy_toy` with clips."""
     toy = HearingToy(n_layers)
     toy.copy_head(layer, head, MARKER, AUDIO_CLASS, gain=1.0)
+    return toy
+
+
+# -------------------------------------------------------------------------------- with an encoder
+
+END = TEXT_CUE  # of a text; the tokens before it are words
+WORDS = ("a", "b", "c", "d", "<end>", "<5>", "<6>", "<7>", "<question>", "<unknown>")
+
+
+def word_tokenizer(words: tuple[str, ...], unknown: str) -> PreTrainedTokenizerFast:
+    """One token for each of these words, by their order; those in <> are signs and no text."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    signs = [word for word in words if word.startswith("<")]
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown)
+    made.add_special_tokens({"additional_special_tokens": signs})
+    return made
+
+
+class EncoderToy(HookedWhisper):
+    """Whisper in shape, of zero weights without norms or positions, on raw samples.
+
+    Every sample of a clip is a frame: ``(c + 1) / 10`` says class c, and 0 says nothing. A marked
+    frame is read by head 0 of cross-attention in the decoder's block 0, for the question.
+    """
+
+    def __init__(self, n_encoder: int, n_decoder: int = 2, n_heads: int = 2):
+        shape = {
+            "n_heads": n_heads,
+            "n_key_value_heads": n_heads,
+            "d_model": WIDTH,
+            "d_head": 1 + N_CLASSES,
+            "d_mlp": N_CLASSES,
+            "act_fn": "relu",
+            "eps": 0.0,
+            "normalization_type": "LN",
+        }
+        encoder = PartConfig(n_layers=n_encoder, n_ctx=AUDIO_TOKENS, **shape)
+        decoder = PartConfig(
+            n_layers=n_decoder, n_ctx=128, causal=True, d_vocab=VOCABULARY, **shape
+        )
+        super().__init__(AudioConfig("toy", "toy", encoder, decoder, WIDTH, AUDIO_TOKENS))
+        for part in (self.encoder, self.decoder):
+            part.ln_final = _NoNorm()
+            for block in part.blocks:
+                block.ln1, block.ln2, block.ln_cross = _NoNorm(), _NoNorm(), _NoNorm()
+        self.double().requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.decoder.token_embed.weight[QUESTION, QUERY] = 1.0
+        for c in range(N_CLASSES):
+            self.decoder.token_embed.weight[c, TEXT_MARKER] = 1.0
+            self.decoder.token_embed.weight[c, TEXT_CLASS.start + c] = 1.0
+            self.decoder.unembed.weight[c, ANSWER.start + c] = 1.0
+        self.decoder.unembed.weight[END, TEXT_MARKER] = 0.5  # a word is enough
+        self.copy_head(self.decoder.blocks[0].cross_attn, 0, (QUERY, MARKER), AUDIO_CLASS, 1.0)
+        self.tokenizer = word_tokenizer(WORDS, "<unknown>")
+        self.generation_config = GenerationConfig(
+            eos_token_id=END, pad_token_id=END, decoder_start_token_id=QUESTION
+        )
+        self.setup()
+
+    @staticmethod
+    def copy_head(
+        attn: nn.Module,
+        head: int,
+        seeks: tuple[int, int],
+        source: slice,
+        gain: float,
+        classes: range = range(N_CLASSES),
+    ) -> None:
+        """Make a head move classes to the answer, for positions flagged one way from another."""
+        asked, found = seeks
+        attn.W_Q[head, asked, 0] = SHARP * attn.d_head**0.5
+        attn.W_K[head, found, 0] = 1.0
+        for c in classes:
+            attn.W_V[head, source.start + c, 1 + c] = 1.0
+            attn.W_O[head, 1 + c, ANSWER.start + c] = gain
+
+    def enter_encoder(self, inputs: AudioInputs) -> Tensor:
+        return inputs.features.transpose(1, 2)
+
+    def prepare(self, audio, text=None, sampling_rate=None) -> AudioInputs:
+        clips = self.load_clips(audio, sampling_rate)
+        features = torch.zeros(len(clips), WIDTH, AUDIO_TOKENS, dtype=torch.float64)
+        for row, clip in enumerate(clips):
+            for frame, sample in enumerate(clip.tolist()):
+                if (c := round(10 * sample) - 1) in range(N_CLASSES):
+                    features[row, [MARKER, AUDIO_CLASS.start + c], frame] = 1.0
+        return AudioInputs(
+            features,
+            torch.full((len(clips), 1), QUESTION),
+            clips_per_row=(1,) * len(clips),
+            audio=clips,
+            text=text,
+            remake=self.prepare,
+        )
+
+
+def commit_toy(settled: int, n_layers: int = 5) -> EncoderToy:
+    """METHODS toy F: each of the first ``settled`` encoder blocks takes the heard class to the
+    next; those behind change nothing.
+    """
+    toy = EncoderToy(n_layers)
+    for block in toy.encoder.blocks[:settled]:
+        for c in range(N_CLASSES):
+            heard, following = (AUDIO_CLASS.start + (c + i) % N_CLASSES for i in (0, 1))
+            block.mlp.fc_in.weight[c, heard] = 1.0
+            block.mlp.fc_out.weight[heard, c] = -1.0
+            block.mlp.fc_out.weight[following, c] = 1.0
+    return toy
+
+
+def loop_toy(layer: int = 1, head: int = 1, looping: int = 3) -> EncoderToy:
+    """Writes the heard word and ends; but one head of self-attention copies what was written, for
+    one of the words, and that never ends. Another head copies so weakly that it does no harm.
+    """
+    toy = EncoderToy(n_encoder=1)
+    attn = toy.decoder.blocks[layer].attn
+    seeks = (TEXT_MARKER, TEXT_MARKER)
+    toy.copy_head(attn, head, seeks, TEXT_CLASS, 2.0, range(looping, looping + 1))
+    toy.copy_head(attn, 1 - head, seeks, TEXT_CLASS, 0.1)
     return toy

@@ -199,18 +199,7 @@ class Prompt:
 
     def _continued(self, inputs: AudioInputs, max_new_tokens: int) -> AudioInputs:
         tokens = self.model.generate(inputs, max_new_tokens=max_new_tokens, return_type="tokens")
-        longer = replace(inputs, tokens=tokens)
-        n_new = tokens.shape[1] - inputs.tokens.shape[1]
-        if inputs.attention_mask is not None:
-            ones = inputs.attention_mask.new_ones(1, n_new)
-            longer = replace(longer, attention_mask=torch.cat([inputs.attention_mask, ones], dim=1))
-        if inputs.position_ids is not None:
-            later = inputs.position_ids[:, -1:] + torch.arange(1, n_new + 1, device=inputs.device)
-            positions = torch.cat([inputs.position_ids, later], dim=1)
-            return replace(longer, position_ids=positions)
-        if inputs.attention_mask is not None:
-            return replace(longer, position_ids=longer.counted_positions())
-        return longer
+        return with_tokens(inputs, tokens)
 
     # ---------------------------------------------------------------- kinds of models
 
@@ -360,6 +349,25 @@ class Prompt:
     def text(self, tokens: list[int]) -> str:
         """The text of tokens, without those that mark padding and the like."""
         return self._written(tokens, skip_special_tokens=True)
+
+
+def with_tokens(inputs: AudioInputs, tokens: Int[Tensor, "b longer"]) -> AudioInputs:
+    """The prompts with what was written behind them; ``tokens`` hold both."""
+    rows, n_new = len(inputs), tokens.shape[1] - inputs.tokens.shape[1]
+    longer = replace(inputs, tokens=tokens)
+    if inputs.audio_mask is not None:
+        none = inputs.audio_mask.new_zeros(rows, n_new)
+        longer = replace(longer, audio_mask=torch.cat([inputs.audio_mask, none], dim=1))
+    if inputs.attention_mask is not None:
+        ones = inputs.attention_mask.new_ones(rows, n_new)
+        longer = replace(longer, attention_mask=torch.cat([inputs.attention_mask, ones], dim=1))
+    if inputs.position_ids is not None:
+        later = inputs.position_ids[:, -1:] + torch.arange(1, n_new + 1, device=inputs.device)
+        positions = torch.cat([inputs.position_ids, later], dim=1)
+        return replace(longer, position_ids=positions)
+    if inputs.attention_mask is not None:
+        return replace(longer, position_ids=longer.counted_positions())
+    return longer
 
 
 def token_label(model: HookedAudioTransformer, token: int) -> str:

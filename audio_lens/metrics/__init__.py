@@ -21,7 +21,13 @@ from audio_lens.metrics.reading import (
     named,
 )
 from audio_lens.metrics.streams import of_stream, streams_read
-from audio_lens.metrics.transcripts import ctc_diff, ctc_log_prob, sequence_log_prob, wer
+from audio_lens.metrics.transcripts import (
+    ctc_diff,
+    ctc_log_prob,
+    insertion_rate,
+    sequence_log_prob,
+    wer,
+)
 
 __all__ = [
     "Metric",
@@ -36,6 +42,7 @@ __all__ = [
     "ctc_diff",
     "ctc_log_prob",
     "forced_choice",
+    "insertion_rate",
     "kl",
     "log_prob",
     "logit_diff",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,35 @@ def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> floa
         InputError: without a word to compare with, or not as many hypotheses as references.
         ImportError: without jiwer (``pip install audio_lens[asr]``).
     """
+    jiwer = _jiwer("metrics.wer")
+    return jiwer.wer(*_compared(reference, hypothesis))
+
+
+def insertion_rate(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> float:
+    """Words that nobody said, over words that were said; case and spacing at the ends are ignored.
+
+    What is made up has many; what is misheard (another word in a word's place) has none.
+
+    Raises:
+        InputError, ImportError: as `wer`.
+    """
+    jiwer = _jiwer("metrics.insertion_rate")
+    found = jiwer.process_words(*_compared(reference, hypothesis))
+    return found.insertions / (found.hits + found.substitutions + found.deletions)
+
+
+def _jiwer(asked_by: str) -> Any:
     try:
         import jiwer
     except ImportError as error:
-        raise ExtraError("metrics.wer needs jiwer: pip install 'audio_lens[asr]'") from error
+        raise ExtraError(f"{asked_by} needs jiwer: pip install 'audio_lens[asr]'") from error
+    return jiwer
+
+
+def _compared(
+    reference: str | Sequence[str], hypothesis: str | Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Both as jiwer takes them."""
     said_by = {"reference": reference, "hypothesis": hypothesis}
     pair = [names(name, texts) for name, texts in said_by.items()]
     if len(pair[0]) != len(pair[1]) or not any(text.strip() for text in pair[0]):
@@ -68,7 +93,7 @@ def wer(reference: str | Sequence[str], hypothesis: str | Sequence[str]) -> floa
             f"{len(pair[0])} references need as many hypotheses, got {len(pair[1])}, and a word"
         )
     said, heard = ([text.strip().lower() for text in texts] for texts in pair)
-    return jiwer.wer(said, heard)
+    return said, heard
 
 
 @dataclass(frozen=True)
