@@ -83,7 +83,7 @@ def collect(
     if pool not in (None, "mean"):
         raise InputError(f"pool is 'mean' or None, got {pool!r}")
     asked = Asked.of(model, [sites] if isinstance(sites, str) else sites, layers, pool, dtype)
-    places = _by_item(where, items)
+    places = by_item(where, items)
     index = {
         "sites": asked.written,
         "where": _told(where if places is None else places),
@@ -297,8 +297,12 @@ class Chosen:
         return (sums / counts.reshape(-1, *[1] * (sums.ndim - 1))).to(found.dtype)
 
 
-def _by_item(where: Place, items: Items) -> list[Where] | None:
-    """One place for each item, where they differ by item."""
+def by_item(where: Place, items: Items) -> list[Where] | None:
+    """One place for each item, where they differ by item; None where one serves all.
+
+    Raises:
+        InputError: a list of places of another length.
+    """
     if callable(where):
         return [where(item) for item in items]
     if not isinstance(where, list) or all(type(one) is int for one in where):
