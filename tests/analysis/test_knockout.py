@@ -252,6 +252,7 @@ def test_the_last_position_listens_in_blocks_3_and_4(curve) -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_audio_in_all_blocks_little_is_left(embedded, spoken, curve) -> None:
     """Of about 18 logits between the right clip and the other one."""
     whole = knockout.knock_out(embedded, spoken, queries="text", window=6, controls=())
@@ -276,8 +277,9 @@ def test_a_curve_equals_forwards_with_the_edit_in_force(embedded, spoken, curve)
             assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_items_that_need_no_audio_stand_beside(embedded, spoken) -> None:
-    """The first words of the prompt, which a prompt is hardly read without; here the clips too."""
+    """Here other clips stand for them: their own curve is the control."""
     result = knockout.knock_out(embedded, spoken[:4], text_only=spoken[4:8], controls=())
     control = result.controls["text_only"]
     assert control.dims == ("metric", "layer")
@@ -294,6 +296,7 @@ def test_mass_is_no_evidence(embedded, spoken, curve) -> None:
     assert (lost < 5).all()
 
 
+@pytest.mark.slow
 def test_value_zeroing_finds_the_same_blocks(embedded, spoken) -> None:
     result = knockout.value_zeroing(embedded, spoken[:8], controls=["identity"]).mean()
     audio = result.select(group="audio")
@@ -317,6 +320,7 @@ def test_the_analysis_gives_curve_and_mass(embedded, spoken, tmp_path) -> None:
     assert figure.layout.title.text == "no attention from last to audio in decoder.attn"
 
 
+@pytest.mark.slow
 def test_an_edit_of_other_kinds_is_made_again_from_its_file(embedded, spoken, tmp_path) -> None:
     given = edits.Multiply(0.5, "audio", "mult_abs")
     result = knockout.knock_out(embedded, spoken[:2], do=given, controls=["identity"])
