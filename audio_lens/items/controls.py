@@ -162,9 +162,16 @@ def random_keys(
         raise ControlError(
             f"random_keys: row {row} has {counts[row]} keys, and {free[row].sum()} others to draw"
         )
-    ranks = torch.rand(keys.shape, generator=_generator(seed)).to(keys.device)
+    return some_of(free, counts, seed)
+
+
+def some_of(
+    free: Bool[Tensor, "b t"], counts: Int[Tensor, " b"], seed: int = 0
+) -> Bool[Tensor, "b t"]:
+    """So many positions of every row, drawn from those that are free; all where there are fewer."""
+    ranks = torch.rand(free.shape, generator=_generator(seed)).to(free.device)
     order = ranks.masked_fill(~free, 2).argsort(1).argsort(1)
-    return order < counts[:, None]
+    return free & (order < counts[:, None])
 
 
 def random_direction(like: Float[Tensor, " d *k"], seed: int = 0) -> Float[Tensor, " d *k"]:

@@ -61,7 +61,8 @@ class Result:
         coords: per dimension its coordinates: names or numbers, a `Span` for every window of
             "time", a `Band` for every one of "frequency".
         report: notes for people.
-        meta: model, hashes of weights and inputs, versions, seed, in words.
+        meta: model, hashes of weights and inputs, versions, seed, in words; "title" is a figure's
+            headline, and "value" what its values are called.
         recipe: what the result can be made from again, as JSON holds it.
         estimate: what all stimuli give together, shaped as ``values`` without them, where this is
             not their mean (a ratio of means, a layer).
@@ -128,7 +129,7 @@ class Result:
     @property
     def quantities(self) -> Mapping[str, str]:
         """What every cell has that can be drawn, with names for people; the first ranks cells."""
-        return {"value": "metric"}
+        return {"value": self.meta.get("value", "metric")}
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -141,8 +142,8 @@ class Result:
 
     @property
     def title(self) -> str:
-        """What a figure of the result is called."""
-        return " by ".join(self.axes)
+        """What a figure of the result is called: by its ``meta``, or else by its axes."""
+        return self.meta.get("title") or " by ".join(self.axes)
 
     def baselines(self) -> dict[str, float]:
         """Numbers that values are read against, by name; of one metric, stimuli averaged."""
