@@ -37,6 +37,10 @@ class Host(Family, ABC):
         """Where inputs go and the output comes from."""
 
     @abstractmethod
+    def load_audio(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
+        """One clip, mono at the model's rate, checked to fit the model."""
+
+    @abstractmethod
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what a Hugging Face processor returns."""
 
