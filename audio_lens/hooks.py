@@ -223,15 +223,35 @@ class HookedRoot(HookedRootModule):
                 module.attn_mode = mode
 
     @contextmanager
-    def attention(self, mode: str) -> Iterator[HookedRoot]:
-        """Use an attention mode inside a ``with`` block."""
+    def attention(self, mode: str, parts: Sequence[str] | None = None) -> Iterator[HookedRoot]:
+        """Use an attention mode inside a ``with`` block; with ``parts``, only in these."""
         with self.alone():
+            if parts is not None:
+                with self._attention_of(mode, parts):
+                    yield self
+                return
             before = self.attn_mode
             self.attn_mode = mode
             try:
                 yield self
             finally:
                 self.attn_mode = before
+
+    @contextmanager
+    def _attention_of(self, mode: str, parts: Sequence[str]) -> Iterator[None]:
+        inside = tuple(f"{part}." for part in parts)
+        found = [
+            (module, module.attn_mode)
+            for name, module in self.named_modules()
+            if isinstance(module, _Attends) and name.startswith(inside)
+        ]
+        for module, _ in found:
+            module.attn_mode = mode
+        try:
+            yield
+        finally:
+            for module, before in found:
+                module.attn_mode = before
 
     # ---------------------------------------------------------------- hooks
 

@@ -238,7 +238,9 @@ class Plan:
         with contextlib.ExitStack() as stack:
             notes = stack.enter_context(evaluating(model))
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(model.attention(self.request.attn_mode))
+            written_out = self.request.parts_written_out
+            if written_out:  # what lies before the sites stays as it is: the encoder runs fused
+                stack.enter_context(model.attention("explicit", written_out))
             if model.device.type == "cpu":
                 stack.enter_context(freed_memory_kept())
             if precision == "bf16":
