@@ -223,13 +223,9 @@ class HookedRoot(HookedRootModule):
                 module.attn_mode = mode
 
     @contextmanager
-    def attention(self, mode: str, parts: Sequence[str] | None = None) -> Iterator[HookedRoot]:
-        """Use an attention mode inside a ``with`` block; with ``parts``, only in these."""
+    def attention(self, mode: str) -> Iterator[HookedRoot]:
+        """Use an attention mode inside a ``with`` block."""
         with self.alone():
-            if parts is not None:
-                with self._attention_of(mode, parts):
-                    yield self
-                return
             before = self.attn_mode
             self.attn_mode = mode
             try:
@@ -238,22 +234,30 @@ class HookedRoot(HookedRootModule):
                 self.attn_mode = before
 
     @contextmanager
-    def _attention_of(self, mode: str, parts: Sequence[str]) -> Iterator[None]:
+    def written_out(self, parts: Sequence[str]) -> Iterator[None]:
+        """Write the attention of some parts out inside a ``with`` block, whatever `attn_mode`."""
         inside = tuple(f"{part}." for part in parts)
         found = [
             (module, module.attn_mode)
             for name, module in self.named_modules()
             if isinstance(module, _Attends) and name.startswith(inside)
         ]
-        for module, _ in found:
-            module.attn_mode = mode
-        try:
-            yield
-        finally:
-            for module, before in found:
-                module.attn_mode = before
+        with self.alone():
+            try:
+                for module, _ in found:
+                    module.attn_mode = "explicit"
+                yield
+            finally:
+                for module, before in found:
+                    module.attn_mode = before
 
     # ---------------------------------------------------------------- hooks
+
+    @contextmanager
+    def watching(self, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
+        """Attach hooks inside a ``with`` block, of which some may find nothing that runs."""
+        with self.alone(), super().hooks(list(hooks)):
+            yield
 
     def add_hook(
         self,

@@ -49,6 +49,10 @@ class Host(Family, ABC):
         """Where each position of each part lies in seconds."""
 
     @abstractmethod
+    def check_encoded(self, inputs: AudioInputs, encoded: Tensor) -> None:
+        """Raise unless what an encoder gave is of these inputs."""
+
+    @abstractmethod
     def encode(
         self,
         inputs: AudioInputs,
