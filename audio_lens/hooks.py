@@ -237,7 +237,7 @@ class HookedRoot(HookedRootModule):
     def written_out(self, parts: Sequence[str]) -> Iterator[None]:
         """Write the attention of some parts out inside a ``with`` block, whatever `attn_mode`."""
         inside = tuple(f"{part}." for part in parts)
-        found = [
+        found: list[tuple[_Attends, AttnMode]] = [
             (module, module.attn_mode)
             for name, module in self.named_modules()
             if isinstance(module, _Attends) and name.startswith(inside)
