@@ -224,7 +224,31 @@ class HookedRoot(HookedRootModule):
             finally:
                 self.attn_mode = before
 
+    @contextmanager
+    def written_out(self, parts: Sequence[str]) -> Iterator[None]:
+        """Write the attention of some parts out inside a ``with`` block, whatever `attn_mode`."""
+        inside = tuple(f"{part}." for part in parts)
+        found: list[tuple[_Attends, AttnMode]] = [
+            (module, module.attn_mode)
+            for name, module in self.named_modules()
+            if isinstance(module, _Attends) and name.startswith(inside)
+        ]
+        with self.alone():
+            try:
+                for module, _ in found:
+                    module.attn_mode = "explicit"
+                yield
+            finally:
+                for module, before in found:
+                    module.attn_mode = before
+
     # ---------------------------------------------------------------- hooks
+
+    @contextmanager
+    def watching(self, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
+        """Attach hooks inside a ``with`` block, of which some may find nothing that runs."""
+        with self.alone(), super().hooks(list(hooks)):
+            yield
 
     def add_hook(
         self,

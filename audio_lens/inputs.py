@@ -298,6 +298,33 @@ class AudioInputs:
         clips = [prompt[0] if len(prompt) == 1 else prompt for prompt in prompts]
         return self._remade(clips, text, self.sampling_rate)
 
+    def with_features(
+        self, features: Shaped[Tensor, " segments *shape"], beside: Mapping[str, Tensor] = {}
+    ) -> AudioInputs:
+        """The same prompts with other features, which may carry gradients.
+
+        What was chosen for the earlier ones (`extra`) is held fixed. The waveforms are left out:
+        nobody knows those of the new features.
+
+        Args:
+            features: such as ``model.features(waveform)``.
+            beside: what goes in place of entries of `extra`.
+
+        Raises:
+            InputError: features that do not have the shape of those here.
+        """
+        new, known = {"features": features, **beside}, {"features": self.features, **self.extra}
+        for name, x in new.items():
+            if name not in known or x.shape != known[name].shape:
+                expected = tuple(known[name].shape) if name in known else "none"
+                raise InputError(
+                    f"{name} of these inputs: {expected}; got {tuple(x.shape)}. Use waveforms as "
+                    "long as the clips here"
+                )
+        return replace(
+            self, features=features, extra={**self.extra, **beside}, audio=None, remake=None
+        )
+
     def _remade(self, audio: Any, text: Any, sampling_rate: int | None) -> AudioInputs:
         if self.remake is None:
             raise InputError(

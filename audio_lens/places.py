@@ -3,7 +3,7 @@
 A place is one of
 
 - ``"all"``, ``"audio"``, ``"text"``, ``"last"`` (the last position that holds something);
-- a `Span` or ``(start_s, end_s)`` in seconds;
+- a `Span` or ``(start_s, end_s)`` in seconds; a `Band` of Hz, where positions have frequencies;
 - `Words`: an occurrence in the prompt's text;
 - an index, a slice, a list of indices (from the end where negative), or a bool mask ``b t``;
 - a list with one of these per prompt;
@@ -25,7 +25,7 @@ from torch import Tensor
 from audio_lens.combining import Combinable, Either, Outside, Without
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.sites import Site
-from audio_lens.timeline import NO_CLIP, Span, Track
+from audio_lens.timeline import NO_CLIP, Band, Span, Track
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -188,6 +188,8 @@ class Ground:
             return self._words(where)
         if isinstance(where, (Span, tuple)):
             return self._inside(_span(where))
+        if isinstance(where, Band):
+            return torch.stack([track.within(where) for track in self.tracks])
         if isinstance(where, torch.Tensor) and where.dtype == torch.bool:
             return self._given(where)
         if isinstance(where, (int, slice, torch.Tensor)) and not isinstance(where, bool):
@@ -296,8 +298,9 @@ class Ground:
 
 
 _FORMS = (
-    "one is 'all', 'audio', 'text' or 'last', a Span or (start_s, end_s), Words, an index, a "
-    "slice, a list of indices, a bool mask, a list of these per prompt, or a | b, a - b, ~a of them"
+    "one is 'all', 'audio', 'text' or 'last', a Span or (start_s, end_s), a Band, Words, an index, "
+    "a slice, a list of indices, a bool mask, a list of these per prompt, or a | b, a - b, ~a of "
+    "them"
 )
 
 
@@ -313,6 +316,8 @@ def described(where: Where) -> str:
         return f"~({described(where.place)})"
     if isinstance(where, Words):
         return f"the words {where.text!r}"
+    if isinstance(where, Band):
+        return f"the band {where}"
     if isinstance(where, (Span, tuple)):
         span = _span(where)
         return f"the window {span.start_s:g} to {span.end_s:g} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import datetime
 import functools
@@ -12,20 +13,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from audio_lens import metrics
 from audio_lens.digests import of_state
-from audio_lens.edits.written import KINDS
+from audio_lens.edits.edit import edits_of
+from audio_lens.edits.written import KINDS, again, held
 from audio_lens.identity import NoIdentityError, identity_of
-from audio_lens.inputs import AudioInputs
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.loading.lora import LoraLinear
 from audio_lens.timeline import Band, Span
 
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
 OWN = "own"  # marks what a file cannot hold
+MOST_BYTES = 2**26  # of the tensors of an argument that a file of results holds
+_WITH_TENSORS = ("do", "where", "groups", "edits")  # arguments whose tensors are held
 
 
 def provenance(
@@ -110,7 +115,34 @@ def versions() -> dict[str, str]:
 
 def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as JSON holds them; what it cannot hold (functions, activations) is marked."""
-    return {name: _recorded(value) for name, value in arguments.items()}
+    return {
+        name: _with_tensors(name, value) if name in _WITH_TENSORS else _recorded(value)
+        for name, value in arguments.items()
+    }
+
+
+def edits_in_force(model: HookedAudioTransformer) -> Any:
+    """The edits in force (`intervene`), as recipes hold them; None without any."""
+    edits = edits_of(model)
+    return recorded({"edits": edits})["edits"] if edits else None
+
+
+def _with_tensors(name: str, value: Any) -> Any:
+    """Edits and places, with their tensors beside them where they are not too large."""
+    plain = _recorded(value)
+    if not is_own(plain):
+        return plain
+    try:
+        form, tensors = held(value, name)
+    except InputError:
+        return plain
+    if sum(x.nbytes for x in tensors.values()) > MOST_BYTES:
+        return plain
+    alone = {key: x.detach().cpu().clone().contiguous() for key, x in tensors.items()}
+    return {
+        "written": form,
+        "tensors": base64.b64encode(safetensors.torch.save(alone)).decode(),
+    }
 
 
 def _recorded(value: Any) -> Any:
@@ -150,6 +182,9 @@ def recalled(value: Any) -> Any:
         return [recalled(one) for one in value]
     if not isinstance(value, dict):
         return value
+    if "written" in value:
+        tensors = safetensors.torch.load(base64.b64decode(value["tensors"]))
+        return again(value["written"], tensors)
     if "tuple" in value:
         return tuple(recalled(value["tuple"]))
     if "named" in value:

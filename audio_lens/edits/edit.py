@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Indices = int | Sequence[int]
 When = Literal["prefill", "decode", "both"]
+_numbers = itertools.count()  # of edits as they are laid out
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,11 +114,19 @@ def in_force(model: HookedAudioTransformer, laid: Sequence[Laid]) -> Iterator[No
         raise DeadHookError(f"edits that took no effect: {'; '.join(idle)}")
 
 
+def edits_of(model: HookedAudioTransformer) -> list[Edit]:
+    """The edits in force, in the order in which they act."""
+    functions = [fn for fns in model.hook_functions().values() for fn in fns]
+    laid = {id(one): one for one in (getattr(fn, "laid", None) for fn in functions) if one}
+    return [one.edit for one in sorted(laid.values(), key=lambda one: one.number)]
+
+
 class Laid:
     """An edit laid out on a model.
 
     Attributes:
         acted: whether it changed anything so far.
+        number: of those laid out, in order.
     """
 
     def __init__(
@@ -128,7 +138,7 @@ class Laid:
         units: Bool[Tensor, " n"] | None,
     ):
         self.model, self.edit, self.site, self.names, self.units = model, edit, site, names, units
-        self.acted = False
+        self.acted, self.number = False, next(_numbers)
         self._runs: dict[int, Any] = {}
         self._source: AudioInputs | None = None
         self._averaged: AudioInputs | None = None
@@ -168,6 +178,7 @@ class Laid:
             return self._act(x, str(hook.name))
 
         act.only_reads = True  # type: ignore[attr-defined]  # what arrives is never written to
+        act.laid = self  # type: ignore[attr-defined]
         return [(name, act) for name in self.names]
 
     def _act(self, x: Float[Tensor, "..."], name: str) -> Float[Tensor, "..."] | None:

@@ -21,12 +21,12 @@ from audio_lens.edits.edit import Edit
 from audio_lens.edits.enrich import Enrich
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.places import Named, Words
-from audio_lens.timeline import Span
+from audio_lens.timeline import Band, Span
 
 _CLASSES = (
     *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
     Enrich,
-    *(Words, Named, Either, Without, Outside, Span, Edit),
+    *(Words, Named, Either, Without, Outside, Span, Band, Edit),
 )
 KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
 _NOT_WRITTEN = ("audio", "text", "remake", "copies")  # of inputs: no edit reads them
@@ -91,6 +91,21 @@ def _beside(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
+def held(value: Any, whose: str) -> tuple[Any, dict[str, Tensor]]:
+    """Edits, places, or what holds them, as what JSON holds, and the tensors that it names.
+
+    Raises:
+        InputError: functions or modules, naming what holds them.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _written(value, tensors, whose), tensors
+
+
+def again(written: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `held` wrote."""
+    return _read(written, tensors)
+
+
 def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -102,12 +117,11 @@ def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_written(one, tensors, whose) for one in value]
         return items if isinstance(value, list) else {"tuple": items}
-    if type(value) in _CLASSES or isinstance(value, AudioInputs):
-        own = [
-            f.name for f in fields(value) if f.name not in _NOT_WRITTEN or type(value) in _CLASSES
-        ]
+    kind = Edit if issubclass(type(value), Edit) else type(value)
+    if kind in _CLASSES or isinstance(value, AudioInputs):
+        own = [f.name for f in fields(value) if f.name not in _NOT_WRITTEN or kind in _CLASSES]
         held = {name: _written(getattr(value, name), tensors, whose) for name in own}
-        return {"kind": type(value).__name__, **held}
+        return {"kind": kind.__name__, **held}
     if isinstance(value, Mapping) or hasattr(value, "keys"):
         items = {str(key): _written(value[key], tensors, whose) for key in value.keys()}  # noqa: SIM118
         return {"mapping": items}

@@ -413,8 +413,8 @@ class HookedAudioTransformer(
         n_clips = len(inputs.features)
         if not n_clips and (entry is not None or self.decoder_needs_encoder):
             n_clips = len(inputs)  # of a residual stream given alone
-        if encoder_out is not None and len(encoder_out) != n_clips:
-            raise InputError(f"encoder_out is of {len(encoder_out)} clips, the inputs of {n_clips}")
+        if encoder_out is not None:
+            self.check_encoded(inputs, encoder_out, n_clips)
         if entry is None:
             return
         resid, start = entry
@@ -426,6 +426,34 @@ class HookedAudioTransformer(
                 f"the residual stream entering {start[0]} layer {start[1]} is "
                 f"{(*rows, cfg.d_model)} for these inputs; got {tuple(resid.shape)}"
             )
+
+    def check_encoded(
+        self, inputs: AudioInputs, encoded: Tensor, n_clips: int | None = None
+    ) -> None:
+        """Raise unless what an encoder gave is of these inputs.
+
+        Args:
+            n_clips: how many clips there are, where the inputs do not say.
+
+        Raises:
+            InputError: a model without an encoder, other clips, or another shape.
+        """
+        if self.cfg.encoder is None:
+            raise InputError(f"{self.cfg.family} has no encoder: encoder_out goes nowhere")
+        n_clips = len(inputs.features) if n_clips is None else n_clips
+        if len(encoded) != n_clips:
+            raise InputError(f"encoder_out is of {len(encoded)} clips, the inputs of {n_clips}")
+        width = self.cfg.need_decoder.d_model
+        least = self.least_encoded(inputs) if len(inputs.features) else 1
+        if encoded.ndim != 3 or encoded.shape[2] != width or encoded.shape[1] < least:
+            raise InputError(
+                f"encoder_out is (clips, {least} or more positions, {width}) for these inputs, got "
+                f"{tuple(encoded.shape)}: take what model.encode(inputs) gives"
+            )
+
+    def least_encoded(self, inputs: AudioInputs) -> int:
+        """Positions of a clip that the decoder receives at least."""
+        return self.encoder_reach(inputs)
 
     @property
     def device(self) -> torch.device:

@@ -6,8 +6,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from audio_lens import metrics
+from audio_lens.edits.written import held
 from audio_lens.identity import NoIdentityError, identity_of
-from audio_lens.inputs import AudioInputs
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.provenance import known
 from audio_lens.sites import Site
@@ -56,10 +57,28 @@ def need_own_parts(model: HookedAudioTransformer, spec: SweepSpec) -> dict[str, 
 def _parts(model: HookedAudioTransformer, spec: SweepSpec) -> dict[str, Any]:
     return {
         "metric": metrics.named(spec.metric),
-        "hooks": [one for one in (model.hook_functions(), model.torch_hooks()) if one],
+        "hooks": [one for one in (_attached(model), model.torch_hooks()) if one],
         "source": _source(spec),
         "arguments": _further(spec),
     }
+
+
+def _attached(model: HookedAudioTransformer) -> dict[str, list[Any]]:
+    """What is attached to every point; of edits what they are, not how they are laid out."""
+    return {
+        name: [_edit_or_function(fn) for fn in functions]
+        for name, functions in model.hook_functions().items()
+    }
+
+
+def _edit_or_function(fn: Any) -> Any:
+    laid = getattr(fn, "laid", None)
+    if laid is None:
+        return fn
+    try:
+        return held(laid.edit, str(laid.edit))
+    except InputError:  # functions or modules of the user's own
+        return laid.edit
 
 
 def _further(spec: SweepSpec) -> dict[str, Any]:

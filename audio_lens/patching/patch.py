@@ -6,9 +6,10 @@ of places and sources.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -19,11 +20,15 @@ from transformer_lens import ActivationCache
 
 from audio_lens import metrics
 from audio_lens.arguments import listed, number, numbers, suggest
+from audio_lens.combining import Either, Outside, Without
+from audio_lens.edits.do import Put
+from audio_lens.edits.edit import Edit
 from audio_lens.errors import InputError, KindError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.cells import Positions, chosen_layers
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
+from audio_lens.places import Where
 from audio_lens.running import evaluating
 from audio_lens.shapes import check_shape, shape_of
 from audio_lens.sites import Site, SiteError, unit_count
@@ -38,9 +43,12 @@ Source = ActivationCache | AudioInputs | Mapping[str, Any] | Float[Tensor, "..."
 Values = dict[str, Any]  # tensors and numbers by hook name
 
 
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """What to overwrite, and with what.
+class Patch(Edit):
+    """What to overwrite, and with what: an `Edit` with `edits.Put`.
+
+    It stands wherever an edit does (`intervene`, `patching.run`, files of edits). There a window
+    that some prompt does not have is refused, as of every edit; `patch` leaves such prompts as they
+    are.
 
     Attributes:
         site: ``part.activation``, as in `sweep`.
@@ -54,17 +62,35 @@ class Patch:
             position means everywhere.
         source: where the values come from: a cache (or mapping) of hook names to activations,
             inputs to run, an activation of the site's shape, or one number (0 ablates).
+
+    Raises:
+        ValueError: time or frequency beside a position, an empty list of windows, or none of these.
     """
 
-    site: str
-    layer: Indices | None = None
-    head: Indices | None = None
-    neuron: Indices | None = None
-    time: Span | tuple | list | None = None
-    frequency: Band | tuple | list | None = None
-    position: Indices | slice | Int[Tensor, " n"] | None = None
-    _: KW_ONLY
+    def __init__(
+        self,
+        site: str,
+        layer: Indices | None = None,
+        head: Indices | None = None,
+        neuron: Indices | None = None,
+        time: Span | tuple | list | None = None,
+        frequency: Band | tuple | list | None = None,
+        position: Indices | slice | Int[Tensor, " n"] | None = None,
+        *,
+        source: Source,
+    ):
+        super().__init__(
+            site, Put(source), layer=layer, head=head, neuron=neuron, where="all", when="both"
+        )
+        own = {"source": source, "time": time, "frequency": frequency, "position": position}
+        own["where"] = _place_of(time, frequency, position)
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
     source: Source
+    time: Span | tuple | list | None
+    frequency: Band | tuple | list | None
+    position: Indices | slice | Int[Tensor, " n"] | None
 
 
 @torch.no_grad()
@@ -185,11 +211,21 @@ class _Edit:
 # -------------------------------------------------------------------------------- where
 
 
+def _place_of(time: Any, frequency: Any, position: Any) -> Where:
+    """The place of a patch."""
+    if position is not None:
+        if time is not None or frequency is not None:
+            raise InputError("a patch has either time and frequency or position, not both")
+        return position
+    spans = [Span.of(window) for window in _listed(time, "windows")]
+    bands = [Band.of(band) for band in _listed(frequency, "bands")]
+    if not spans or not bands:
+        return functools.reduce(Either, [*spans, *bands]) if spans or bands else "all"
+    return Without(functools.reduce(Either, spans), Outside(functools.reduce(Either, bands)))
+
+
 def _positions(where: Positions, patch: Patch) -> Bool[Tensor, "batch t"]:
-    placed = patch.time is not None or patch.frequency is not None
-    if placed and patch.position is not None:
-        raise InputError("a patch has either time and frequency or position, not both")
-    if placed:
+    if patch.time is not None or patch.frequency is not None:
         spans = [Span.of(window) for window in _listed(patch.time, "windows")]
         bands = [Band.of(band) for band in _listed(patch.frequency, "bands")]
         inside = where.inside(spans).any(0) if spans else where.everywhere()[0]

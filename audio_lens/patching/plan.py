@@ -31,7 +31,7 @@ from audio_lens.patching.known import own_parts
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.progress import track
-from audio_lens.provenance import SEED, provenance, weights_hash
+from audio_lens.provenance import SEED, edits_in_force, provenance, weights_hash
 from audio_lens.running import evaluating
 
 if TYPE_CHECKING:
@@ -238,7 +238,9 @@ class Plan:
         with contextlib.ExitStack() as stack:
             notes = stack.enter_context(evaluating(model))
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(model.attention(self.request.attn_mode))
+            written_out = self.request.parts_written_out
+            if written_out:  # what lies before the sites stays as it is: the encoder runs fused
+                stack.enter_context(model.written_out(written_out))
             if model.device.type == "cpu":
                 stack.enter_context(freed_memory_kept())
             if precision == "bf16":
@@ -365,7 +367,12 @@ class Plan:
             direction=request.spec.told_direction,
             report=list(dict.fromkeys([*self._known, *state.notes, *notes])),
             meta=meta | {"attn_mode": request.attn_mode, "precision": request.spec.precision},
-            recipe={"arguments": self.arguments, "hooks": list(request.hooked), "own": own},
+            recipe={
+                "arguments": self.arguments,
+                "hooks": list(request.hooked),
+                "edits": edits_in_force(request.model),
+                "own": own,
+            },
         )
 
 

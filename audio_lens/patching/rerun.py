@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from audio_lens.edits.edit import edits_of, intervene
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.attribution.attribute import Attribution, attribute
@@ -96,7 +98,7 @@ def rerun(
     model = load_recorded(saved) if model is None else model
     own = {"metric": metric, "source": source, "do": do, "where": where, "groups": groups}
     _check_values(saved)
-    with evaluating(model), model.attention(saved.meta["attn_mode"]):
+    with _edited(saved, model), evaluating(model), model.attention(saved.meta["attn_mode"]):
         _check_model(saved, model)
         inputs = _inputs(saved, model, clean, corrupted)
         arguments: dict[str, Any] = _arguments(saved, own)
@@ -104,6 +106,26 @@ def rerun(
         _check_own(saved, model, SweepSpec.of(model, **arguments))
         again = _again(saved, model, arguments, progress)
     return _compared(saved, again)
+
+
+@contextmanager
+def _edited(saved: SweepResult, model: HookedAudioTransformer) -> Iterator[None]:
+    """The edits that were in force when the map was made; those of the caller, if there are any.
+
+    Raises:
+        RerunError: edits that no file holds, where none are in force.
+    """
+    then = saved.recipe.get("edits")
+    if then is None or edits_of(model):
+        yield
+        return
+    if is_own(then):
+        raise RerunError(
+            "the edits in force when this map was made hold functions, modules or very large "
+            "tensors, which no file holds: call rerun inside `with intervene(...)` of the same"
+        )
+    with intervene(model, recalled(then)):
+        yield
 
 
 def load_recorded(saved: SweepResult, name: str | None = None) -> HookedAudioTransformer:

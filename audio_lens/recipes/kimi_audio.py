@@ -505,7 +505,7 @@ class HookedKimiAudio(StackedAudioLLM):
 
     def _written(self, inputs: AudioInputs, run: GreedyRun, speaks: bool) -> Int[Tensor, "b 2 n"]:
         """What is written to the audio stream and to the text stream."""
-        cfg, past, encoded = self.cfg, KVCache(), self.encode(inputs)
+        cfg, past, encoded = self.cfg, KVCache(), self._heard_in(inputs, run)
         blank = cfg.special(BLANK)
         ends = torch.tensor([cfg.special("<|im_msg_end|>"), cfg.special(END)]).to(inputs.device)
         has_spoken = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
@@ -518,10 +518,12 @@ class HookedKimiAudio(StackedAudioLLM):
             audio = self.stream(logits, AUDIO).argmax(-1).masked_fill(is_silent, blank)
             has_spoken = has_spoken | torch.isin(audio, ends)
             written.append(torch.stack([audio, text], dim=1))
-            if (has_spoken.all() or run.is_late) if speaks else run.is_over:
-                break
             step = self._next_step(replace(step, further_tokens=None), audio)
             step = replace(step, further_tokens=text[:, None, None])
+            if (has_spoken.all() or run.is_late) if speaks else run.is_over:
+                break
+        if run.record is not None:  # the last tokens enter, too
+            self.hook_logits(self.read_out(self.decode(step, encoded, past=past), step))
         if speaks:
             run.done = has_spoken
             run.tell_cut()

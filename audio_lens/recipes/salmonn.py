@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -29,6 +28,7 @@ from audio_lens.models.loading.adapters import Adapter
 from audio_lens.models.loading.lora import LowRank, attach
 from audio_lens.models.loading.stored import reads_checkpoint
 from audio_lens.models.loading.weights import fill, read_weights, renamed
+from audio_lens.models.mixins.features import filled
 from audio_lens.models.parts.connectors import Connector
 from audio_lens.models.parts.qformer import QFormer, QFormerConfig, qformer_weight_names
 
@@ -195,10 +195,10 @@ class HookedSalmonn(HookedComposed):
         (_merge if merge else _make_live)(model, adapter)
         return model
 
-    def heard_beside(self, clips: list[Float[np.ndarray, " _"]]) -> dict[str, Tensor]:
+    def heard_beside(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """Features for BEATs, of clips with silence behind them up to a second."""
         least = round(LEAST_S * self.cfg.sampling_rate)
-        return super().heard_beside([np.pad(c, (0, max(0, least - len(c)))) for c in clips])
+        return super().heard_beside([filled(clip, least) for clip in clips])
 
 
 def _adapter(tensors: Mapping[str, Tensor], n_layers: int, alpha: float | int) -> Adapter:

@@ -146,6 +146,86 @@ def test_rerun_makes_a_map_of_edits_again(embedded, inputs) -> None:
     assert again.agrees
 
 
+@pytest.mark.parametrize("source", ["a vector", "a basis", "inputs"])
+def test_maps_of_tensors_are_made_again_from_their_file(embedded, inputs, tmp_path, source) -> None:
+    width = embedded.cfg.need_decoder.d_model
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(3))
+    backwards = [clip[::-1].copy() for clip in inputs.audio]
+    do = {
+        "a vector": edits.Put(0.1 * vector),
+        "a basis": edits.Project(vector[:, None]),
+        "inputs": edits.Mix(inputs.with_audio(backwards, 16_000)),
+    }[source]
+    where = torch.zeros(inputs.tokens.shape, dtype=torch.bool)
+    where[:, -3:] = True
+    arguments = {"site": "decoder.resid_pre", "axes": ("layer", "group"), "layers": [1, 4]}
+    groups = {"all": where, "last": "last"}
+    result = patching.ablate(
+        embedded, inputs, value=do, metric=METRIC, groups=groups, where=where, **arguments
+    )
+    saved = patching.load(result.save(tmp_path / "map.nc"))
+    assert patching.rerun(saved, embedded, clean=inputs, corrupted=inputs).agrees
+
+
+def test_what_no_file_holds_is_named(embedded, inputs) -> None:
+    class Same(torch.nn.Module):
+        def encode(self, x: Any) -> Any:
+            return x
+
+        def decode(self, latents: Any) -> Any:
+            return latents
+
+    do = edits.Latents(Same(), torch.relu)
+    result = patching.ablate(
+        embedded, inputs, site="decoder.resid_pre", axes="layer", layers=[2], value=do,
+        metric=METRIC,
+    )  # fmt: skip
+    with pytest.raises(patching.RerunError, match="do of this map was your own"):
+        patching.rerun(result, embedded, clean=inputs, corrupted=inputs)
+
+
+def test_edits_in_force_are_recorded_and_made_again(embedded, inputs, tmp_path) -> None:
+    """With a tensor; outside of `intervene`, from the file."""
+    width = embedded.cfg.need_decoder.d_model
+    vector = 3 * torch.randn(width, generator=torch.Generator().manual_seed(3))
+    given = [
+        Edit("decoder.resid_post", edits.Add(vector), layer=0),
+        Edit("decoder.attn.attn_scores", edits.Block("audio"), layer=[3, 4], where="last"),
+    ]
+    arguments = {"site": "decoder.attn_out", "axes": "layer", "layers": [1, 5], "metric": METRIC}
+    plain = patching.ablate(embedded, inputs, **arguments)
+    with intervene(embedded, *given):
+        result = patching.ablate(embedded, inputs, **arguments)
+    assert not torch.allclose(plain.values, result.values)
+    saved = patching.load(result.save(tmp_path / "map.nc"))
+    again = patching.rerun(saved, embedded, clean=inputs, corrupted=inputs)
+    assert again.agrees
+    assert not list(embedded.list_hooks(dir="fwd"))
+    with intervene(embedded, *given):
+        assert patching.rerun(saved, embedded, clean=inputs, corrupted=inputs).agrees
+    with (
+        intervene(embedded, given[1], Edit("decoder.resid_post", edits.Scale(2), layer=0)),
+        pytest.raises(patching.RerunError, match="hooks"),
+    ):
+        embedded(inputs)
+        patching.rerun(saved, embedded, clean=inputs, corrupted=inputs)
+
+
+def test_attributions_under_edits_are_confirmed_under_them(embedded, inputs, tmp_path) -> None:
+    noise = torch.randn(24_000, generator=torch.Generator().manual_seed(5)).numpy() * 0.1
+    pair = {"clean": inputs, "corrupted": inputs.with_audio([noise[:16_000], noise], 16_000)}
+    edit = Edit("decoder.resid_post", edits.Scale(1.2), layer=0)
+    with intervene(embedded, edit):
+        found = patching.attribute(
+            embedded, **pair, site="decoder.attn_out", axes="layer", metric=METRIC, method="atp"
+        )
+        assert len(found.confirm(embedded, top_k=2, controls=()).rows) == 2
+    with pytest.raises(InputError, match="confirm under the same"):
+        found.confirm(embedded, top_k=2, controls=())
+    saved = patching.load(found.save(tmp_path / "map.nc"))
+    assert patching.rerun(saved, embedded, **pair).agrees
+
+
 def test_a_plain_sweep_keeps_to_a_place(embedded, inputs) -> None:
     noise = torch.randn(24_000, generator=torch.Generator().manual_seed(5)).numpy() * 0.1
     other = inputs.with_audio([noise[:16_000], noise], 16_000)

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import TypeCheckError
 
 import tiny
-from audio_lens import HookedAudioTransformer, InputError, Span, metrics
-from audio_lens.patching import Patch, Site, SiteError, patch, sites_of
+from audio_lens import HookedAudioTransformer, InputError, Span, edits, intervene, metrics
+from audio_lens.patching import Band, Patch, Site, SiteError, patch, run, sites_of
+from families import FAMILIES
 from toys import Cue, copy_toy, prompt
 
 FRAMES = 20  # encoder positions
@@ -456,3 +457,32 @@ def test_no_patches_and_metrics_of_another_shape_are_refused(model, inputs):
         patch(model, inputs, [])
     with pytest.raises(ValueError, match="scalar or one value per row"):
         patch(model, inputs, [Patch("mlp_out", source=0.0)], metric=lambda logits: logits[0])
+
+
+def test_a_patch_is_an_edit(model, inputs, cache):
+    """In `intervene`, in `patching.run` and in files it does what `patch` does."""
+    one = Patch("decoder.resid_pre", layer=1, position=slice(1, None), source=cache)
+    other = Patch("decoder.attn.z", layer=0, head=1, source=0.0)
+    held = model.as_inputs(inputs).attended  # of padding, `patch` alone takes positions
+    expected = patch(model, inputs, [one, other])[held]
+    with intervene(model, one, other), torch.no_grad():
+        same(model(inputs)[held], expected)
+    same(run(model, inputs, [one, other])[held], expected)
+    written, tensors = edits.to_dict(one)
+    with intervene(model, edits.from_dict(written, tensors), other), torch.no_grad():
+        same(model(inputs)[held], expected)
+
+
+def test_windows_and_bands_of_a_patch_are_places():
+    one = Patch("encoder.resid_pre", time=[(0.0, 0.1), (0.3, 0.4)], source=0)
+    assert (one.where.one, one.where.other) == (Span(0.0, 0.1), Span(0.3, 0.4))
+    assert Patch("encoder.resid_pre", frequency=(0, 99), source=0).where == Band(0, 99)
+    model = FAMILIES["audio_spectrogram_transformer"].hooked(
+        FAMILIES["audio_spectrogram_transformer"].build()
+    )
+    inputs = model.as_inputs(FAMILIES["audio_spectrogram_transformer"].batch())
+    tall = Patch("encoder.resid_post", layer=0, time=(0, 9), frequency=(0, 2000), source=0)
+    expected = patch(model, inputs, [tall])
+    with intervene(model, tall), torch.no_grad():
+        assert torch.equal(model(inputs), expected)
+    assert not torch.equal(expected, model(inputs))

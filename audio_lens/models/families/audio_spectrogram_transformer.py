@@ -25,6 +25,7 @@ from audio_lens.models.base import HookedAudioTransformer
 from audio_lens.models.config import LoadingError, check_switches
 from audio_lens.models.kinds.encoder_only import EncoderOnlyConfig, EncoderOutput
 from audio_lens.models.layers import LayerNorm, PartConfig, PreNormBlock, Stack
+from audio_lens.models.mixins.features import heard_of
 from audio_lens.timeline import Row, Timeline, Track
 
 N_SPECIAL = 2  # positions before the patches: class and distillation token
@@ -269,18 +270,17 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
         It does not say what is padding, so all frames count as audio; `prepare` knows.
         """
         given = self._mapping_tensors(mapping, ("input_values", "labels"))
-        spectrograms, labels = given["input_values"], given.get("labels")
+        features, labels = given["input_values"].transpose(-1, -2), given.get("labels")
         if labels is not None:
-            if labels.is_floating_point() or labels.numel() != len(spectrograms):
+            if labels.is_floating_point() or labels.numel() != len(features):
                 raise InputError("labels must be the id of one class for every clip")
             labels = labels.reshape(-1, 1)
             self.check_tokens(labels)
-        return self._inputs(spectrograms, labels)
+        return self._inputs(features, labels)
 
     def _inputs(
-        self, spectrograms: Float[Tensor, "b frames mels"], labels: Tensor | None, **made: Any
+        self, features: Float[Tensor, "b mels frames"], labels: Tensor | None, **made: Any
     ) -> AudioInputs:
-        features = spectrograms.transpose(-1, -2)
         self.check_features(features)
         return AudioInputs(
             features=features,
@@ -306,23 +306,30 @@ class HookedAST(EncoderOutput, HookedAudioTransformer):
         """
         clips = self.load_clips(audio, sampling_rate)
         texts = texts_per_clip(text, len(clips))
-        shortest = min(map(len, clips))
-        if shortest < WINDOW:
-            raise InputError(f"a clip of {shortest} samples: one mel frame reads {WINDOW}")
-        made = self.feature_extractor(
-            clips, sampling_rate=self.cfg.sampling_rate, return_tensors="pt"
-        )["input_values"]
-        frames = torch.tensor([(len(clip) - WINDOW) // self.cfg.hop + 1 for clip in clips])
-        mask = torch.arange(self.cfg.need_n_frames) < frames[:, None]
+        made = self.extract_features(clips)
         return self._inputs(
-            made.to(self.device),
+            made["features"],
             None if text is None else self.labels_of(texts),
-            feature_mask=mask.to(self.device),
+            feature_mask=made["mask"],
             audio=clips,
             text=None if text is None else texts,
             sampling_rate=self.cfg.sampling_rate,
             remake=self.prepare,
         )
+
+    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
+        """Spectrograms of a fixed length, and the mask of frames with audio.
+
+        Raises:
+            InputError: a clip shorter than one mel frame.
+        """
+        shortest = min(map(len, clips))
+        if shortest < WINDOW:
+            raise InputError(f"a clip of {shortest} samples: one mel frame reads {WINDOW}")
+        made = self.extracted(clips)["input_values"].transpose(-1, -2)
+        frames = [(len(clip) - WINDOW) // self.cfg.hop + 1 for clip in clips]
+        mask = heard_of(frames, self.cfg.need_n_frames)
+        return {"features": made.to(self.device), "mask": mask.to(self.device)}
 
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """The patch of frames m to m + 15 is centred at 0.01 m + 0.0875 s; classes have no time.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +9,16 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers.audio_utils import mel_filter_bank
 
 from audio_lens.models.config import LoadingError
 from audio_lens.models.families.audio_spectrogram_transformer import WINDOW
 from audio_lens.models.families.wav2vec2 import EPS
 from audio_lens.models.families.wav2vec2_config import SpeechEncoderConfig
 from audio_lens.models.kinds.encoder_only import EncoderOnlyConfig
+from audio_lens.models.mixins.features import filter_bank
 
 N_MELS = 128
-HOP, N_FFT = 160, 512  # samples
-PREEMPHASIS = 0.97
+HOP = 160  # samples
 FULL_SCALE = 2**15  # of Kaldi's samples, which are 16-bit integers
 MEAN, DEVIATION = 15.41663, 6.55582  # of the features, over AudioSet
 
@@ -69,32 +66,9 @@ def log_mel(waves: Float[Tensor, "b samples"]) -> Float[Tensor, "b mels frames"]
     standard deviations 1. In float32 or better.
     """
     waves = waves.to(torch.promote_types(waves.dtype, torch.float32))
-    frames = FULL_SCALE * waves.unfold(-1, WINDOW, HOP)
-    frames = frames - frames.mean(-1, keepdim=True)
-    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
     window = torch.hann_window(WINDOW, periodic=False, dtype=waves.dtype).pow(0.85)  # Povey's
-    spectrum = torch.fft.rfft((frames - PREEMPHASIS * before) * window.to(waves), n=N_FFT)
-    bands = spectrum.abs().square() @ _mel_filters().to(waves)
-    levels = bands.clamp(min=torch.finfo(torch.float32).eps).log()
+    levels = filter_bank(FULL_SCALE * waves, window.to(waves), N_MELS)
     return ((levels - MEAN) / (2 * DEVIATION)).transpose(-1, -2)
-
-
-@functools.cache
-def _mel_filters() -> Float[Tensor, "bins mels"]:
-    """Triangles on Kaldi's mel scale; the lowest are narrower than a bin, and one holds none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        filters = mel_filter_bank(
-            N_FFT // 2 + 1,
-            N_MELS,
-            20.0,
-            8000.0,
-            16_000,
-            None,
-            "kaldi",
-            triangularize_in_mel_space=True,
-        )
-    return torch.from_numpy(filters)
 
 
 def frames_of(n_samples: int) -> int:

@@ -27,6 +27,7 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.config import AudioConfig, LoadingError, check_switches
 from audio_lens.models.kinds.audio_llm import HookedAudioLLM, Segment
 from audio_lens.models.layers import KVCache
+from audio_lens.models.mixins.features import heard_of
 from audio_lens.models.mixins.settings import GreedyRun
 from audio_lens.models.mixins.templates import chat_prompt
 from audio_lens.models.parts.conformer import Conformer, ConformerConfig, conformer_weight_names
@@ -284,13 +285,12 @@ class HookedGraniteSpeech(HookedAudioLLM):
         each is its reference.
         """
         options = self.feature_extractor.melspec_kwargs
-        waves = [torch.as_tensor(clip, dtype=torch.float32) for clip in clips]
+        waves = [torch.as_tensor(clip) for clip in clips]
         mel = _log_mel(pad_sequence(waves, batch_first=True), **options)
         frames = [STACKED * ((len(w) // options["hop_length"] + 1) // STACKED) for w in waves]
-        index = torch.arange(max(frames))
         return {
             "features": mel[..., : max(frames)].to(self.device),
-            "mask": (index < torch.tensor(frames)[:, None]).to(self.device),
+            "mask": heard_of(frames, max(frames)).to(self.device),
         }
 
     def load_audio(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
@@ -372,10 +372,11 @@ def _log_mel(
     n_mels: int,
 ) -> Float[Tensor, "b mels frames"]:
     """Log power in mel bands, 80 dB below the loudest of the clip at least, scaled."""
-    window = torch.hann_window(win_length)
+    window = torch.hann_window(win_length).to(waves)
     spectrum = torch.stft(waves, n_fft, hop_length, win_length, window, return_complex=True)
     bands = mel_filter_bank(n_fft // 2 + 1, n_mels, 0.0, sample_rate / 2, sample_rate)
-    power = torch.as_tensor(bands, dtype=waves.dtype).T @ spectrum.abs().square()
+    size = spectrum.real.square() + spectrum.imag.square()
+    power = torch.as_tensor(bands).to(waves).T @ size
     levels = power.clamp(min=1e-10).log10()
     return levels.clamp(min=levels.amax((1, 2), keepdim=True) - 8.0) / 4 + 1
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import transformers
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +17,7 @@ from audio_lens.models.config import AudioConfig
 from audio_lens.models.families.voxtral import StackedAudioLLM, whisper_stacked_config
 from audio_lens.models.families.whisper import WhisperEncoder, encoder_weight_names
 from audio_lens.models.kinds.audio_llm import check_encoder
+from audio_lens.models.mixins.features import filled
 from audio_lens.models.parts.connectors import (
     ConnectedConfig,
     ConnectorConfig,
@@ -75,7 +75,7 @@ class HookedMossTranscribeDiarize(StackedAudioLLM):
 
     def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """As in every model; the extractor takes a lone sample for a number, so it gets silence."""
-        return super().extract_features([np.pad(c, (0, int(len(c) == 1))) for c in clips])
+        return super().extract_features([filled(clip, 2) for clip in clips])
 
     def token_count(self, n_valid: int) -> int:
         """One token per group of encoder frames; the last one is filled up with padding."""

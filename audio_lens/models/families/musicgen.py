@@ -102,6 +102,7 @@ class HookedMusicgen(MusicDecoding, Speaking, CodecTime, HookedAudioTransformer)
     model_types = ("musicgen",)
     hf_class = "MusicgenForConditionalGeneration"
     features_key = "input_ids"
+    no_gradient_because = "its encoder reads text"
     codec_name = "audio_encoder"
     outdated_names = ("decoder.model.decoder.embed_positions.weights",)  # sinusoids
     weight_names: ClassVar = {

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
+from audio_lens.hooks import NamesFilter
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.families.musicgen_config import MusicgenConfig
 from audio_lens.models.kinds.streams import UNKNOWN, CodecTime, undelayed
@@ -52,8 +53,13 @@ class MusicDecoding(Speaking, CodecTime):
         max_new_tokens: int | None = None,
         return_type: Literal["audio", "codes"] = "audio",
         guidance_scale: float | int | None = None,
+        *,
+        encoder_out: Tensor | None = None,
+        return_cache: bool = False,
+        names_filter: NamesFilter = None,
+        attention: bool = False,
         **options: Any,
-    ) -> Float[Tensor, "b c samples"] | Int[Tensor, "b k t"]:
+    ) -> Any:
         """Play on greedily, with a key-value cache.
 
         Hooks that are attached run at every step: the first call holds the whole prompt, each later
@@ -70,11 +76,20 @@ class MusicDecoding(Speaking, CodecTime):
                 and continuation.
             guidance_scale: how much further than the text's logits to go, from those without text:
                 1 is no guidance; None takes the checkpoint's own.
+            encoder_out: what the encoder gave earlier (``model.encode(inputs)``).
+            return_cache: also give an `AudioCache`, as other models do: of everything that enters,
+                the last codes too; without guidance only.
+            names_filter, attention: what the cache keeps, as in `run_with_cache`.
             options: generation settings in place of the checkpoint's, and keywords of the mapping.
 
+        Returns:
+            The audio, ``b c samples``, or the codes, ``b k t``; with ``return_cache`` a tuple of
+            that and the cache.
+
         Raises:
-            InputError: prompts that are padded, too few positions, a scale below 1, or settings
-                that are not implemented.
+            InputError: prompts that are padded, too few positions, a scale below 1, an
+                ``encoder_out`` of another shape, a cache under guidance, or settings that are not
+                implemented.
         """
         if return_type not in ("audio", "codes"):
             raise InputError(f"return_type must be audio or codes, got {return_type!r}")
@@ -92,8 +107,18 @@ class MusicDecoding(Speaking, CodecTime):
         held = self._plan(inputs, limit.n_tokens)
         rows = rearrange(self.codes_of(inputs), "b k t -> (b k) t")
         run = GreedyRun(settings, limit, rows, are_encoded=False)
-        codes = undelayed(self._played(inputs, held, scale, run), self.cfg.delays)
-        return codes if return_type == "codes" else self.sound(codes)
+        if return_cache and scale > 1:
+            raise InputError(
+                "under guidance the decoder runs twice per step: return_cache needs "
+                "guidance_scale=1"
+            )
+        run.encoder_out = self._given_encoded(inputs, encoder_out)
+        run.record = self._recording(names_filter, attention) if return_cache else None
+        with self.watching([] if run.record is None else run.record.hooks()):
+            played = self._played(inputs, held, scale, run)
+        codes = undelayed(played, self.cfg.delays)
+        made = codes if return_type == "codes" else self.sound(codes)
+        return made if run.record is None else (made, self._as_cache(run.record.joined(), True))
 
     def _stated_limit(self, settings: GenerationConfig, n_prompt: int) -> Limit | None:
         """As Hugging Face reads it here: ``max_length`` counts new positions only."""
@@ -119,7 +144,7 @@ class MusicDecoding(Speaking, CodecTime):
         run: GreedyRun,
     ) -> Int[Tensor, "b k positions"]:
         """The codes of prompt and continuation, as they enter; ``held`` are those known before."""
-        encoded = needed(self.encode(inputs), "MusicGen plays what a text says")
+        encoded = needed(self._heard_in(inputs, run), "MusicGen plays what a text says")
         passes = [(inputs, encoded, KVCache())]
         if scale > 1:
             nothing = torch.zeros_like(inputs.features, dtype=torch.bool)
@@ -134,6 +159,8 @@ class MusicDecoding(Speaking, CodecTime):
             new = rearrange(run.choose(each), "(b k) -> b k", k=held.shape[1])
             held[..., position] = new.where(held[..., position] == UNKNOWN, held[..., position])
             begin = position
+        if run.record is not None:  # the last codes enter, too
+            self._next_logits(held[..., begin:], *passes[0])
         return held
 
     def _next_logits(

@@ -147,14 +147,11 @@ class HookedVoxtral(StackedAudioLLM):
         """The features of whole clips (the loudest frame sets their floor), cut into windows."""
         n_frames, features, masks = self.cfg.need_n_frames, [], []
         for clip in clips:
-            made = self.feature_extractor(
-                clip,
-                sampling_rate=self.cfg.sampling_rate,
+            made = self.extracted(
+                [clip],
                 padding=True,
                 truncation=False,
                 pad_to_multiple_of=n_frames * self.cfg.hop,
-                return_attention_mask=True,
-                return_tensors="pt",
             )
             features.append(rearrange(made["input_features"], "1 m (w t) -> w m t", t=n_frames))
             masks.append(rearrange(made["attention_mask"], "1 (w t) -> w t", t=n_frames).bool())

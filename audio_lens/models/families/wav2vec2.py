@@ -427,14 +427,11 @@ class HookedWav2Vec2(EncoderOutput, Ear, HookedAudioTransformer):
     def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
         """Waveforms as the model takes them, padded, and the mask of samples with audio."""
         self._check_lengths([len(clip) for clip in clips])
-        made = self.feature_extractor(
-            clips,
-            sampling_rate=self.cfg.sampling_rate,
-            padding=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
-        return {"features": made["input_values"], "mask": made["attention_mask"].bool()}
+        made = self.extracted(clips, padding=True)
+        return {
+            "features": made["input_values"].to(self.device),
+            "mask": made["attention_mask"].bool().to(self.device),
+        }
 
     def _check_lengths(self, lengths: list[int]) -> None:
         if min(lengths) < self.cfg.stem.reach:

@@ -164,6 +164,10 @@ class AudioLLM(Prompts, Ear):
             return []
         return self.counts_of(self._lengths(inputs), inputs.extra)
 
+    def least_encoded(self, inputs: AudioInputs) -> int:
+        """The tokens of the longest segment."""
+        return max(self._token_counts(inputs))
+
     def is_text(self, inputs: AudioInputs) -> Bool[Tensor, "b t"]:
         """True at attended tokens that are not audio."""
         return inputs.attended & ~self.is_audio(inputs)

@@ -78,14 +78,7 @@ class ChunkedAudioLLM(HookedAudioLLM):
 
     def _extracted(self, clip: Float[Any, " _"]) -> tuple[Tensor, Bool[Tensor, "1 frames"]]:
         try:
-            made = self.feature_extractor(
-                clip,
-                sampling_rate=self.cfg.sampling_rate,
-                truncation=False,
-                return_attention_mask=True,
-                return_tensors="pt",
-                **self.padding_of(clip),
-            )
+            made = self.extracted([clip], truncation=False, **self.padding_of(clip))
         except RuntimeError as error:  # it mirrors the ends of a clip for its first window
             raise AudioError(
                 f"the clip has {len(clip)} samples, too few for the feature extractor: {error}"

@@ -320,6 +320,8 @@ class HookedCodecLM(Speaking, CodecTime):
             made.append(step)
             if run.is_over:
                 break
+        if run.record is not None:  # the last token enters, too
+            self.decode(step, None, past=past)
         return replace(
             inputs,
             tokens=torch.cat([one.tokens for one in made], dim=1),
@@ -327,6 +329,11 @@ class HookedCodecLM(Speaking, CodecTime):
             attention_mask=step.attention_mask,
             position_ids=None,
         )
+
+    @property
+    def unrecorded(self) -> tuple[str, ...]:
+        """The logits, and what writes codes: these run for the last position alone."""
+        return ("hook_logits", *(f"{name}." for name in self.cfg.further_decoders))
 
     def _continue(self, inputs: AudioInputs, run: GreedyRun) -> Int[Tensor, "b t"]:
         return self._continued(inputs, run).tokens

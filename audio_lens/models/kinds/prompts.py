@@ -15,6 +15,7 @@ from torch import Tensor
 from audio_lens.audio import AudioError, Rates, sources_of, with_rates
 from audio_lens.inputs import AudioInputs, InputError, padded
 from audio_lens.models.base import HookedAudioTransformer
+from audio_lens.models.mixins.features import Clips
 from audio_lens.models.mixins.templates import chat_prompt
 
 
@@ -308,9 +309,9 @@ class Prompts(HookedAudioTransformer):
         made = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         return made["input_ids"].to(self.device), made["attention_mask"].to(self.device)
 
-    def heard_beside(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
-        """What goes beside the features of these clips: nothing, here."""
-        return {}
+    def features_of(self, clips: Clips) -> Float[Tensor, " segments *shape"]:
+        """The features of the segments of clips."""
+        return self.segments_of(list(clips))[0]
 
     def segments_of(
         self, clips: list[Float[Any, " _"]]

@@ -111,6 +111,8 @@ class CodecTime(HookedAudioTransformer):
     of the decoder is that of the first codebook, which must not be delayed.
     """
 
+    no_gradient_because = "it hears codes, which its codec picks from tables"
+
     @property
     @abstractmethod
     def initial_code(self) -> int:

@@ -11,9 +11,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
 
+from audio_lens.cache import AudioCache
+from audio_lens.hooks import NamesFilter
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import KVCache
 from audio_lens.models.mixins.hearing import Hearing
+from audio_lens.models.mixins.recording import Recording
 from audio_lens.models.mixins.settings import (
     NOT_GREEDY,
     GreedyRun,
@@ -58,14 +61,30 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
         **options: Any,
     ) -> Int[Tensor, "b t"]: ...
 
+    @overload
+    def generate(
+        self,
+        inputs: AudioInputs | Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        return_type: Literal["text", "tokens"] = "text",
+        return_cache: Literal[True],
+        **options: Any,
+    ) -> tuple[Any, AudioCache]: ...
+
     @torch.no_grad()
     def generate(
         self,
         inputs: AudioInputs | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         return_type: Literal["text", "tokens"] = "text",
+        *,
+        encoder_out: Tensor | None = None,
+        return_cache: bool = False,
+        names_filter: NamesFilter = None,
+        attention: bool = False,
         **options: Any,
-    ) -> list[str] | Int[Tensor, "b t"]:
+    ) -> list[str] | Int[Tensor, "b t"] | tuple[list[str] | Int[Tensor, "b t"], AudioCache]:
         """Continue the prompts greedily, with a key-value cache.
 
         Hooks that are attached run at every step: the first call holds the whole prompt, each
@@ -82,24 +101,43 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
                 state, else that of `token_limit`. Texts that a limit cuts are warned of.
             return_type: "text" gives the new text of each row; "tokens" prompt and continuation
                 ids, padded after the end.
+            encoder_out: what the encoder gave earlier (``model.encode(inputs)``), as a forward
+                takes it: it does not run again.
+            return_cache: also give an `AudioCache` of what ran, edits and hooks in force: of the
+                prompt and of every written token, the last one too, which enters once more for it.
+                ``cache[name]`` has the shape that `run_with_cache` on prompt and continuation
+                would give: positions are those of ``return_type="tokens"``. Behind the end of a
+                row stand activations of the padding written there. Left out is what does not run
+                while the model writes: the encoder beside an ``encoder_out``, and of codec
+                language models the logits and depth decoders.
+            names_filter, attention: what the cache keeps, as in `run_with_cache`.
             options: generation settings in place of the checkpoint's, such as
                 ``repetition_penalty=1.2``; and keywords of the mapping.
 
         Raises:
-            InputError: prompts that are padded on the right, no room for so many tokens, or
+            InputError: prompts that are padded on the right, no room for so many tokens, an
+                ``encoder_out`` of another shape, points that do not run at every position, or
                 settings that are not implemented (beams, sampling that is asked for).
+            HookNameError, DeadHookError: names to keep that are unknown or did not run.
         """
         if return_type not in ("text", "tokens"):
             raise InputError(f"return_type must be text or tokens, got {return_type!r}")
         if return_type == "text":
             self.need_tokenizer("text")
-        inputs, run = self._begun(inputs, max_new_tokens, options)
-        tokens = self._continue(inputs, run)
-        self._tell_cut(inputs, run)
-        if return_type == "tokens":
-            return tokens
-        new = tokens[:, inputs.tokens.shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        batch, run = self._begun(inputs, max_new_tokens, options)
+        run.encoder_out = self._given_encoded(batch, encoder_out)
+        run.record = self._recording(names_filter, attention) if return_cache else None
+        self._check_recorded(batch, run)
+        with self.watching([] if run.record is None else run.record.hooks()):
+            tokens = self._continue(batch, run)
+        self._tell_cut(batch, run)
+        made: Any = tokens
+        if return_type == "text":
+            texts = self.tokenizer.batch_decode(
+                tokens[:, batch.tokens.shape[1] :], skip_special_tokens=True
+            )
+            made = [text.strip() for text in texts]
+        return made if run.record is None else (made, self._as_cache(run.record.joined(), True))
 
     def token_limit(self, inputs: AudioInputs | Mapping[str, Any]) -> int:
         """How many tokens `generate` adds to these prompts at most, where it is not told.
@@ -189,16 +227,54 @@ class GreedyDecoding(Hearing, Writing, Vocabulary):
             )
         return replace(inputs, position_ids=inputs.counted_positions())
 
+    # ---------------------------------------------------------------- what is heard and kept
+
+    def _given_encoded(self, inputs: AudioInputs, encoded: Tensor | None) -> Tensor | None:
+        """What the encoder gave earlier, checked to be of these inputs."""
+        if encoded is not None:
+            self.check_encoded(inputs, encoded)
+        return encoded
+
+    @property
+    def unrecorded(self) -> tuple[str, ...]:
+        """Beginnings of the names of points that do not run at every position while it writes."""
+        return ()
+
+    def _recording(self, names_filter: NamesFilter, attention: bool) -> Recording:
+        is_named = names_filter is not None and not callable(names_filter)
+        names = self.matching(names_filter, attention, None)
+        unfit = [name for name in names if name.startswith(self.unrecorded)]
+        if unfit and (is_named or len(unfit) == len(names)):
+            raise InputError(
+                f"{', '.join(unfit[:5])} do not run at every position while {self.cfg.family} "
+                "writes: run_with_cache on what it wrote gives them"
+            )
+        return Recording([name for name in names if name not in unfit], is_named)
+
+    def _check_recorded(self, inputs: AudioInputs, run: GreedyRun) -> None:
+        room = self._room(inputs)
+        if run.record is not None and room is not None and run.limit.n_tokens > room:
+            raise InputError(
+                f"return_cache has every written token enter the decoder, which has room for "
+                f"{room}: max_new_tokens={room}"
+            )
+
+    def _heard_in(self, inputs: AudioInputs, run: GreedyRun) -> Tensor | None:
+        """What the decoder receives of the audio."""
+        return self.encode(inputs) if run.encoder_out is None else run.encoder_out
+
     def _continue(self, inputs: AudioInputs, run: GreedyRun) -> Int[Tensor, "b t"]:
-        past, encoded = KVCache(), self.encode(inputs)
+        past, encoded = KVCache(), self._heard_in(inputs, run)
         tokens, step = [inputs.tokens], inputs
         for _ in range(run.limit.n_tokens):
             hidden = self.decode(step, encoded, past=past)
             new = run.choose(self.hook_logits(self.read_out(hidden, step))[:, -1])
             tokens.append(new[:, None])
+            step = self._next_step(step, new)
             if run.is_over:
                 break
-            step = self._next_step(step, new)
+        if run.record is not None:  # the last token enters, too
+            self.hook_logits(self.read_out(self.decode(step, encoded, past=past), step))
         return torch.cat(tokens, dim=1)
 
     def _tell_cut(self, inputs: AudioInputs, run: GreedyRun) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from audio_lens import audio as audio_io
 from audio_lens.inputs import AudioInputs, InputError
-from audio_lens.models.mixins.host import Host
+from audio_lens.models.mixins.features import Features
 from audio_lens.models.mixins.running import Running
 
 
-class Hearing(Running, Host):
+class Hearing(Features, Running):
     """How a `HookedAudioTransformer` takes what it hears; mixed into it.
 
     Attributes:
@@ -25,7 +25,6 @@ class Hearing(Running, Host):
     """
 
     features_key: ClassVar[str] = "input_features"  # of a processor's mapping
-    extracted_mask: ClassVar[str] = "attention_mask"  # as the feature extractor calls it
     mixes_lengths: ClassVar[str] = ""
     _has_told_of_lengths = False
 
@@ -197,22 +196,6 @@ class Hearing(Running, Host):
             raise InputError("no audio: pass at least one clip")
         rated = audio_io.with_rates(sources, sampling_rate)
         return [self.load_audio(source, rate) for source, rate in rated]
-
-    def extract_features(self, clips: list[Float[Any, " _"]]) -> dict[str, Tensor]:
-        """Log-mel features padded to the model's length, and the mask of frames with audio."""
-        made = self.feature_extractor(
-            clips,
-            sampling_rate=self.cfg.sampling_rate,
-            padding="max_length",
-            max_length=self.cfg.need_n_frames * self.cfg.hop,
-            truncation=False,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        return {
-            "features": made["input_features"].to(self.device),
-            "mask": made[self.extracted_mask].bool().to(self.device),
-        }
 
 
 def _tensor(key: str, given: Any) -> Tensor:

@@ -37,12 +37,20 @@ class Host(Family, ABC):
         """Where inputs go and the output comes from."""
 
     @abstractmethod
+    def load_audio(self, source: Any, sampling_rate: int | None) -> Float[Any, " samples"]:
+        """One clip, mono at the model's rate, checked to fit the model."""
+
+    @abstractmethod
     def inputs_from_mapping(self, mapping: Mapping[str, Any]) -> AudioInputs:
         """Inputs from what a Hugging Face processor returns."""
 
     @abstractmethod
     def timeline(self, inputs: AudioInputs | Mapping[str, Any]) -> Timeline:
         """Where each position of each part lies in seconds."""
+
+    @abstractmethod
+    def check_encoded(self, inputs: AudioInputs, encoded: Tensor) -> None:
+        """Raise unless what an encoder gave is of these inputs."""
 
     @abstractmethod
     def encode(

@@ -39,6 +39,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from audio_lens.inputs import InputError
+from audio_lens.models.mixins.recording import Recording
 
 Neutral = Mapping[str, tuple[Any, ...]]  # by setting, the values beside None that change nothing
 
@@ -190,6 +191,8 @@ class GreedyRun:
     Attributes:
         done: True for rows that have ended, ``b``.
         n_chosen: how many tokens were chosen.
+        encoder_out: what the encoder gave earlier; None runs it.
+        record: keeps activations of every step; None keeps none.
 
     Raises:
         InputError: for settings that cannot be carried out, naming what is wrong.
@@ -208,6 +211,8 @@ class GreedyRun:
         self.settings, self.limit = settings, limit
         self.seen: Any = prompts
         self.n_chosen = 0
+        self.encoder_out: Tensor | None = None
+        self.record: Recording | None = None
         self.done = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
         self._pad = pad_token(settings)
         ends = torch.tensor(end_tokens(settings), dtype=torch.long, device=prompts.device)

@@ -28,7 +28,7 @@ from audio_lens.patching.cells import CellTable
 from audio_lens.patching.known import own_parts
 from audio_lens.patching.result import SweepResult
 from audio_lens.patching.spec import Bands, Direction, SweepSpec, Windows
-from audio_lens.provenance import provenance
+from audio_lens.provenance import edits_in_force, provenance
 from audio_lens.running import evaluating
 from audio_lens.sites import Site
 
@@ -96,8 +96,10 @@ class Attribution(SweepResult):
 
         Raises:
             ValueError: a control that does not exist or cannot be had, fewer than one cell, a
-                part of an attribution, or a metric that is alike on both runs.
+                part of an attribution, a metric that is alike on both runs, or other hooks or
+                edits in force than when the estimates were made.
         """
+        self._check_in_force(model)
         return confirm(
             self,
             self.request,
@@ -111,6 +113,15 @@ class Attribution(SweepResult):
             seed=seed,
             progress=progress,
         )
+
+    def _check_in_force(self, model: HookedAudioTransformer) -> None:
+        then, now = self.recipe.get("hooks", []), list(model.list_hooks(dir="fwd"))
+        if then != now or self.recipe.get("edits") != edits_in_force(model):
+            raise InputError(
+                f"the estimates were made with hooks or edits at {', '.join(then) or 'nothing'}, "
+                f"and now they are at {', '.join(now) or 'nothing'}: confirm under the same, for "
+                "edits inside the same `with intervene(...)`"
+            )
 
 
 def attribute(
@@ -222,6 +233,7 @@ def _result(
         recipe={
             "arguments": {**spec.record, "site": site, **further},
             "hooks": list(model.list_hooks(dir="fwd")),
+            "edits": edits_in_force(model),
             "own": own,
         },
     )

@@ -181,7 +181,9 @@ def kept_for(site: Site, block: Block) -> tuple[list[str], list[str]]:
 
     Patterns, scores, results and neurons are too large for that: those are made block by block.
     """
-    if site.reads_attention or site.sublayer == "mlp" or site.last == "result":
+    if site.reads_attention:
+        return [f"{site.sublayer}.hook_z", _stage_behind(site.sublayer)], []
+    if site.sublayer == "mlp" or site.last == "result":
         return [], []
     if not site.sublayer:
         is_held = site.last in ("resid_pre", block.last_stage)
@@ -189,7 +191,13 @@ def kept_for(site: Site, block: Block) -> tuple[list[str], list[str]]:
         of_stream = {"cross_attn_out": "resid_mid", "mlp_out": block.mlp_stage}
         return [*own, *(f"hook_{of_stream[n]}" for n in [site.last] if n in of_stream)], own
     prefix = site.sublayer
-    stage = "hook_resid_mid_cross" if prefix == "cross_attn" else "hook_resid_mid"
     is_memory = prefix == "cross_attn" and site.last in KEYS
     asked = ["cross_attn.hook_q"] if is_memory else []
-    return [f"{prefix}.hook_z", stage, *asked], [] if is_memory else [site.local_hook]
+    return [f"{prefix}.hook_z", _stage_behind(prefix), *asked], [] if is_memory else [
+        site.local_hook
+    ]
+
+
+def _stage_behind(sublayer: str) -> str:
+    """The sum of the residual stream that an attention writes to."""
+    return "hook_resid_mid_cross" if sublayer == "cross_attn" else "hook_resid_mid"

@@ -142,6 +142,13 @@ class Request:
         return "explicit" if is_written_out else self.model.attn_mode
 
     @property
+    def parts_written_out(self) -> list[str]:
+        """The parts whose attention is written out for this sweep: those from its sites on."""
+        if self.attn_mode == self.model.attn_mode:
+            return []
+        return parts_from(self.model, self.table.part) or [self.table.part]
+
+    @property
     def is_double(self) -> bool:
         """Whether all is computed in float64.
 

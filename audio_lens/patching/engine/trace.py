@@ -204,8 +204,15 @@ class Trace:
     def _run_again(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         hooks = [(self._full(layer, name), keeping(found, name)) for name in names]
+        block, resid, context = self.block(layer), self.residuals[layer], self._context_again(layer)
+        is_first = type(block).forward is Block.forward and all(
+            n.startswith("attn.") for n in names
+        )
         with self.model.hooks(hooks):
-            self.block(layer)(self.residuals[layer], self._context_again(layer))
+            if is_first:  # nothing of the block but its attention is asked for
+                block.attn(block.reads(resid), context)
+            else:
+                block(resid, context)
         return found
 
     def _context_again(self, layer: int) -> Context:
