@@ -151,6 +151,20 @@ def test_mass_is_what_patterns_hold(toy, heard) -> None:
     )
 
 
+def test_mass_is_read_with_edits_in_force(toy, heard) -> None:
+    none = knockout.mass(toy, heard, do=edits.Weights(0.0, "audio", renormalise=False))
+    assert none.values.abs().max() == 0 and none.controls["even"].values.min() > 0
+    shared = knockout.mass(toy, heard, layers=0, do=edits.Bias(-0.5, "audio"))
+    raised = 10 * torch.tensor(-0.5).double().exp().item()
+    assert shared.values.flatten().tolist() == pytest.approx([raised / (raised + 2)] * 8)
+
+
+def test_groups_are_drawn_in_place_of_items(toy, heard) -> None:
+    spoken_by = Items(item.replaced(group="ab"[n % 2]) for n, item in enumerate(heard))
+    result = knockout.knock_out(toy, spoken_by, layers=[LAYER], by="group")
+    assert "2 of group" in result.meta["interval"] and result.low[1, 0] == 1
+
+
 # -------------------------------------------------------------------------------- specialists
 
 
