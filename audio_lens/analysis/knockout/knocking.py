@@ -129,7 +129,7 @@ def knock_out(
         _add_text_only(result, replace(study, items=text_only), metric, size, progress)
     result.report += [
         *_of_other_clips(told, metric, size, progress),
-        *([] if not isinstance(curve.do, Multiply) else _of_signs(study, size, progress)),
+        *(_of_signs(study, curve.do, size, progress) if isinstance(curve.do, Multiply) else []),
         LIMITS,
     ]
     result.meta |= {
@@ -288,7 +288,7 @@ def _of_other_clips(told: Told, metric: Any, size: int, progress: bool | None) -
         )
 
 
-def _of_signs(study: Study, size: int, progress: bool | None) -> Iterator[str]:
+def _of_signs(study: Study, do: Multiply, size: int, progress: bool | None) -> Iterator[str]:
     """How many of the scores are negative, which multiplying lowers."""
     curve = study.curve
     negative = negative_scores(
@@ -304,5 +304,5 @@ def _of_signs(study: Study, size: int, progress: bool | None) -> Iterator[str]:
     )
     shares = negative.values.mean((0, 2)).tolist()
     told = ", ".join(f"{b}: {share:.0%}" for b, share in zip(curve.blocks, shares, strict=True))
-    what = "raises" if curve.do.mode == "mult_abs" else "lowers"
-    yield f"Of these scores, negative in block {told}. {curve.do.mode} {what} those."
+    what = "raises" if do.mode == "mult_abs" else "lowers"
+    yield f"Of these scores, negative in block {told}. {do.mode} {what} those."

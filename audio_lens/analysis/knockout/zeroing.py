@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,9 +210,10 @@ class Zeroing:
             )
 
         before, found = {layer: left(layer) for layer in self.layers}, []
-        for edit in (edit for edits in self.runs(batch).values() for edit in edits):
-            with intervene(model, edit):
-                found.append(_apart(before[edit.layer], left(edit.layer), queries))
+        for edits in self.runs(batch).values():  # each holds the layers in order, over and over
+            for edit, layer in zip(edits, itertools.cycle(self.layers), strict=False):
+                with intervene(model, edit):
+                    found.append(_apart(before[layer], left(layer), queries))
         return of_items(torch.stack(found, dim=1), ground, len(batch))
 
 

@@ -176,7 +176,7 @@ class Asked:
             named = [answer for item in items for answer in (item.answer, item.against)]
             options = tuple(dict.fromkeys(name for name in named if name is not None))
         if len(options) < 2:
-            raise ItemError(f"all items have the answer {options[0]!r}: there is nothing to choose")
+            raise ItemError(f"all items have the answer {answers[0]!r}: there is nothing to choose")
         right = torch.tensor([options.index(answer) for answer in answers])
         return Asked(options, first_tokens(model, options), right)
 

@@ -153,7 +153,7 @@ def _measured(
 
 
 def _axes(read: Readings, where: Where) -> dict[str, Sequence[Any]]:
-    layers = {"layer": list(range(read.votes.shape[2]))}
+    layers: dict[str, Sequence[Any]] = {"layer": list(range(read.votes.shape[2]))}
     return layers | ({"group": list(where)} if isinstance(where, Mapping) else {})
 
 
