@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from audio_lens.report.html import write_drawn
 from audio_lens.results import Result
 from audio_lens.results.lines import Line, control_lines, lines, metric_names, metrics_of
 
-DRAWN = 2  # axes of a figure
-SIZE = {"autosize": True, "height": 420, "margin": {"l": 74, "r": 100, "t": 90, "b": 46}}
+DRAWN = 2  # axes of a figure, or three where one of them makes a few panels of curves
+MOST_CURVES = 12  # in all panels
+SIZE = {"autosize": True, "height": 420, "margin": {"l": 74, "r": 100, "t": 104, "b": 64}}
 MOST_LINES, MOST_FIGURES = 200, 200  # of a result
 
 
@@ -105,7 +107,15 @@ class Section:
         places = {axis: place for place, axis in enumerate(ACROSS)}
         order = sorted(self.result.axes, key=lambda axis: places.get(axis, len(places)))
         left = [axis for axis in self.result.axes if axis in order[DRAWN:]]
+        if len(order) == DRAWN + 1 and self._curves() <= MOST_CURVES:
+            left = []
         return metrics | {axis: self.result.coords[axis] for axis in left}
+
+    def _curves(self) -> int:
+        """How many curves there are beside the axis that they run over."""
+        lengths = {axis: len(self.result.coords[axis]) for axis in self.result.axes}
+        along = "layer" if "layer" in lengths else max(lengths, key=lambda axis: lengths[axis])
+        return math.prod(length for axis, length in lengths.items() if axis != along)
 
     # ---------------------------------------------------------------- the table
 

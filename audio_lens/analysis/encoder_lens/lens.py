@@ -99,7 +99,11 @@ def encoder_lens(
         scores,
         said.own,
         controls=beside,
-        meta={"reads": reads, "reference": REFERENCE if controls else "none"},
+        meta={
+            "title": "what each encoder stream is read as",
+            "reads": reads,
+            "reference": REFERENCE if controls else "none",
+        },
         report=[*_curves(scores, said), f"Read were {reads}.", *_examples(said, items), CANNOT],
     )
 
@@ -159,7 +163,12 @@ def commit(
         by=by,
         seed=seed,
         controls={"random_sites": found(drawn, axes, items, by=by, seed=seed)},
-        meta={"reads": reads, "streams": str(said.n_streams)},
+        meta={
+            "title": "where what is said changes no more",
+            "value": "stream",
+            "reads": reads,
+            "streams": str(said.n_streams),
+        },
         report=[*report, CANNOT],
     )
 

@@ -254,6 +254,7 @@ class _Told:
             by=self.request.by,
             seed=self.request.seed,
             dropped=self.pairs.dropped.counts,
+            meta={"value": "recovery"},
             **told,
         )
 

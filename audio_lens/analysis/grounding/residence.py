@@ -102,6 +102,7 @@ def residence(
     axes = {"stream": list(streams), "layer": depth, "group": list(GROUPS)}
     result = _result(runs, axes, fit.items, controls, {"by": by, "seed": seed})
     result.dropped, result.report = fit.dropped, [*_told(result), *fit.notes]
+    result.meta |= {"title": "what of a stream comes back", "value": "recovery"}
     return result
 
 
@@ -149,6 +150,9 @@ def hand_over(
     return handed_over(moved, groups, seed)
 
 
+LEADS = {"title": "where the last position holds more than the stream's own", "value": "layer"}
+
+
 def handed_over(moved: Result, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Result:
     """The hand-over layers of a residence that is known; see `hand_over`.
 
@@ -172,7 +176,7 @@ def handed_over(moved: Result, groups: Sequence[Hashable] | None = None, seed: i
         low=drawn.low,
         high=drawn.high,
         report=[*_handed_over_told(drawn, streams), *moved.report],
-        meta=moved.meta | {"method": "grounding.hand_over"},
+        meta=moved.meta | {"method": "grounding.hand_over"} | LEADS,
         recipe=moved.recipe | {"method": "grounding.hand_over"},
         n_kept=moved.n_kept,
         dropped=moved.dropped,

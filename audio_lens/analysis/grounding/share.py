@@ -76,7 +76,8 @@ def stream_share(
     controls = {"behaviour": share(follows[:, :2])}
     if metric is None:
         controls["log_prob"] = share(_moved_log_prob(told, model, items))
-    result = share(moved, controls=controls)
+    meta = {"title": "the audio's part of what both streams move", "value": "share"}
+    result = share(moved, controls=controls, meta=meta)
     gaps = found(moved, {"stream": STREAMS}, items, **drawn)
     result.report = [
         f"The audio makes {_number(result)} of what both streams move.",

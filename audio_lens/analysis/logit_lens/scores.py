@@ -143,7 +143,7 @@ def _measured(
     }
     is_share = table is _votes
     meta = {
-        "metric": "share of items whose likeliest option is right" if is_share else "probability",
+        "value": "share of items whose likeliest option is right" if is_share else "probability",
         "options": ", ".join(asked.options),
         "chance": f"{asked.chance:.4g}",
         "lens": "plain" if lens is None else "tuned",
@@ -200,7 +200,7 @@ def outcomes(
         by=by,
         seed=seed,
         meta={
-            "metric": "share of items whose likeliest option is right",
+            "value": "share of items whose likeliest option is right",
             "chance": f"{asked.chance:.4g}",
         },
         report=[_outcome_report(curves, read, n_right)],
@@ -257,7 +257,7 @@ def critical(
         low=estimate.low,
         high=estimate.high,
         n_kept=len(items),
-        meta={"metric": "layer", "chance": f"{asked.chance:.4g}", "alpha": f"{alpha:g}"},
+        meta={"value": "layer", "chance": f"{asked.chance:.4g}", "alpha": f"{alpha:g}"},
         report=[_landmark_report(estimate, asked, alpha)],
     )
 

@@ -92,7 +92,7 @@ def saturation(
         items,
         by=by,
         seed=seed,
-        meta={"metric": "share of written tokens that are settled", "tokens": str(new_tokens)},
+        meta={"value": "share of written tokens that are settled", "tokens": str(new_tokens)},
         report=_report(settled, is_right),
     )
 

@@ -220,5 +220,5 @@ def divergence(
         items,
         by=by,
         seed=seed,
-        meta={"metric": "KL divergence from what is written (nats)"},
+        meta={"value": "KL divergence from what is written (nats)"},
     )
