@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -22,12 +21,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from audio_lens import AudioInputs, HookedAudioTransformer, Span, metrics, patching
+from audio_lens.models.embedded import CHECKPOINT
 from audio_lens.models.embedded.training import material, questions, scenes
 
 WINDOW_S = 0.1
 NEAR_ZERO = 0.1  # of the whole gap between corrupted and clean answer
 ASKED = {"first": 0, "second": 1, "last": 2}
-CARD = Path(scenes.__file__).parent / "README.md"
+CARD = CHECKPOINT.parent / "README.md"
 MARKS = "<!-- patching -->", "<!-- /patching -->"
 
 

@@ -1,5 +1,6 @@
 """The embedded model's material, questions, prompts, training loop, checkpoint and clips."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ import soundfile
 import torch
 from transformers import AutoProcessor, AutoTokenizer, Qwen2AudioForConditionalGeneration
 
+from audio_lens import HookedAudioTransformer, minimal_pair
 from audio_lens.models.embedded import CHECKPOINT, CLIPS, DIGITS
 from audio_lens.models.embedded.training import (
     acoustics,
@@ -20,8 +22,11 @@ from audio_lens.models.embedded.training import (
     network,
     questions,
     scenes,
+    stages,
     train,
 )
+from audio_lens.models.embedded.training.ears import Ears
+from audio_lens.models.embedded.training.teacher import Targets
 
 VALUE = {word: number for number, word in enumerate(DIGITS)}
 
@@ -57,9 +62,10 @@ def small_model(tokenizer):
 # Scenes
 
 
-def test_words_are_where_the_labels_say(bank):
+@pytest.mark.parametrize("roomy", [0.0, 1.0])
+def test_words_are_where_the_labels_say(bank, roomy):
     for seed in range(40):
-        clip = batches.draw_clip(bank, np.random.default_rng(seed))
+        clip = batches.draw_clip(bank, np.random.default_rng(seed), roomy)
         wave, silence = clip.scene.wave, np.ones(len(clip.scene.wave), bool)
         assert scenes.SHORTEST_S <= len(wave) / material.RATE <= scenes.LONGEST_S
         assert len(wave) % scenes.TOKEN == 0
@@ -70,6 +76,32 @@ def test_words_are_where_the_labels_say(bank):
             np.testing.assert_array_equal(wave[start:stop], bank.words[number].wave)
             silence[start:stop] = False
         assert not wave[silence].any()
+
+
+def test_roomy_clips_have_silence_of_every_length(bank):
+    drawn = [
+        batches.draw_clip(bank, np.random.default_rng(seed), train.ROOM.roomy)
+        for seed in range(400)
+    ]
+    lengths = np.array([len(clip.scene.wave) / material.RATE for clip in drawn])
+    heads = np.array([clip.scene.words[0].start_s for clip in drawn])
+    tails = lengths - [clip.scene.words[-1].end_s for clip in drawn]
+    for silences in (heads, tails):
+        assert np.histogram(silences, np.arange(0, 2.5, 0.25))[0].all()
+    assert np.histogram(lengths, np.arange(1, 4.1, 0.5))[0].all()
+
+
+def test_padding_is_zero_whatever_the_surroundings_and_leaves_the_words(bank):
+    drawn = [batches.draw_clip(bank, np.random.default_rng(seed), 1.0) for seed in range(60)]
+    cut = [clip for clip in drawn if clip.recorded is not None]
+    assert 20 <= len(cut) <= 40
+    for clip in cut:
+        first, stop = clip.recorded
+        assert 0 <= first <= clip.scene.words[0].start_s * material.RATE
+        assert clip.scene.words[-1].end_s * material.RATE <= stop <= len(clip.scene.wave)
+        heard = batches.padded(clip.scene.wave + np.float32(0.5), clip.recorded)
+        np.testing.assert_array_equal(heard[first:stop], clip.scene.wave[first:stop] + 0.5)
+        assert not heard[:first].any() and not heard[stop:].any()
 
 
 def test_frame_labels_name_the_sounding_digit(bank):
@@ -224,9 +256,9 @@ def test_resumed_training_equals_uninterrupted(monkeypatch, tmp_path, bank):
     processor = checkpoint.build_processor()
     prompter = batches.Prompter(processor)
     monkeypatch.setattr(
-        train, "REASON", train.Stage("reason", 2, 3, 1e-3, settle=1, zero=2, warmup=1)
+        train, "REASON", stages.Stage("reason", 2, 3, 1e-3, settle=1, zero=2, warmup=1)
     )
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    monkeypatch.setattr(stages, "SAVE_EVERY", 1)
     weights = {}
     for name, killed in (("whole", False), ("resumed", True)):
         workdir = tmp_path / name
@@ -249,11 +281,78 @@ def test_resumed_training_equals_uninterrupted(monkeypatch, tmp_path, bank):
 
 
 def test_learning_rate_rises_and_falls_to_zero():
-    stage = train.Stage("any", 100, 1, 1.0, settle=40, zero=100, warmup=10)
-    rates = [train.learning_rate(stage, step) for step in range(101)]
+    stage = stages.Stage("any", 100, 1, 1.0, settle=40, zero=100, warmup=10)
+    rates = [stages.learning_rate(stage, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert set(rates[9:41]) == {1.0}
     assert rates[100] == pytest.approx(0)
+
+
+@pytest.fixture
+def made_up(monkeypatch, bank):
+    """The training script on noise: words, surroundings and teacher, two steps a stage."""
+    draw = np.random.default_rng(0)
+    ends = np.cumsum([0, *(-(-len(said.wave) // scenes.GRID) for said in bank.words)])
+    taught = Targets(draw.normal(size=(ends[-1], 384)).astype(np.float16), ends)
+    hiss = [acoustics.coloured_noise(draw, 8 * material.RATE, 1.0)]
+    monkeypatch.setattr(acoustics, "rooms", lambda names: [np.ones(1, np.float32)])
+    monkeypatch.setattr(acoustics, "noises", lambda names, draw, coloured: hiss)
+    monkeypatch.setattr(train, "training_words", lambda workdir: bank)
+    monkeypatch.setattr(train, "targets", lambda bank, workdir: taught)
+    for name in ("HEADS", "ROOM", "LATE"):
+        short = dataclasses.replace(getattr(train, name), steps=2, size=3)
+        monkeypatch.setattr(train, name, short)
+    monkeypatch.setattr(train, "ECHOES", 16)
+    monkeypatch.setattr(train, "ECHOES_AT_ONCE", 8)
+    return taught
+
+
+def test_the_last_stages_go_on_from_the_shipped_checkpoint(made_up, monkeypatch, tmp_path):
+    """They hear roomy clips that were not drawn before."""
+    drawn = []
+
+    def draw_clips(*arguments, draw_clips=train.draw_clips):
+        drawn.append(arguments[2:])
+        return draw_clips(*arguments)
+
+    monkeypatch.setattr(train, "draw_clips", draw_clips)
+    into = tmp_path / "made" / "checkpoint"
+    into.parent.mkdir()
+    train.train_on(tmp_path, into)
+    roomy, late = train.ROOM.roomy, train.JOIN.steps + train.SETTLE.steps
+    heads = [([train.SEED, 12, step],) for step in (0, 1)]
+    heard = [([train.SEED, 9, batch], roomy) for batch in (2, 3)]
+    told = [([train.SEED, 7, step], train.LATE.roomy) for step in (late, late + 1)]
+    assert drawn == heads + heard + told and min(roomy, train.LATE.roomy) > 0.5
+    old, new = (
+        Qwen2AudioForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (CHECKPOINT, into)
+    )
+    assert old.keys() == new.keys()
+    for name, weights in old.items():
+        moved = (new[name] - weights).abs().max().item()
+        assert moved == 0 if "embed_positions" in name else 0 < moved < 1e-3, name
+    record = json.loads((into.parent / "training.json").read_text())
+    shipped = json.loads((CHECKPOINT.parent / "training.json").read_text())
+    assert record["notes"] == shipped["notes"]
+    for name in ("heads", "room", "late"):
+        assert record["stages"].pop(name)["steps"] == 2
+        shipped["stages"].pop(name, None)
+    assert record["stages"] == shipped["stages"]
+
+
+def test_room_leaves_the_encoder_and_heads_leave_all_as_it_is(made_up, bank, processor, tmp_path):
+    model = small_model(processor.tokenizer)
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    ears = Ears(model.model.audio_tower)
+    drawn = ears.to_digit.weight.detach().clone()
+    train.fit_heads(ears, bank, made_up, tmp_path)
+    assert ears.tower is model.model.audio_tower and not torch.equal(ears.to_digit.weight, drawn)
+    assert all(torch.equal(weights, before[n]) for n, weights in model.state_dict().items())
+    train.answer(train.ROOM, model, bank, batches.Prompter(processor), tmp_path)
+    for name, weights in model.state_dict().items():
+        learns = name.startswith("model.language_model.") or name == "lm_head.weight"
+        assert torch.equal(weights, before[name]) != learns, name
 
 
 # Material
@@ -327,3 +426,59 @@ def test_card_keeps_the_patching_section(tmp_path):
     card.write_card(metrics, {"stages": {}, "notes": []}, 1, path)
     assert f"{begin}\nby hand\n{end}" in path.read_text()
     assert "outdated" not in path.read_text()
+
+
+# Silence
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """Clips of three different digits in 2.32 s by speakers that were not trained on."""
+    try:
+        said = material.fsdd_words(material.UNSEEN_SPEAKERS, range(3))
+    except material.MissingData as missing:
+        pytest.skip(str(missing))
+    draw, clips = np.random.default_rng(0), []
+    while len(clips) < 24:
+        words = said[str(draw.choice(sorted(said)))]
+        words = [u for u in words if scenes.seconds(u) < 0.6]
+        chosen = [words[number] for number in draw.choice(len(words), 3, replace=False)]
+        if len({utterance.word for utterance in chosen}) == 3:
+            clips.append(scenes.compose(chosen, (0.2, 0.88, 1.56), 2.32))
+    return clips
+
+
+def says_second(model, waves):
+    inputs = model.prepare(waves, "Which digit is second?", sampling_rate=material.RATE)
+    with torch.no_grad():
+        return [model.tokenizer.decode(t).strip() for t in model(inputs)[:, -1].argmax(-1)]
+
+
+@pytest.mark.real
+def test_silence_up_to_four_seconds_leaves_the_answer(spoken):
+    model = HookedAudioTransformer.from_pretrained("embedded")
+    right = [
+        clip
+        for clip, said in zip(spoken, says_second(model, [c.wave for c in spoken]), strict=True)
+        if said == clip.digits[1]
+    ]
+    assert len(right) >= 18
+    fill = round(scenes.LONGEST_S * material.RATE) - len(right[0].wave)
+    floors = {(0, fill // 2): 0.9, (0, fill): 0.9, (fill // 2, fill // 2): 0.9, (fill, 0): 0.7}
+    for ends, floor in floors.items():
+        said = says_second(model, [np.pad(clip.wave, ends) for clip in right])
+        kept = np.mean([word == clip.digits[1] for word, clip in zip(said, right, strict=True)])
+        assert kept >= floor, (ends, kept)
+
+
+@pytest.mark.real
+def test_the_shorter_clip_of_a_padded_pair_is_answered(spoken):
+    model = HookedAudioTransformer.from_pretrained("embedded")
+    long = np.concatenate([spoken[1].wave, spoken[0].wave])[: 4 * material.RATE]
+    pair = minimal_pair(
+        model, spoken[0].wave, long, text="Which digit is second?", sampling_rate=material.RATE
+    )
+    assert "padded with 1.6800 s" in pair.how["length"]
+    with torch.no_grad():
+        said = model(pair.clean)[0, -1].argmax()
+    assert model.tokenizer.decode(said).strip() == spoken[0].digits[1]

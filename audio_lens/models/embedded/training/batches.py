@@ -1,5 +1,6 @@
 """Training batches: clips drawn from a bank of words, and questions about them."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,10 +59,18 @@ class Bank:
 
 @dataclass(frozen=True)
 class SampledClip:
-    """A clip before room and noise, and the numbers of its words in the bank."""
+    """A clip before room and noise, and the numbers of its words in the bank.
+
+    Attributes:
+        scene: what is said when.
+        words: numbers in the bank.
+        recorded: first and one-past-last sample that room and noise are heard in, if not in all;
+            the others are padding, all zero.
+    """
 
     scene: scenes.Scene
     words: list[int]
+    recorded: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -76,20 +85,48 @@ class Heard:
     tokens: Int[Tensor, " batch"]
 
 
-def draw_clip(bank: Bank, draw: np.random.Generator) -> SampledClip:
-    """One to three words of one speaker, somewhere in one to four seconds."""
+def draw_clip(bank: Bank, draw: np.random.Generator, roomy: float = 0.0) -> SampledClip:
+    """One to three words of one speaker, somewhere in one to four seconds.
+
+    Args:
+        bank: words.
+        draw: decides.
+        roomy: share of clips with silence of any length around and between the words; a half of
+            them is padded with zeros from somewhere before the first word and behind the last.
+    """
     numbers = bank.draw(int(draw.choice([1, 2, 3], p=[0.15, 0.35, 0.5])), draw)
     utterances = [bank.words[number] for number in numbers]
     slots = [scenes.seconds(utterance) for utterance in utterances]
-    starts, length = scenes.lay_out(slots, scenes.draw_gaps(slots, draw))
-    return SampledClip(scenes.compose(utterances, starts, length), numbers)
+    gaps = scenes.draw_gaps(slots, draw)
+    more = bool(roomy) and draw.random() < roomy
+    if more:
+        gaps = scenes.draw_room(slots, gaps, draw)
+    scene = scenes.compose(utterances, *scenes.lay_out(slots, gaps))
+    padded = more and draw.random() < 0.5
+    return SampledClip(scene, numbers, draw_recorded(scene, draw) if padded else None)
 
 
-def draw_clips(bank: Bank, size: int, seed: Sequence[int], pool: int = 4) -> list[SampledClip]:
-    """The batch of step ``seed[-1]``; ``pool`` neighbouring steps share out clips by length."""
+def draw_recorded(scene: scenes.Scene, draw: np.random.Generator) -> tuple[int, int]:
+    """Some stretch of samples that holds all words."""
+    first, last = scene.words[0].start_s * RATE, scene.words[-1].end_s * RATE
+    return int(draw.uniform(0, first)), math.ceil(draw.uniform(last, len(scene.wave)))
+
+
+def draw_clips(
+    bank: Bank, size: int, seed: Sequence[int], roomy: float = 0.0, pool: int = 4
+) -> list[SampledClip]:
+    """The batch of step ``seed[-1]``; ``pool`` neighbouring steps share out clips by length.
+
+    Args:
+        bank: words.
+        size: of the batch.
+        seed: whose last number is the step.
+        roomy: as :func:`draw_clip` takes it.
+        pool: steps that share clips.
+    """
     *stage, step = seed
     draw = np.random.default_rng([*stage, step // pool])
-    clips = [draw_clip(bank, draw) for _ in range(size * pool)]
+    clips = [draw_clip(bank, draw, roomy) for _ in range(size * pool)]
     clips.sort(key=lambda clip: clip.tokens)
     share = draw.permutation(pool)[step % pool]
     return clips[share * size : (share + 1) * size]
@@ -113,10 +150,19 @@ class Surroundings:
 
     def hear(self, clips: Sequence[SampledClip], draw: np.random.Generator) -> Heard:
         """Features of spoiled clips, each through a channel and from a warped vocal tract."""
-        waves = [self.spoil(clip.scene.wave, draw) for clip in clips]
+        waves = [padded(self.spoil(clip.scene.wave, draw), clip.recorded) for clip in clips]
         channel = np.stack([acoustics.draw_channel(draw) for _ in clips])
         warps = draw.integers(len(acoustics.WARPS), size=len(clips))
         return features(waves, torch.tensor(channel, dtype=torch.float32), warps.tolist())
+
+
+def padded(wave: Wave, recorded: tuple[int, int] | None) -> Wave:
+    """The clip with zeros in place of all that was not recorded."""
+    if recorded is None:
+        return wave
+    kept = np.zeros_like(wave)
+    kept[slice(*recorded)] = wave[slice(*recorded)]
+    return kept
 
 
 def features(
@@ -126,10 +172,10 @@ def features(
 ) -> Heard:
     """Features of clips of unequal length, with 40 ms of padding behind all but the fullest."""
     tokens = torch.tensor([len(wave) // scenes.TOKEN for wave in waves])
-    padded = torch.zeros(len(waves), (int(tokens.max()) + 2) * scenes.TOKEN)
-    for row, wave in zip(padded, waves, strict=True):
+    rows = torch.zeros(len(waves), (int(tokens.max()) + 2) * scenes.TOKEN)
+    for row, wave in zip(rows, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(wave)
-    mel = acoustics.log_mel(padded, channel, warps)
+    mel = acoustics.log_mel(rows, channel, warps)
     frames = min(4 * (int(tokens.max()) + 1), round(scenes.LONGEST_S * 100))
     return Heard(mel[..., :frames], tokens)
 

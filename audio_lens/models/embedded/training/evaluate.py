@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from audio_lens.models.embedded import CHECKPOINT
-from audio_lens.models.embedded.training import acoustics, material, questions
+from audio_lens.models.embedded.training import acoustics, material, questions, scenes
 from audio_lens.models.embedded.training.batches import (
     Bank,
     Prompter,
@@ -29,7 +29,7 @@ from audio_lens.models.embedded.training.batches import (
     draw_clip,
     features,
 )
-from audio_lens.models.embedded.training.card import SOURCES, write_card
+from audio_lens.models.embedded.training.card import ADDED, SOUNDS, SOURCES, write_card
 from audio_lens.models.embedded.training.material import Wave
 from audio_lens.models.embedded.training.network import hear, think
 
@@ -113,6 +113,11 @@ def plain_tasks(clip: SampledClip, draw: np.random.Generator) -> Iterator[Told]:
             yield Told(kind, "no transcript", question.answer, task)
 
 
+def which_tasks(clip: SampledClip, draw: np.random.Generator) -> Iterator[Told]:
+    """The which-digit questions among :func:`plain_tasks`."""
+    return (told for told in plain_tasks(clip, draw) if told.kind in questions.WHICH)
+
+
 def trust_tasks(clip: SampledClip, draw: np.random.Generator) -> Iterator[Told]:
     """One which-digit question under every trust condition, in both orders."""
     digits = clip.scene.digits
@@ -163,6 +168,31 @@ def interview(
     return pd.DataFrame(rows)
 
 
+def with_silence(wave: Wave, before_s: float, after_s: float) -> Wave:
+    """The clip with zeros at its ends."""
+    return np.pad(wave, (round(before_s * material.RATE), round(after_s * material.RATE)))
+
+
+def lengthen(subject: Subject, clips: Sequence[SampledClip], seed: Sequence[int]) -> pd.DataFrame:
+    """Which-digit questions about clips with silence added, the same ones for every length.
+
+    Every second one of the clips that are short enough for the longest of :data:`ADDED` is asked
+    about.
+    """
+    longest = (scenes.LONGEST_S - max(map(sum, ADDED.values()))) * material.RATE
+    short = [clip for clip in clips if len(clip.scene.wave) <= longest][::2]
+    tables = []
+    for name, ends in ADDED.items():
+
+        def heard_as(wave: Wave, _: np.random.Generator, ends: tuple = ends) -> Wave:
+            return with_silence(wave, *ends)
+
+        draw = np.random.default_rng(seed)
+        table = interview(subject, short, which_tasks, heard_as, draw)
+        tables.append(table.assign(sound="lengthened", added=name))
+    return pd.concat(tables)
+
+
 def measure(subject: Subject, workdir: Path, count: int = CLIPS) -> pd.DataFrame:
     """All questions and answers about ``count`` clips of each source, a row each."""
     rooms = acoustics.rooms(acoustics.TEST_ROOMS)
@@ -182,6 +212,9 @@ def measure(subject: Subject, workdir: Path, count: int = CLIPS) -> pd.DataFrame
             table = interview(subject, clips, tasks_of, heard_as, draw)
             about = {"source": source, "sound": sound, "speaker": table["clip"].map(speakers)}
             tables.append(table.assign(**about))
+        log.info("%s, lengthened", source)
+        longer = lengthen(subject, clips, [SEED, 1, SOURCES.index(source)])
+        tables.append(longer.assign(source=source))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -206,7 +239,8 @@ def obedience(trust: pd.DataFrame) -> dict:
 
 def summarise(rows: pd.DataFrame) -> dict:
     """The numbers of the card."""
-    plain = rows[rows.sound != "trust"]
+    plain = rows[rows.sound.isin(SOUNDS)]
+    longer = rows[rows.sound == "lengthened"]
     which = plain[plain.kind.isin(questions.WHICH)]
     real = which[which.source.str.endswith("real")]
     trust = rows[rows.sound == "trust"]
@@ -218,6 +252,7 @@ def summarise(rows: pd.DataFrame) -> dict:
         "by kind": rate(plain, ["kind", *place]),
         "by number of digits": rate(which, ["digits", *place]),
         "by order": rate(plain, ["order", *place]),
+        "by silence added": rate(longer, ["added", "source"]),
         "trust": rate(trust[trust.condition != "conflict"], ["condition", "source"]),
         "obeys audio where heard right": obedience(trust),
         "open conflict, follows audio": rate(opened, ["source"], opened.answer == opened.right),

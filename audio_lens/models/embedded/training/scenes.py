@@ -98,8 +98,32 @@ def draw_gaps(slots_s: Sequence[float], draw: np.random.Generator) -> list[float
         raise ValueError(f"words of {sum(slots_s):.2f} s do not fit a clip of {LONGEST_S} s")
     gaps = draw.uniform(0.04, 0.5, len(slots_s) + 1)
     gaps *= min(1.0, room / gaps.sum())
-    gaps[-1] += max(0.0, SHORTEST_S - gaps.sum() - sum(slots_s))
-    return gaps.tolist()
+    return _long_enough(slots_s, gaps)
+
+
+def _long_enough(slots_s: Sequence[float], gaps_s: np.ndarray) -> list[float]:
+    missing = max(0.0, SHORTEST_S - gaps_s.sum() - sum(slots_s))
+    return [*gaps_s[:-1].tolist(), float(gaps_s[-1] + missing)]
+
+
+def draw_room(
+    slots_s: Sequence[float], gaps_s: Sequence[float], draw: np.random.Generator
+) -> list[float]:
+    """Silences for :func:`lay_out` with more of it, such that the clip lasts one to four seconds.
+
+    Long clips are more probable than short ones. Most of what is added is in one place: more often
+    behind the last word than before the first, and there more often than in between.
+
+    Args:
+        slots_s: room for each word, in seconds.
+        gaps_s: silences to add to, as :func:`draw_gaps` gives them.
+        draw: decides how much is added where.
+    """
+    gaps = np.array(gaps_s) * draw.uniform(0.4, 1)
+    left = LONGEST_S - sum(slots_s) - gaps.sum() - (len(slots_s) + 2) * TOKEN / RATE
+    more = max(0.0, left) * draw.random() ** 0.25
+    share = draw.dirichlet([0.4, *[0.05] * (len(slots_s) - 1), 0.6])
+    return _long_enough(slots_s, gaps + more * share)
 
 
 def seconds(utterance: Utterance) -> float:

@@ -1,6 +1,6 @@
 """Make the embedded model: ``python -m audio_lens.models.embedded.training.train --workdir W``.
 
-Four stages, each resumable from its last save in the working folder:
+Eight stages, each resumable from its last save in the working folder:
 
 1. *teach*: words are collected and the teacher's states of them stored.
 2. *listen*: the encoder learns the teacher's states and which digit sounds when.
@@ -10,16 +10,17 @@ Four stages, each resumable from its last save in the working folder:
 4. *join*: the connector is fitted to the stand-ins, then everything learns to answer from audio.
 5. *answer*: encoder and connector stay; the language model learns on.
 6. *settle*: everything once more, at a small rate that falls to zero.
+7. *room*: as 5, on clips with silence of every length before, between and behind the words.
+8. *late*: as 6, on such clips, since the encoder heard few words so late in a clip before.
+
+With ``--from-shipped`` only the last two are run, from the checkpoint that is there.
 """
 
 import argparse
 import json
 import logging
-import math
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -27,16 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import Qwen2AudioForConditionalGeneration
+from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
 from audio_lens.models.embedded import CHECKPOINT
 from audio_lens.models.embedded.training import checkpoint, material
 from audio_lens.models.embedded.training.batches import (
-    SILENCE,
     Bank,
-    Heard,
     Prompter,
     SampledClip,
     Surroundings,
@@ -45,38 +43,16 @@ from audio_lens.models.embedded.training.batches import (
     draw_task,
     frame_labels,
 )
+from audio_lens.models.embedded.training.ears import CLASSES, Ears
 from audio_lens.models.embedded.training.network import PromptBatch, hear, read, think
+from audio_lens.models.embedded.training.stages import Stage, record, run
 from audio_lens.models.embedded.training.teacher import Targets, teach
 
 log = logging.getLogger(__name__)
 SEED = 7
-CLASSES = SILENCE + 1
 QUESTIONS_PER_CLIP = 2
 READINGS = 96
-SAVE_EVERY = 50
 FSDD_FACTORS = (0.85, 0.93, 1.08, 1.17)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training.
-
-    Attributes:
-        name: of its save.
-        steps: how many.
-        size: clips per step.
-        rate: peak learning rate, reached after ``warmup`` steps.
-        settle: step from which the rate falls by half a cosine.
-        zero: step at which it reaches zero (a stage that another one carries on ends before).
-    """
-
-    name: str
-    steps: int
-    size: int
-    rate: float
-    settle: int
-    zero: int
-    warmup: int = 100
 
 
 LISTEN = Stage("listen", steps=800, size=48, rate=1.2e-3, settle=100, zero=1400)
@@ -84,73 +60,15 @@ REASON = Stage("reason", steps=850, size=48, rate=1.5e-3, settle=850, zero=1200)
 JOIN = Stage("join", steps=750, size=48, rate=1e-3, settle=700, zero=1100)
 ANSWER = Stage("answer", steps=600, size=48, rate=1e-3, settle=250, zero=600, warmup=30)
 SETTLE = Stage("settle", steps=130, size=48, rate=3e-4, settle=20, zero=130, warmup=20)
+ROOM = Stage(*("room", 480, 48, 7e-4), settle=150, zero=480, warmup=30, decay=0.98, roomy=0.65)
+HEADS = Stage("heads", steps=50, size=48, rate=3e-3, settle=10, zero=50, warmup=5, decay=0.9)
+LATE = Stage(*("late", 80, 48, 4e-4), settle=20, zero=80, warmup=10, decay=0.95, roomy=0.65)
+ECHOES, ECHOES_AT_ONCE = 4096, 32
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, a plateau, and half a cosine down to zero."""
-    falling = max(0, step - stage.settle) / (stage.zero - stage.settle)
-    return (
-        stage.rate * min(1.0, (step + 1) / stage.warmup) * 0.5 * (1 + math.cos(math.pi * falling))
-    )
-
-
-def run(stage: Stage, parts: nn.Module, loss: Callable[[int], Tensor], workdir: Path) -> nn.Module:
-    """Train ``parts`` by ``loss(step)`` from the last save on; returns the averaged parts.
-
-    A step's data depends on its number alone, so a run that was killed goes on as if it had not.
-    """
-    optimiser = torch.optim.AdamW(parts.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    average = AveragedModel(parts, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    state = {"parts": parts, "optimiser": optimiser, "average": average}
-    path = workdir / f"{stage.name}.pt"
-    start, spent = _resume(path, state)
-    began = time.monotonic() - spent
-    bar = tqdm(range(start, stage.steps), stage.name, stage.steps, initial=start, unit="step")
-    for step in bar:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(stage, step)
-        with torch.autocast("cpu", torch.bfloat16):
-            value = loss(step)
-        optimiser.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimiser.step()
-        average.update_parameters(parts)
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
-            _save(path, state, step + 1, time.monotonic() - began)
-    return average.module
-
-
-def _save(path: Path, state: dict, step: int, seconds: float) -> None:
-    partial = path.with_suffix(".part")
-    saved = {name: module.state_dict() for name, module in state.items()}
-    torch.save(saved | {"step": step, "seconds": seconds}, partial)
-    os.replace(partial, path)
-
-
-def _resume(path: Path, state: dict) -> tuple[int, float]:
-    if not path.exists():
-        return 0, 0.0
-    saved = torch.load(path)
-    for name, module in state.items():
-        module.load_state_dict(saved[name])
-    log.info("%s: going on from step %d", path.stem, saved["step"])
-    return saved["step"], saved["seconds"]
-
-
-def record(workdir: Path) -> dict[str, dict]:
-    """Steps, clips per step and seconds of every stage, and room for notes on the run."""
-    stages = {
-        stage.name: {
-            "steps": saved["step"],
-            "clips per step": stage.size,
-            "seconds": round(saved["seconds"]),
-        }
-        for stage in (LISTEN, REASON, JOIN, ANSWER, SETTLE)
-        for saved in [torch.load(workdir / f"{stage.name}.pt", mmap=True)]
-    }
-    return {"stages": stages, "notes": []}
+def write_record(told: dict, into: Path) -> None:
+    """Write ``stages``, as :func:`record` has them, and notes on the run beside a checkpoint."""
+    (into.parent / "training.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 def training_words(workdir: Path) -> Bank:
@@ -184,47 +102,6 @@ def targets(bank: Bank, workdir: Path) -> Targets:
     return Targets(stored["states"], stored["offsets"])
 
 
-def place(taught: Targets, clips: Sequence[SampledClip], positions: int) -> tuple[Tensor, Tensor]:
-    """Teacher states where the words are, and a mask of where that is."""
-    states = torch.zeros(len(clips), positions, taught.states.shape[1])
-    there = torch.zeros(len(clips), positions, dtype=torch.bool)
-    for row, clip in enumerate(clips):
-        for placed, word in zip(clip.scene.words, clip.words, strict=True):
-            state = taught.of(word)
-            first = round(placed.start_s * 50)
-            states[row, first : first + len(state)] = torch.from_numpy(state)
-            there[row, first : first + len(state)] = True
-    return states, there
-
-
-class Ears(nn.Module):
-    """The encoder with two heads that are thrown away: teacher states, and the sounding digit."""
-
-    def __init__(self, tower: nn.Module):
-        super().__init__()
-        width = tower.config.d_model
-        self.tower = tower
-        self.to_teacher = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 384))
-        self.to_digit = nn.Linear(width, CLASSES)
-
-    def listen(
-        self, heard: Heard, clips: Sequence[SampledClip], taught: Targets
-    ) -> tuple[Tensor, Tensor]:
-        """What the encoder makes of clips, and how far that is from teacher and labels.
-
-        Returns:
-            Pooled states, 25 per second, and the loss: mean square error of the teacher's states
-            inside words plus cross entropy of the digit that sounds in each 40 ms.
-        """
-        states, audio = hear(self.tower, heard.mel, heard.tokens)
-        wanted, there = place(taught, clips, states.shape[1])
-        inside = torch.arange(audio.shape[1]) < heard.tokens[:, None]
-        labels = frame_labels(clips, audio.shape[1])[inside]
-        digit = functional.cross_entropy(self.to_digit(audio[inside]).float(), labels)
-        told = self.to_teacher(states[there]).float()
-        return audio, functional.mse_loss(told, wanted[there]) + digit
-
-
 def listen(
     model: Qwen2AudioForConditionalGeneration, bank: Bank, taught: Targets, workdir: Path
 ) -> Ears:
@@ -238,6 +115,22 @@ def listen(
         return ears.listen(heard, clips, taught)[1]
 
     return run(LISTEN, ears, loss, workdir)
+
+
+def fit_heads(ears: Ears, bank: Bank, taught: Targets, workdir: Path) -> Ears:
+    """Teach new heads what the encoder tells them, and leave the encoder as it is."""
+    heads, around = nn.ModuleList([ears.to_teacher, ears.to_digit]), Surroundings(SEED)
+
+    def loss(step: int) -> Tensor:
+        draw = np.random.default_rng([SEED, 13, step])
+        clips = draw_clips(bank, HEADS.size, [SEED, 12, step])
+        heard = around.hear(clips, draw)
+        with torch.no_grad():
+            states, audio = hear(ears.tower, heard.mel, heard.tokens)
+        return ears.judge(states, audio, clips, taught)
+
+    ears.to_teacher, ears.to_digit = run(HEADS, heads, loss, workdir)
+    return ears
 
 
 class Reasoner(nn.Module):
@@ -332,10 +225,10 @@ def join(
     workdir: Path,
     skip: int = 0,
 ) -> nn.ModuleDict:
-    """Stages 4 and 6: answer from audio, everything learning, while the teacher listens in.
+    """Stages 4, 6 and 8: answer from audio, everything learning, while the teacher listens in.
 
     Args:
-        stage: :data:`JOIN` or :data:`SETTLE`.
+        stage: :data:`JOIN`, :data:`SETTLE` or :data:`LATE`.
         whole: ``model``, and ``ears`` that share its encoder.
         bank: words.
         taught: the teacher's states of them.
@@ -351,7 +244,7 @@ def join(
 
     def loss(step: int) -> Tensor:
         draw = np.random.default_rng([SEED, 8, skip + step])
-        clips = draw_clips(bank, stage.size, [SEED, 7, skip + step])
+        clips = draw_clips(bank, stage.size, [SEED, 7, skip + step], stage.roomy)
         heard = around.hear(clips, draw)
         audio, ear_loss = ears.listen(heard, clips, taught)
         prompts = ask_about(clips, heard.tokens, prompter, draw)
@@ -368,15 +261,18 @@ class Echoes:
     Args:
         model: its encoder and connector listen.
         bank: words of the clips.
-        count: of the clips.
+        roomy: share of clips with silence of any length.
+        skip: batches of clips that were drawn before.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Qwen2AudioForConditionalGeneration, bank: Bank, count: int):
+    def __init__(
+        self, model: Qwen2AudioForConditionalGeneration, bank: Bank, roomy: float, skip: int
+    ):
         around = Surroundings(SEED)
         self.clips, self.audio = [], []
-        for step in tqdm(range(count // 32), "echoes", unit="batch"):
-            clips = draw_clips(bank, 32, [SEED, 9, step])
+        for step in tqdm(range(skip, skip + ECHOES // ECHOES_AT_ONCE), "echoes", unit="batch"):
+            clips = draw_clips(bank, ECHOES_AT_ONCE, [SEED, 9, step], roomy)
             heard = around.hear(clips, np.random.default_rng([SEED, 10, step]))
             with torch.autocast("cpu", torch.bfloat16):
                 audio = hear(model.model.audio_tower, heard.mel, heard.tokens)[1]
@@ -386,7 +282,8 @@ class Echoes:
 
     def draw(self, size: int, draw: np.random.Generator) -> tuple[list[SampledClip], Tensor]:
         """Some clips of similar length, and their padded connector outputs."""
-        order = sorted(draw.permutation(len(self.clips))[: 4 * size], key=self._length)
+        some = draw.permutation(len(self.clips))[: 4 * size].tolist()
+        order = sorted(some, key=self._length)
         first = size * int(draw.integers(4))
         chosen = order[first : first + size]
         audio = nn.utils.rnn.pad_sequence([self.audio[n] for n in chosen], batch_first=True)
@@ -397,22 +294,48 @@ class Echoes:
 
 
 def answer(
-    model: Qwen2AudioForConditionalGeneration, bank: Bank, prompter: Prompter, workdir: Path
-) -> nn.ModuleDict:
-    """Stage 5: the ears stay as they are, the language model learns on at a third of the cost."""
-    echoes = cache(lambda: Echoes(model, bank, 4096))
+    stage: Stage,
+    model: Qwen2AudioForConditionalGeneration,
+    bank: Bank,
+    prompter: Prompter,
+    workdir: Path,
+    before: Sequence[Stage] = (),
+) -> None:
+    """Stages 5 and 7: the ears stay, the language model learns on at a third of the cost.
+
+    Args:
+        stage: :data:`ANSWER` or :data:`ROOM`.
+        model: its language model is replaced by what it has learned.
+        bank: words.
+        prompter: of the model's tokenizer.
+        workdir: for saves.
+        before: stages of this kind whose clips were used before.
+    """
+    heard_before = len(before) * ECHOES // ECHOES_AT_ONCE
+    echoes = cache(lambda: Echoes(model, bank, stage.roomy, heard_before))
+    skip = sum(earlier.steps for earlier in before)
     end = model.config.text_config.eos_token_id
     parts = {"language_model": model.model.language_model, "lm_head": model.lm_head}
 
     def loss(step: int) -> Tensor:
-        draw = np.random.default_rng([SEED, 11, step])
-        clips, audio = echoes().draw(ANSWER.size, draw)
+        draw = np.random.default_rng([SEED, 11, skip + step])
+        clips, audio = echoes().draw(stage.size, draw)
         tokens = torch.tensor([clip.tokens for clip in clips])
         prompts = ask_about(clips, tokens, prompter, draw)
         answered = answer_loss(think(model, audio, tokens, prompts), prompts, end)
         return answered + 0.5 * reading_loss(model, prompter, draw)
 
-    return run(ANSWER, nn.ModuleDict(parts), loss, workdir)
+    learned = run(stage, nn.ModuleDict(parts), loss, workdir)
+    for name, part in parts.items():
+        part.load_state_dict(learned[name].state_dict())
+
+
+def start() -> tuple[Qwen2AudioProcessor, Qwen2AudioForConditionalGeneration]:
+    """A processor, and a model with fresh weights."""
+    processor = checkpoint.build_processor()
+    model = checkpoint.build_model(checkpoint.build_config(processor.tokenizer), SEED)
+    model.set_attn_implementation({"text_config": "eager"})  # twice as fast backwards on a CPU
+    return processor, model
 
 
 def train(workdir: Path, into: Path, only: str | None = None) -> None:
@@ -423,9 +346,7 @@ def train(workdir: Path, into: Path, only: str | None = None) -> None:
         into: folder for the finished checkpoint, with a record of the training beside it.
         only: the one stage to run; then no checkpoint is written.
     """
-    processor = checkpoint.build_processor()
-    model = checkpoint.build_model(checkpoint.build_config(processor.tokenizer), SEED)
-    model.set_attn_implementation({"text_config": "eager"})  # twice as fast backwards on a CPU
+    processor, model = start()
     prompter, bank = Prompter(processor), training_words(workdir)
     log.info("%d words of %d speakers and settings", len(bank.words), len(bank.groups))
     taught = targets(bank, workdir)
@@ -442,12 +363,43 @@ def train(workdir: Path, into: Path, only: str | None = None) -> None:
         whole = nn.ModuleDict({"model": model, "ears": ears})
         whole = join(JOIN, whole, bank, taught, prompter, workdir)
         model = whole["model"]
-        answering = answer(model, bank, prompter, workdir)
-        model.model.language_model.load_state_dict(answering["language_model"].state_dict())
-        model.lm_head.load_state_dict(answering["lm_head"].state_dict())
+        answer(ANSWER, model, bank, prompter, workdir)
         whole = join(SETTLE, whole, bank, taught, prompter, workdir, skip=JOIN.steps)
+        whole = make_room(whole, bank, taught, prompter, workdir)
         checkpoint.save(whole["model"], processor, into)
-        (into.parent / "training.json").write_text(json.dumps(record(workdir), indent=1) + "\n")
+        made = (LISTEN, REASON, JOIN, ANSWER, SETTLE, ROOM, LATE)
+        write_record({"stages": record(made, workdir), "notes": []}, into)
+
+
+def make_room(
+    whole: nn.ModuleDict, bank: Bank, taught: Targets, prompter: Prompter, workdir: Path
+) -> nn.ModuleDict:
+    """Stages 7 and 8, on clips that were not drawn before."""
+    answer(ROOM, whole["model"], bank, prompter, workdir, before=[ANSWER])
+    skip = JOIN.steps + SETTLE.steps
+    return join(LATE, whole, bank, taught, prompter, workdir, skip=skip)
+
+
+def train_on(workdir: Path, into: Path) -> None:
+    """Run the last two stages from the shipped checkpoint, with new heads for its encoder.
+
+    Args:
+        workdir: caches and saves.
+        into: folder for the finished checkpoint; the record beside the shipped one, with these
+            stages in it, is written beside it.
+    """
+    told = json.loads((CHECKPOINT.parent / "training.json").read_text())
+    processor, model = start()
+    shipped = Qwen2AudioForConditionalGeneration.from_pretrained(CHECKPOINT)
+    model.load_state_dict(shipped.state_dict())
+    bank = training_words(workdir)
+    taught = targets(bank, workdir)
+    ears = fit_heads(Ears(model.model.audio_tower), bank, taught, workdir)
+    whole = nn.ModuleDict({"model": model, "ears": ears})
+    whole = make_room(whole, bank, taught, Prompter(processor), workdir)
+    checkpoint.save(whole["model"], processor, into)
+    stages = told["stages"] | record([HEADS, ROOM, LATE], workdir)
+    write_record({"stages": stages, "notes": told["notes"]}, into)
 
 
 def main() -> None:
@@ -455,11 +407,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--workdir", type=Path, required=True, help="caches and saves")
     parser.add_argument("--into", type=Path, default=CHECKPOINT, help="the checkpoint")
-    parser.add_argument("--stage", choices=["teach", "listen", "reason"], help="only this one")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stage", choices=["teach", "listen", "reason"], help="only this one")
+    which.add_argument(
+        "--from-shipped", action="store_true", help="only the last two, from the checkpoint"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments.workdir.mkdir(parents=True, exist_ok=True)
-    train(arguments.workdir, arguments.into, arguments.stage)
+    if arguments.from_shipped:
+        train_on(arguments.workdir, arguments.into)
+    else:
+        train(arguments.workdir, arguments.into, arguments.stage)
 
 
 if __name__ == "__main__":
