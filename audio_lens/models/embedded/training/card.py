@@ -73,11 +73,11 @@ which every word of the questions is one token.
    these are padded with zeros from somewhere before the first word and behind the last; in the
    others room and noise go on through it.
 7. *late*: as *settle*, on such clips, since the encoder had hardly heard words so late in a clip.
-8. *again*, *noise*: as *late*, at a smaller rate and with one such clip in three, then in five,
-   since *late* had cost answers in noise.
+8. *again*: as *late*, at a smaller rate and with one such clip in three, since *late* had cost
+   answers in noise.
 
-Weights are averaged in each stage (decay 0.99; 0.98 in *room*, 0.95 in *late*, 0.97 in the last
-two), all heads are thrown away. The last four stages can be run alone, from the checkpoint that is
+Weights are averaged in each stage (decay 0.99; 0.98 in *room*, 0.95 in *late*, 0.97 in *again*),
+all heads are thrown away. The last three stages can be run alone, from the checkpoint that is
 there; the encoder's two heads are then trained anew before (*heads*).
 
 {stages}
@@ -91,7 +91,7 @@ on the way, but no choice was made by it. To reproduce the model:
     python -m audio_lens.models.embedded.training.clips --workdir W
     python -m audio_lens.models.embedded.training.evaluate --workdir W
 
-and for *room*, *late*, *again* and *noise* alone, from a checkpoint that has none of them:
+and for *room*, *late* and *again* alone, from a checkpoint that has none of them:
 
     python -m audio_lens.models.embedded.training.train --workdir W --from-shipped
 """

@@ -1,6 +1,6 @@
 """Make the embedded model: ``python -m audio_lens.models.embedded.training.train --workdir W``.
 
-Ten stages, each resumable from its last save in the working folder:
+Nine stages, each resumable from its last save in the working folder:
 
 1. *teach*: words are collected and the teacher's states of them stored.
 2. *listen*: the encoder learns the teacher's states and which digit sounds when.
@@ -13,9 +13,8 @@ Ten stages, each resumable from its last save in the working folder:
 7. *room*: as 5, on clips with silence of every length before, between and behind the words.
 8. *late*: as 6, on such clips, since the encoder heard few words so late in a clip before.
 9. *again*: as 8, at a smaller rate and with fewer such clips, for what was lost meanwhile in noise.
-10. *noise*: as 9, with still fewer.
 
-With ``--from-shipped`` only the last four are run, from the checkpoint that is there.
+With ``--from-shipped`` only the last three are run, from the checkpoint that is there.
 """
 
 import argparse
@@ -66,7 +65,6 @@ ROOM = Stage(*("room", 480, 48, 7e-4), settle=150, zero=480, warmup=30, decay=0.
 HEADS = Stage("heads", steps=50, size=48, rate=3e-3, settle=10, zero=50, warmup=5, decay=0.9)
 LATE = Stage(*("late", 80, 48, 4e-4), settle=20, zero=80, warmup=10, decay=0.95, roomy=0.65)
 AGAIN = Stage(*("again", 140, 48, 3e-4), settle=20, zero=140, warmup=10, decay=0.97, roomy=0.35)
-NOISE = Stage(*("noise", 190, 48, 3e-4), settle=30, zero=190, warmup=10, decay=0.97, roomy=0.2)
 ECHOES, ECHOES_AT_ONCE = 4096, 32
 
 
@@ -229,11 +227,10 @@ def join(
     workdir: Path,
     skip: int = 0,
 ) -> nn.ModuleDict:
-    """Stages 4, 6 and 8 to 10: answer from audio, all learning, while the teacher listens in.
+    """Stages 4, 6, 8 and 9: answer from audio, all learning, while the teacher listens in.
 
     Args:
-        stage: :data:`JOIN`, :data:`SETTLE`, :data:`LATE`, :data:`AGAIN` or
-            :data:`NOISE`.
+        stage: :data:`JOIN`, :data:`SETTLE`, :data:`LATE` or :data:`AGAIN`.
         whole: ``model``, and ``ears`` that share its encoder.
         bank: words.
         taught: the teacher's states of them.
@@ -372,24 +369,24 @@ def train(workdir: Path, into: Path, only: str | None = None) -> None:
         whole = join(SETTLE, whole, bank, taught, prompter, workdir, skip=JOIN.steps)
         whole = make_room(whole, bank, taught, prompter, workdir)
         checkpoint.save(whole["model"], processor, into)
-        made = (LISTEN, REASON, JOIN, ANSWER, SETTLE, ROOM, LATE, AGAIN, NOISE)
+        made = (LISTEN, REASON, JOIN, ANSWER, SETTLE, ROOM, LATE, AGAIN)
         write_record({"stages": record(made, workdir), "notes": []}, into)
 
 
 def make_room(
     whole: nn.ModuleDict, bank: Bank, taught: Targets, prompter: Prompter, workdir: Path
 ) -> nn.ModuleDict:
-    """Stages 7 to 10, on clips that were not drawn before."""
+    """Stages 7 to 9, on clips that were not drawn before."""
     answer(ROOM, whole["model"], bank, prompter, workdir, before=[ANSWER])
     skip = JOIN.steps + SETTLE.steps
-    for stage in (LATE, AGAIN, NOISE):
+    for stage in (LATE, AGAIN):
         whole = join(stage, whole, bank, taught, prompter, workdir, skip=skip)
         skip += stage.steps
     return whole
 
 
 def train_on(workdir: Path, into: Path) -> None:
-    """Run the last four stages from the shipped checkpoint, with new heads for its encoder.
+    """Run the last three stages from the shipped checkpoint, with new heads for its encoder.
 
     Args:
         workdir: caches and saves.
@@ -406,7 +403,7 @@ def train_on(workdir: Path, into: Path) -> None:
     whole = nn.ModuleDict({"model": model, "ears": ears})
     whole = make_room(whole, bank, taught, Prompter(processor), workdir)
     checkpoint.save(whole["model"], processor, into)
-    stages = told["stages"] | record([HEADS, ROOM, LATE, AGAIN, NOISE], workdir)
+    stages = told["stages"] | record([HEADS, ROOM, LATE, AGAIN], workdir)
     write_record({"stages": stages, "notes": told["notes"]}, into)
 
 
@@ -418,7 +415,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", choices=["teach", "listen", "reason"], help="only this one")
     which.add_argument(
-        "--from-shipped", action="store_true", help="only the last four, from the checkpoint"
+        "--from-shipped", action="store_true", help="only the last three, from the checkpoint"
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
