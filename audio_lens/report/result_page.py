@@ -107,7 +107,8 @@ class Section:
         places = {axis: place for place, axis in enumerate(ACROSS)}
         order = sorted(self.result.axes, key=lambda axis: places.get(axis, len(places)))
         left = [axis for axis in self.result.axes if axis in order[DRAWN:]]
-        if len(order) == DRAWN + 1 and self._curves() <= MOST_CURVES:
+        has_bands = self.result.low is not None
+        if has_bands and len(order) == DRAWN + 1 and self._curves() <= MOST_CURVES:
             left = []
         return metrics | {axis: self.result.coords[axis] for axis in left}
 

@@ -276,6 +276,8 @@ def _landmarks_of(
 
     def of_mean(drawn: Float[Tensor, "m columns"]) -> Float[Tensor, " 3"]:
         labels = drawn[:, 0].long()
+        if len(labels.unique()) < 2:  # no layer is above chance where there is one answer
+            return torch.full((len(LANDMARKS),), torch.nan, dtype=torch.float64)
         mean = (balanced(labels)[:, None] * drawn[:, 1:]).mean(0)
         return landmarks(mean, asked.level(labels), alpha, excess)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,9 +86,16 @@ def train(
 def _joined(
     model: HookedAudioTransformer, items: Items, where: Place, progress: bool | None
 ) -> Residuals:
-    """The streams of all items at once."""
+    """The streams of all items at once, beside the inputs of the first batch."""
     batches = list(residuals(model, items, {"": where}, what="streams", progress=progress))
-    return replace(batches[0], resid=torch.cat([held.resid for held in batches], dim=1))
+    before = itertools.accumulate((len(held.rows) for held in batches[:-1]), initial=0)
+    return replace(
+        batches[0],
+        rows=[row for held in batches for row in held.rows],
+        resid=torch.cat([held.resid for held in batches], dim=1),
+        item=torch.cat([held.item + n for held, n in zip(batches, before, strict=True)]),
+        groups={"": torch.cat([held.groups[""] for held in batches])},
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,16 @@ def test_the_page_says_all_there_is(path: Path) -> None:
     ):
         assert part in text
     assert "unfit" not in text
-    assert [len(figures) for figures in page.data["results"]] == [4, 1]
+    assert [len(figures) for figures in page.data["results"]] == [2, 1]
     facets = [one["facets"] for one in page.data["results"][0]]
-    assert {"metric": EVIL, "stream": "text"} in facets
+    assert {"metric": EVIL} in facets
+
+
+def test_maps_without_intervals_are_chosen_by_their_third_axis(tmp_path: Path) -> None:
+    maps = replace(residence(), low=None, high=None)
+    page = Page(result_page(maps, tmp_path / "page.html"))
+    facets = [one["facets"] for one in page.data["results"][0]]
+    assert len(facets) == 4 and {"metric": EVIL, "stream": "text"} in facets
 
 
 def test_a_result_alone_is_called_as_the_page(tmp_path: Path) -> None:
@@ -85,8 +93,9 @@ def test_what_is_no_page_is_refused(tmp_path: Path) -> None:
         result_page({"wide": wide}, tmp_path / "page.html")
 
 
-def test_figures_are_chosen_in_the_browser(path: Path, browse: Any) -> None:
-    page = browse(path)
+def test_figures_are_chosen_in_the_browser(tmp_path: Path, browse: Any) -> None:
+    maps = replace(residence(), low=None, high=None)
+    page = browse(result_page({"maps": maps, "share": share()}, tmp_path / "page.html"))
     drawn = "document.querySelector('.figure').data[0]"
     assert page.evaluate(f"{drawn}.z.length * {drawn}.z[0].length") == 6
     assert page.evaluate("document.querySelectorAll('.figure')[1].data.length") == 1
