@@ -38,12 +38,14 @@ class Sender:
             of which "audio" (what the connector gives) and "text" are parts.
         layer, head: where it stands; -1 without.
         where: of what enters, the place that is meant; None for all of it.
+        label: what it is called, if not by all this.
     """
 
     kind: str
     layer: int = -1
     head: int = -1
     where: Any = None
+    label: str = ""
 
     @property
     def stage(self) -> int:
@@ -51,6 +53,8 @@ class Sender:
 
     @property
     def name(self) -> str:
+        if self.label:
+            return self.label
         if self.kind in ENTERING:
             return self.kind if self.where is None else f"{self.kind} {described(self.where)}"
         if self.kind == MLP:
