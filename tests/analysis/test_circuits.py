@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_items import hearing, item_of
 
 import tiny
+from analysis.toy_items import hearing, item_of
 from audio_lens import HookedAudioTransformer, Items, metrics
 from audio_lens.analysis import paths
 from audio_lens.analysis.paths.circuits import circuit_of
