@@ -250,7 +250,8 @@ def _pulled_back(
 ) -> Float[Tensor, "r b t d"]:
     """Gradients by what a function reads, from several by what it gives."""
     leaf = resid.detach().expand(len(slopes), *resid.shape).clone().requires_grad_()
-    return torch.autograd.grad(function(leaf), leaf, slopes)[0]
+    given = function(leaf.flatten(0, 1)).unflatten(0, leaf.shape[:2])
+    return torch.autograd.grad(given, leaf, slopes)[0]
 
 
 def _said(result: Result, how: str) -> Iterator[str]:
