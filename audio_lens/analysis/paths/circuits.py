@@ -18,6 +18,7 @@ from audio_lens.errors import InputError
 from audio_lens.files import write
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result
+from audio_lens.results.edges import plot_edges
 from audio_lens.timeline import Span
 
 if TYPE_CHECKING:
@@ -129,9 +130,7 @@ class Circuit:
         Edges tell their scores when pointed at, audio nodes their seconds; a click on one in a
         page with the clip plays them.
         """
-        from audio_lens.drawing.circuits import circuit_figure  # plotly takes long to import
-
-        return circuit_figure(self)
+        return plot_edges(self)
 
 
 def prune(
