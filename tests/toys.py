@@ -389,3 +389,16 @@ def loop_toy(layer: int = 1, head: int = 1, looping: int = 3) -> EncoderToy:
     toy.copy_head(attn, head, seeks, TEXT_CLASS, 2.0, range(looping, looping + 1))
     toy.copy_head(attn, 1 - head, seeks, TEXT_CLASS, 0.1)
     return toy
+
+
+def two_path_toy(through: float = 0.5) -> Toy:
+    """A linear one: a head brings the heard class, and a later head adds ``through`` of that.
+
+    The answer reads the first head directly and by way of the second.
+    """
+    toy = Toy(n_layers=3)
+    toy.copy_head(0, 0, MARKER, AUDIO_CLASS, gain=1.0)
+    toy.attend(1, 1, QUERY, QUERY, SHARP)
+    for c in range(N_CLASSES):
+        toy.carry(1, 1, ANSWER.start + c, ANSWER.start + c, through)
+    return toy

@@ -25,6 +25,11 @@ from audio_lens.errors import InputError
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.part import Part, PartInputs
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.direct_paths import (
+    by_full_name,
+    get_act_patch_direct_path,  # noqa: F401
+    get_act_patch_direct_path_all_sources,  # noqa: F401
+)
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.interventions import Interventions
 from audio_lens.patching.plan import Plan
@@ -114,7 +119,7 @@ class _Call:
             name: _checked(name, metrics.bound(one, part.model, inputs.inputs), inputs, reduce)
             for name, one in asked.items()
         }
-        cache = _by_full_name(part, clean_cache)
+        cache = by_full_name(part, clean_cache)
         return _Call(part, inputs, cache, measures, is_named, reduce, baseline)
 
     @property
@@ -212,13 +217,6 @@ def _checked(
     if isinstance(measure, metrics.Reading):
         return replace(measure, value=lambda rows: check(measure.value(rows)))
     return lambda logits: check(measure(logits))
-
-
-def _by_full_name(part: Part, cache: Cache) -> AudioCache:
-    """The cache, which finds local and full names of the part by the full ones."""
-    if isinstance(cache, AudioCache):
-        return cache
-    return AudioCache(dict(cache.items()), {part.name: part}, part.name)
 
 
 def _table(

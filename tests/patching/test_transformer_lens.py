@@ -15,7 +15,10 @@ from audio_lens import patching as ours
 
 FRAMES = 8  # encoder positions: TransformerLens runs one forward per cell
 PARTS = ("encoder", "decoder")
-BY_PATH = ("get_act_patch_direct_path", "get_act_patch_direct_path_all_sources")  # need a bridge
+BY_PATH = (
+    "get_act_patch_direct_path",
+    "get_act_patch_direct_path_all_sources",
+)  # in test_direct_paths
 PER_PAIR = "get_act_patch_attn_head_pattern_dest_src_pos"  # a cell for every query and key
 EVERY = [name for name in vars(theirs) if name.endswith("_every")]
 LONG = "get_act_patch_attn_head_by_pos_every"  # five of the others in one
