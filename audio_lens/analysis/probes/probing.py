@@ -135,8 +135,8 @@ def _nothing_to_tell(label: Labels, kept: Bool[np.ndarray, " n"]) -> str:
     if kept.all():
         return f"{name}: all have one value, and there is nothing to tell"
     return (
-        f"{name}: fewer than two classes are of several groups, so that none can be told of a group "
-        "that was not seen. Name other groups (group='id' takes each item by itself)"
+        f"{name}: fewer than two classes are of several groups, so that none can be told of a "
+        "group that was not seen. Name other groups (group='id' takes each item by itself)"
     )
 
 

@@ -191,8 +191,8 @@ def erased(
             f"Erased is {label} at {site}: {own.read.shape[1]} directions, of "
             f"{len(acts)} rows of {len(items)} items.",
             *_changes(names, columns),
-            "An answer that survives needs nothing of what a linear probe reads here. That does not "
-            "show that the label is gone: it may be held in a form that no linear probe reads.",
+            "An answer that survives needs nothing of what a linear probe reads here, but may need "
+            "the label in a form that no linear probe reads.",
         ],
     )
 
