@@ -13,8 +13,8 @@ from torch import Tensor
 from analysis import answering
 from audio_lens import Edit, HookedAudioTransformer, Item, Items, Span, edits
 from audio_lens.analysis import probes
+from audio_lens.analysis.learning import folds
 from audio_lens.analysis.probes.baselines import mean_log_mels, untrained
-from audio_lens.analysis.probes.learning import folds
 from audio_lens.errors import ExtraError, InputError
 from audio_lens.items import ANALYSES, ActivationsError, ControlError, ItemError, collect, rerun
 from items import speech

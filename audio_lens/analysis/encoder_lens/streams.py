@@ -76,6 +76,11 @@ def last_stage(model: HookedAudioTransformer) -> str:
     return str(model.part("encoder").blocks[-1].last_stage)
 
 
+def site_of_streams(model: HookedAudioTransformer) -> str:
+    """The site of the streams behind the encoder's blocks, or else the decoder's."""
+    return "decoder.resid_post" if model.cfg.encoder is None else f"encoder.{last_stage(model)}"
+
+
 def first_stable(said: Shaped[Tensor, " streams *n"]) -> Int[Tensor, "*n"]:
     """From which stream on the same is said as of the last, up to it.
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens import edits
+from audio_lens.analysis.learning import learner, sklearn
 from audio_lens.analysis.probes.erasing import vectors_of
-from audio_lens.analysis.probes.learning import learner, sklearn
 from audio_lens.analysis.probes.rows import Given, Labels
 from audio_lens.errors import InputError
 from audio_lens.items import ItemError

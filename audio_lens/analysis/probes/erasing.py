@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens import edits
-from audio_lens.analysis.probes.learning import numbered
+from audio_lens.analysis.learning import numbered
 from audio_lens.analysis.probes.rows import Given, Labels, are_numbers, rows_of
 from audio_lens.errors import ExtraError, InputError
 from audio_lens.items import ItemError

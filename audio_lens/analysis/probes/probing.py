@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from audio_lens.analysis.probes.learning import REGRESSIONS, check_kind, sklearn
+from audio_lens.analysis.learning import REGRESSIONS, check_kind, sklearn
 from audio_lens.analysis.probes.rows import Given, Labels, Rows, are_numbers, column, rows_of
 from audio_lens.analysis.probes.task import Said, Task
 from audio_lens.arguments import listed, number, whole

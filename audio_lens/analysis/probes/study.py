@@ -9,10 +9,10 @@ import torch
 
 from audio_lens import edits
 from audio_lens.analysis.encoder_lens.said import measured_with_right
-from audio_lens.analysis.encoder_lens.streams import last_stage
+from audio_lens.analysis.encoder_lens.streams import site_of_streams
+from audio_lens.analysis.learning import sklearn
 from audio_lens.analysis.probes.baselines import mean_log_mels, untrained
 from audio_lens.analysis.probes.erasing import erase
-from audio_lens.analysis.probes.learning import sklearn
 from audio_lens.analysis.probes.probing import CONTROL, probe
 from audio_lens.arguments import listed
 from audio_lens.edits.edit import Edit
@@ -85,7 +85,7 @@ def layers(
     if odd := [name for name in asked if name not in known]:
         raise InputError(f"controls are some of {', '.join(known)}, got {odd[0]!r}")
     items.values(label if group is None else group)
-    site = site or _streams(model)
+    site = site or site_of_streams(model)
     made: dict[str, Any] = {"size": size, "progress": progress}
     beside: dict[str, Any] = {}
     if "log_mel" in asked:
@@ -106,11 +106,6 @@ def layers(
         seed=seed,
         progress=progress,
     )
-
-
-def _streams(model: HookedAudioTransformer) -> str:
-    """The site of the streams behind the encoder's blocks, or else the decoder's."""
-    return "decoder.resid_post" if model.cfg.encoder is None else f"encoder.{last_stage(model)}"
 
 
 # -------------------------------------------------------------------------------- erasing

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from audio_lens.analysis.probes.learning import REGRESSIONS, Tests, folds, numbered, predicted
+from audio_lens.analysis.learning import REGRESSIONS, Tests, folds, numbered, predicted
 from audio_lens.analysis.probes.rows import Rows
 from audio_lens.items import found_by_name, statistics
 from audio_lens.results import Result

@@ -64,7 +64,9 @@ def _standardised(made: Any) -> Any:
     return sklearn("pipeline").make_pipeline(sklearn("preprocessing").StandardScaler(), made)
 
 
-def folds(y: Sequence[Any], groups: Sequence[Hashable], count: int, seed: int, stratified: bool):
+def folds(
+    y: Sequence[Any], groups: Sequence[Hashable], count: int, seed: int, stratified: bool
+) -> list[Int[np.ndarray, " m"]]:
     """The rows that each fold tests: of no group is one tested and another fitted on.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.analysis.encoder_lens.streams import last_stage
+from audio_lens.analysis.encoder_lens.streams import site_of_streams
 from audio_lens.analysis.similarity.kernels import LEAST, gram, hsic_without, matrix
 from audio_lens.analysis.similarity.shapes import SHAPES, by_row
 from audio_lens.errors import InputError
@@ -73,7 +73,7 @@ def layers(
         As `items.collect`.
     """
     acts = collect(
-        model, items, site or _streams(model), where, "mean", size=size, progress=progress
+        model, items, site or site_of_streams(model), where, "mean", size=size, progress=progress
     )
     return between(acts, acts, controls=controls, by=by, seed=seed)
 
@@ -152,7 +152,7 @@ def shape(
         As `layers`.
     """
     acts = collect(
-        model, items, site or _streams(model), where, "mean", size=size, progress=progress
+        model, items, site or site_of_streams(model), where, "mean", size=size, progress=progress
     )
     names, x = _names(acts, None), _layers(acts, None)
     if len(names) < 2:
@@ -243,10 +243,6 @@ def _shapes(x: Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "n metrics layer
 
 
 # -------------------------------------------------------------------------------- rows
-
-
-def _streams(model: HookedAudioTransformer) -> str:
-    return "decoder.resid_post" if model.cfg.encoder is None else f"encoder.{last_stage(model)}"
 
 
 def _layers(acts: Activations, site: str | None) -> dict[int, Float[Tensor, "n d"]]:
