@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from audio_lens.errors import ExtraError, InputError
 from audio_lens.items import ItemError
 
-Tests = Sequence[Int[np.ndarray, " m"]]
+Tests = Sequence[Int[np.ndarray, " _"]]
+Strength = float | int | Sequence[float | int]
 CLASSIFIERS, REGRESSIONS = ("logistic", "mass_mean"), ("ridge",)
 
 
@@ -28,7 +29,7 @@ def sklearn(module: str) -> Any:
         raise ExtraError("probes need scikit-learn: pip install 'audio_lens[probe]'") from error
 
 
-def learner(kind: str, strength: float | Sequence[float], groups: int) -> Any:
+def learner(kind: str, strength: Strength, groups: int) -> Any:
     """A learner that standardises what it is fitted on.
 
     Args:
@@ -66,7 +67,7 @@ def _standardised(made: Any) -> Any:
 
 def folds(
     y: Sequence[Any], groups: Sequence[Hashable], count: int, seed: int, stratified: bool
-) -> list[Int[np.ndarray, " m"]]:
+) -> list[Int[np.ndarray, " _"]]:
     """The rows that each fold tests: of no group is one tested and another fitted on.
 
     Raises:
@@ -96,7 +97,7 @@ def predicted(
     groups: Int[np.ndarray, " n"],
     tests: Tests,
     kind: str,
-    strength: float | Sequence[float],
+    strength: Strength,
 ) -> Shaped[np.ndarray, " n"]:
     """What is said of every row by a learner that saw none of its group."""
     said = np.empty_like(y)

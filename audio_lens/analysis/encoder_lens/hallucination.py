@@ -192,7 +192,7 @@ def _told_rightly(
     x: Float[Tensor, "n layers d"],
     labels: Int[Tensor, " n"],
     groups: Int[np.ndarray, " n"],
-    tests: Sequence[Int[np.ndarray, " m"]],
+    tests: Sequence[Int[np.ndarray, " _"]],
     strength: float,
 ) -> Float[Tensor, "n layers"]:
     """Whether a probe of each layer that never saw an item's group tells the item rightly."""

@@ -78,7 +78,8 @@ def last_stage(model: HookedAudioTransformer) -> str:
 
 def site_of_streams(model: HookedAudioTransformer) -> str:
     """The site of the streams behind the encoder's blocks, or else the decoder's."""
-    return "decoder.resid_post" if model.cfg.encoder is None else f"encoder.{last_stage(model)}"
+    has_blocks = model.cfg.encoder is not None and model.cfg.encoder.n_layers > 0
+    return f"encoder.{last_stage(model)}" if has_blocks else "decoder.resid_post"
 
 
 def first_stable(said: Shaped[Tensor, " streams *n"]) -> Int[Tensor, "*n"]:

@@ -26,7 +26,7 @@ def direction(
     against: Any = None,
     *,
     kind: str = "means",
-    strength: float = 10.0,
+    strength: float | int = 10.0,
     site: str | None = None,
     layer: int | None = None,
 ) -> Float[Tensor, " d"]:
@@ -68,7 +68,7 @@ def direction(
 
 
 def reflection(
-    vector: Float[Tensor, " d"], centre: Float[Tensor, " d"], strength: float = 2.0
+    vector: Float[Tensor, " d"], centre: Float[Tensor, " d"], strength: float | int = 2.0
 ) -> edits.Erase:
     """The reflection of activations at the hyperplane across a direction: h - 2 ((h - c)·ŵ) ŵ.
 
@@ -87,7 +87,7 @@ def reflection(
 
 
 def _weights(
-    x: Float[np.ndarray, "n d"], ours: Any, kind: str, strength: float
+    x: Float[np.ndarray, "n d"], ours: Any, kind: str, strength: float | int
 ) -> Float[Tensor, " d"]:
     if kind == "mass_mean":
         covariance, _ = sklearn("covariance").ledoit_wolf(x - _own_means(x, ours))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from audio_lens.analysis.learning import REGRESSIONS, check_kind, sklearn
+from audio_lens.analysis.learning import REGRESSIONS, Strength, check_kind, sklearn
 from audio_lens.analysis.probes.rows import Given, Labels, Rows, are_numbers, column, rows_of
 from audio_lens.analysis.probes.task import Said, Task
 from audio_lens.arguments import listed, number, whole
@@ -37,7 +37,7 @@ def probe(
     layers: Sequence[int] | None = None,
     types: Labels | None = None,
     beside: Mapping[str, Given] | None = None,
-    strength: float | Sequence[float] = 10.0,
+    strength: Strength = 10.0,
     n_folds: int = 5,
     by: str | None = None,
     seed: int = 0,

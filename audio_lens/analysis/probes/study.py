@@ -10,7 +10,7 @@ import torch
 from audio_lens import edits
 from audio_lens.analysis.encoder_lens.said import measured_with_right
 from audio_lens.analysis.encoder_lens.streams import site_of_streams
-from audio_lens.analysis.learning import sklearn
+from audio_lens.analysis.learning import Strength, sklearn
 from audio_lens.analysis.probes.baselines import mean_log_mels, untrained
 from audio_lens.analysis.probes.erasing import erase
 from audio_lens.analysis.probes.probing import CONTROL, probe
@@ -52,7 +52,7 @@ def layers(
     kind: str | None = None,
     types: str | None = None,
     controls: Sequence[str] = CONTROLS,
-    strength: float | Sequence[float] = 10.0,
+    strength: Strength = 10.0,
     n_folds: int = 5,
     by: str | None = None,
     size: int = 16,
@@ -219,7 +219,7 @@ def analyse(
     heard: Place = _word if spoken else "audio"
     options: dict[str, Any] = {"seed": seed, "progress": progress}
     results: dict[str, Result] = {}
-    if model.cfg.encoder is not None:
+    if site_of_streams(model).startswith("encoder"):
         results["encoder"] = layers(model, told, label, where=heard, **options)
     if model.cfg.decoder is not None:
         where: Place = _word if label == WORD else "last"

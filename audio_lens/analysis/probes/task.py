@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from audio_lens.analysis.learning import REGRESSIONS, Tests, folds, numbered, predicted
+from audio_lens.analysis.learning import REGRESSIONS, Strength, Tests, folds, numbered, predicted
 from audio_lens.analysis.probes.rows import Rows
 from audio_lens.items import found_by_name, statistics
 from audio_lens.results import Result
@@ -37,10 +37,10 @@ class Task:
     groups: Int[np.ndarray, " n"]
     tests: Tests
     kind: str
-    strength: float | int | Sequence[float | int]
+    strength: Strength
 
     @staticmethod
-    def of(rows: Rows, kind: str, strength: Any, n_folds: int, seed: int) -> Task:
+    def of(rows: Rows, kind: str, strength: Strength, n_folds: int, seed: int) -> Task:
         """The rows' own labels."""
         tells_numbers = kind in REGRESSIONS
         tests = folds(rows.labels, rows.groups, n_folds, seed, stratified=not tells_numbers)

@@ -305,7 +305,7 @@ def analyse(
     """Which layers are alike (CKA), and how many directions does each fill, how evenly?"""
     results: dict[str, Result] = {}
     options: dict[str, Any] = {"seed": seed, "progress": progress}
-    if model.cfg.encoder is not None:
+    if site_of_streams(model).startswith("encoder"):
         once = _one_per_clip(items)
         results |= {
             "encoder": layers(model, once, **options),

@@ -24,7 +24,7 @@ def cka(
     unbiased: bool = True,
     *,
     kernel: str = "linear",
-    bandwidth: float = 1.0,
+    bandwidth: float | int = 1.0,
     batch: int | None = None,
     seed: int = 0,
 ) -> float:
@@ -86,7 +86,7 @@ def rsa(x: Given, y: Given, distance: str = "correlation") -> float:
 
 
 def gram(
-    x: Float[Tensor, "n d"], kernel: str = "linear", bandwidth: float = 1.0
+    x: Float[Tensor, "n d"], kernel: str = "linear", bandwidth: float | int = 1.0
 ) -> Float[Tensor, "n n"]:
     """The kernel of every two rows; of "linear" of centred rows."""
     if kernel == "linear":
