@@ -146,13 +146,13 @@ def test_values_of_rows_are_influences(name: str) -> None:
 
 
 def test_layers_that_change_nothing_are_alike(tmp_path) -> None:
-    toy, items = answering.copying(), answering.items(3)
+    toy, items = answering.copying(3, 1), answering.items(3)
     options = {"site": "decoder.resid_post", "where": "audio"}
     result = similarity.layers(toy, items, **options)
     assert result.dims == ("stimulus", "layer", "other_layer")
-    assert torch.allclose(result.estimate, torch.ones(5, 5).double())
-    assert result.estimate[2, 3].item() == pytest.approx(
-        similarity.cka(*[collect(toy, items, "decoder.resid_post", "audio", "mean")[2]] * 2)
+    assert torch.allclose(result.estimate, torch.ones(3, 3).double())
+    assert result.estimate[1, 2].item() == pytest.approx(
+        similarity.cka(*[collect(toy, items, "decoder.resid_post", "audio", "mean")[1]] * 2)
     )
     assert result.controls["other_item"].estimate.abs().max() < 0.5
     again = rerun(result.save(tmp_path / "cka.nc"), toy, items)
@@ -160,21 +160,21 @@ def test_layers_that_change_nothing_are_alike(tmp_path) -> None:
 
 
 def test_two_sites_are_compared_and_laid_on_one_depth() -> None:
-    toy, items = answering.copying(), answering.items(3)
+    toy, items = answering.copying(3, 1), answering.items(3)
     acts = collect(toy, items, ["decoder.resid_pre", "decoder.resid_post"], "audio", "mean")
     options = {"site": "decoder.resid_pre", "other_site": "decoder.resid_post"}
     result = similarity.by_depth(similarity.between(acts, acts, **options))
     assert result.dims == ("stimulus", "depth", "other_depth")
-    assert result.coords["depth"] == [0, 0.25, 0.5, 0.75, 1]
+    assert result.coords["depth"] == [0, 0.5, 1]
     assert result.controls["other_item"].dims == result.dims
 
 
 def test_shapes_of_layers(tmp_path) -> None:
-    toy, items = answering.copying(), answering.items(3)
+    toy, items = answering.copying(3, 1), answering.items(3)
     result = similarity.shape(toy, items, site="decoder.resid_post", where="last")
     assert result.coords["metric"][:2] == ["norm", "cosine_to_last"]
     assert result.select(metric="cosine_to_last").estimate[-1].item() == pytest.approx(1)
-    assert result.select(metric="norm").estimate[2] > result.select(metric="norm").estimate[1]
+    assert result.select(metric="norm").estimate[1] > result.select(metric="norm").estimate[0]
     again = rerun(result.save(tmp_path / "shape.nc"), toy, items)
     assert torch.equal(again.values.nan_to_num(), result.values.nan_to_num())
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_compared_is_named(case: str) -> None:
 
 
 def test_activations_that_cannot_be_compared_are_named() -> None:
-    toy, items = answering.copying(), answering.items(2)
+    toy, items = answering.copying(3, 1), answering.items(2)
     frames = collect(toy, items, "decoder.resid_post", "audio")
     means = collect(toy, items, "decoder.resid_post", "audio", "mean")
     with pytest.raises(InputError, match="several rows each"):

@@ -40,7 +40,7 @@ def erase(
         InputError: labels that are not as many as the rows; several layers, or a site of heads.
         ActivationsError: a site, layer or label that was not collected.
     """
-    leace = _concept_erasure()
+    leace = concept_erasure()
     x, labels = vectors_of(activations, label, site, layer)
     z = targets(labels)
     fitter = leace.LeaceFitter.fit(x, z, constrain_cov_trace=False)
@@ -78,7 +78,12 @@ def targets(labels: Sequence[Any]) -> Float[Tensor, "n k"]:
     return torch.nn.functional.one_hot(torch.as_tensor(numbered(labels))).double()
 
 
-def _concept_erasure() -> Any:
+def concept_erasure() -> Any:
+    """The library that fits LEACE.
+
+    Raises:
+        ExtraError: where it is not installed.
+    """
     try:
         return importlib.import_module("concept_erasure")
     except ImportError as error:

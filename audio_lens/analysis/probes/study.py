@@ -12,7 +12,7 @@ from audio_lens.analysis.encoder_lens.said import measured_with_right
 from audio_lens.analysis.encoder_lens.streams import site_of_streams
 from audio_lens.analysis.learning import Strength, sklearn
 from audio_lens.analysis.probes.baselines import mean_log_mels, untrained
-from audio_lens.analysis.probes.erasing import erase
+from audio_lens.analysis.probes.erasing import concept_erasure, erase
 from audio_lens.analysis.probes.probing import CONTROL, probe
 from audio_lens.arguments import listed
 from audio_lens.edits.edit import Edit
@@ -150,6 +150,7 @@ def erased(
     Raises:
         ExtraError, ItemError, ActivationsError, InputError: as `erase` and `items.collect`.
     """
+    concept_erasure()  # raises now what it would raise later
     labels = items.values(label)
     chosen = None if layer is None else [layer]
     acts = collect(

@@ -72,6 +72,7 @@ def layers(
         InputError: fewer items, or a site without layers or with heads.
         As `items.collect`.
     """
+    _check_count(len(items))
     acts = collect(
         model, items, site or site_of_streams(model), where, "mean", size=size, progress=progress
     )
@@ -103,8 +104,7 @@ def between(
     names, others = _names(first, site), _names(second, other_site)
     if names != others:
         raise InputError("both sides are of the same items in one order, one row for each")
-    if len(names) <= LEAST:
-        raise InputError(f"CKA with an interval needs {LEAST + 1} items or more, got {len(names)}")
+    _check_count(len(names))
     x, y = _layers(first, site), _layers(second, other_site)
     axes = {"layer": list(x), "other_layer": list(y)}
     drawn = {"groups": None if by is None else first.values(by, site), "by": by, "seed": seed}
@@ -249,6 +249,11 @@ def _layers(acts: Activations, site: str | None) -> dict[int, Float[Tensor, "n d
     if not (there := acts.layers(site)):
         raise InputError(f"{site or acts.sites[0]} has no layers to compare")
     return {layer: matrix(acts.array(site, layer)) for layer in there}
+
+
+def _check_count(count: int) -> None:
+    if count <= LEAST:
+        raise InputError(f"CKA with an interval needs {LEAST + 1} items or more, got {count}")
 
 
 def _names(acts: Activations, site: str | None) -> list[str]:
