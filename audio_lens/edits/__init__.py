@@ -1,7 +1,7 @@
 """Edits: one language of interventions, in force in whatever runs the model."""
 
 from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
-from audio_lens.edits.do import Add, Do, Latents, Mix, Project, Put, Scale, Swap
+from audio_lens.edits.do import Add, Do, Erase, Latents, Mix, Project, Put, Scale, Swap
 from audio_lens.edits.edit import Edit, intervene
 from audio_lens.edits.enrich import Enrich
 from audio_lens.edits.written import from_dict, load, save, to_dict
@@ -13,6 +13,7 @@ __all__ = [
     "Do",
     "Edit",
     "Enrich",
+    "Erase",
     "Latents",
     "Mix",
     "Multiply",

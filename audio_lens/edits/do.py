@@ -139,6 +139,52 @@ class Project(Do):
 
 
 @dataclass(frozen=True, eq=False)
+class Erase(Do):
+    """Takes away along some directions what others read: x - strength (x - centre) read writeᵀ.
+
+    An affine map, as LEACE and reflections at a hyperplane are.
+
+    Attributes:
+        read: directions ``d k`` along which x is read.
+        write: ``d k``, along which that is taken away.
+        centre: ``d``, the vector that stays as it is.
+        strength: 1 takes away what is read, 2 reflects it.
+    """
+
+    read: Float[Tensor, "d k"]
+    write: Float[Tensor, "d k"]
+    centre: Float[Tensor, " d"]
+    strength: float | int = 1.0
+    reads_vectors = True
+
+    def check(self, site: Site, asked: Mapping[str, Any]) -> None:
+        super().check(site, asked)
+        if self.read.ndim != 2 or self.write.shape != self.read.shape:
+            raise InputError(
+                f"Erase reads and writes along as many directions, d by k: got {_sizes(self.read)} "
+                f"and {_sizes(self.write)}"
+            )
+        if self.centre.shape != self.read.shape[:1]:
+            raise InputError(
+                f"the centre of directions of {len(self.read)} entries is as long as these, got "
+                f"{_sizes(self.centre)}"
+            )
+
+    def __call__(self, x: Float[Tensor, "..."], at: At) -> Float[Tensor, "..."]:
+        if x.shape[-1] != len(self.read):
+            raise InputError(
+                f"vectors of {at.name} have {x.shape[-1]} entries, the directions {len(self.read)}"
+            )
+        return self.of(x)
+
+    def of(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Changed vectors, computed in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        read, write, centre = (one.to(wide) for one in (self.read, self.write, self.centre))
+        return (wide - self.strength * ((wide - centre) @ read) @ write.mT).to(x)
+
+
+@dataclass(frozen=True, eq=False)
 class Swap(Do):
     """Exchanges what lies in a subspace for what a source, as `Put` takes it, has there."""
 
@@ -215,6 +261,10 @@ def _check_basis(basis: Tensor) -> None:
         raise InputError(f"a basis is d by k with k in 1 to d, got shape {tuple(basis.shape)}")
     if torch.linalg.matrix_rank(basis.detach().float()) < basis.shape[1]:
         raise InputError("the vectors of the basis depend on each other: leave some out")
+
+
+def _sizes(tensor: Tensor) -> str:
+    return " by ".join(map(str, tensor.shape)) or "a number"
 
 
 def _check_source(source: Source) -> None:

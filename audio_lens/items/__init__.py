@@ -6,7 +6,7 @@ from audio_lens.items.batches import Batch
 from audio_lens.items.collect import collect
 from audio_lens.items.controls import ControlError
 from audio_lens.items.demo import demo_items
-from audio_lens.items.findings import found
+from audio_lens.items.findings import found, found_by_name
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.items import Items
 from audio_lens.items.measuring import Measured, measured
@@ -34,6 +34,7 @@ __all__ = [
     "collect",
     "demo_items",
     "found",
+    "found_by_name",
     "measured",
     "method",
     "read",

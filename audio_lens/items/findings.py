@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,54 @@ def found(
     values = torch.as_tensor(values).double()
     if len(values) != len(items):
         raise ItemError(f"values of {len(values)} items for {len(items)}")
-    groups = None if by is None else [_group(item, by) for item in items]
+    return found_by_name(
+        values,
+        axes,
+        [item.id for item in items],
+        groups=None if by is None else [_group(item, by) for item in items],
+        by=by,
+        denominators=denominators,
+        statistic=statistic,
+        level=level,
+        resamples=resamples,
+        seed=seed,
+        controls=controls,
+        dropped=dropped,
+        meta=meta,
+        report=report,
+    )
+
+
+def found_by_name(
+    values: Float[Tensor, " n *cells"],
+    axes: Mapping[str, Sequence[Any]],
+    names: Sequence[str],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    by: str | None = None,
+    denominators: Float[Tensor, " n *_"] | None = None,
+    statistic: Statistic | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    controls: Mapping[str, Result] | None = None,
+    dropped: Mapping[str, int] | None = None,
+    meta: Mapping[str, str] | None = None,
+    report: Sequence[str] = (),
+) -> Result:
+    """`found` of items that are known by their names alone.
+
+    Args:
+        names: of the items.
+        groups: of every item, which are drawn in their place.
+        by: what the groups are called.
+
+    The others are those of `found`.
+
+    Raises:
+        ValueError: axes or groups that do not fit the values.
+    """
+    values = torch.as_tensor(values).double()
     drawn: dict[str, Any] = {"groups": groups, "level": level, "resamples": resamples, "seed": seed}
     if denominators is None:
         estimate = bootstrap(values, statistic, **drawn)
@@ -70,17 +117,17 @@ def found(
         shape = (*denominators.shape, *[1] * (values.ndim - denominators.ndim))
         under = torch.as_tensor(denominators).double().reshape(shape).expand_as(values)
         estimate, values = ratio_of_means(values, under, **drawn), values / under
-    units = f"{len(items)} items" if groups is None else f"{len(set(groups))} of {by}"
+    units = f"{len(names)} items" if groups is None else f"{len(set(groups))} of {by}"
     told = {"interval": f"{level:.0%}, by {resamples} draws of {units}", "seed": str(seed)}
     return _labelled(
         values,
         estimate,
         {name: list(coords) for name, coords in axes.items()},
-        [item.id for item in items],
+        list(names),
         meta=told | dict(meta or {}),
         report=list(report),
         controls=dict(controls or {}),
-        n_kept=len(items),
+        n_kept=len(names),
         dropped=dict(dropped or {}),
     )
 

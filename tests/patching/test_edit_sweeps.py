@@ -146,7 +146,7 @@ def test_rerun_makes_a_map_of_edits_again(embedded, inputs) -> None:
     assert again.agrees
 
 
-@pytest.mark.parametrize("source", ["a vector", "a basis", "inputs"])
+@pytest.mark.parametrize("source", ["a vector", "a basis", "an affine map", "inputs"])
 def test_maps_of_tensors_are_made_again_from_their_file(embedded, inputs, tmp_path, source) -> None:
     width = embedded.cfg.need_decoder.d_model
     vector = torch.randn(width, generator=torch.Generator().manual_seed(3))
@@ -154,6 +154,7 @@ def test_maps_of_tensors_are_made_again_from_their_file(embedded, inputs, tmp_pa
     do = {
         "a vector": edits.Put(0.1 * vector),
         "a basis": edits.Project(vector[:, None]),
+        "an affine map": edits.Erase(vector[:, None], vector[:, None] / width, vector),
         "inputs": edits.Mix(inputs.with_audio(backwards, 16_000)),
     }[source]
     where = torch.zeros(inputs.tokens.shape, dtype=torch.bool)

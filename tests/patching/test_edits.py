@@ -59,6 +59,10 @@ def vectors(site: Site, shape: tuple[int, ...], source: dict[str, Tensor]) -> It
         yield Case(edits.Project(basis, keep=True), lambda v, s: inside @ v)
         yield Case(edits.Swap(basis, source), lambda v, s: v + inside @ (s - v))
         yield Case(
+            edits.Erase(basis, 2 * basis, vector, 0.3),
+            lambda v, s: v - 0.6 * basis @ (basis.mT @ (v - vector)),
+        )
+        yield Case(
             edits.Latents(dictionary, lambda z: z.clamp(max=0.1)),
             lambda v, s: (
                 v

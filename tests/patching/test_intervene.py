@@ -26,6 +26,7 @@ from audio_lens.models.layers import KVCache
 from audio_lens.sites import SiteError
 
 RATE = 16_000
+ERASE = edits.Erase(torch.ones(3, 1), torch.ones(3, 1), torch.zeros(3))
 LAST_TO_AUDIO = Edit("decoder.attn.attn_scores", edits.Block("audio"), layer=[1], where="last")
 
 
@@ -392,6 +393,17 @@ def test_files_without_edits_are_named(tmp_path, text) -> None:
         (lambda: Edit("resid_pre", edits.Project(torch.ones(3))), InputError, "d by k"),
         (lambda: Edit("resid_pre", edits.Project(torch.ones(3, 2))), InputError, "depend"),
         (lambda: Edit("resid_pre", edits.Project(torch.eye(3))), InputError, "192 entries"),
+        (lambda: Edit("resid_pre", ERASE), InputError, "have 192 entries, the directions 3"),
+        (
+            lambda: Edit("resid_pre", replace(ERASE, write=torch.ones(3, 2))),
+            InputError,
+            "got 3 by 1 and 3 by 2",
+        ),
+        (
+            lambda: Edit("resid_pre", replace(ERASE, centre=torch.tensor(1.0))),
+            InputError,
+            "as long as these, got a number",
+        ),
         (lambda: Edit("resid_pre", edits.Put("median")), InputError, "not from str 'median'"),
         (lambda: Edit("resid_pre", edits.Put(None)), InputError, "values come from"),
         (lambda: Edit("resid_pre", edits.Put(torch.ones(7))), InputError, r"has shape \(7,\)"),

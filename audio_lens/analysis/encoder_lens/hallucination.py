@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from audio_lens import metrics
 from audio_lens.analysis.encoder_lens.forced import check_writes, decoder_streams, forced
 from audio_lens.analysis.encoder_lens.said import transcripts
 from audio_lens.analysis.encoder_lens.streams import last_stage, written
+from audio_lens.analysis.learning import folds, numbered, predicted, sklearn
 from audio_lens.arguments import number, whole
-from audio_lens.errors import ExtraError, InputError
+from audio_lens.errors import InputError
 from audio_lens.items import ItemError, Items, collect, found, method, statistics
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.progress import track
@@ -66,7 +66,7 @@ def hallucination(
         ItemError: items without transcripts, groups or the label; rates of one kind alone; or too
             few groups for both sides to have both kinds.
     """
-    _sklearn("model_selection")  # raises now what it would raise later
+    sklearn("model_selection")  # raises now what it would raise later
     if part not in ("decoder", "encoder"):
         raise InputError(f"part is 'decoder' or 'encoder', got {part!r}")
     if part == "decoder" or label in RATES:
@@ -85,7 +85,9 @@ def hallucination(
     tests = _folds(labels, groups, seed)
     x = _activations(model, kept, part, max_new_tokens, size, progress)
     axes = {"layer": list(range(x.shape[1]))}
-    own, chance = (_told_rightly(x, y, tests, strength) for y in (labels, shuffled))
+    own, chance = (
+        _told_rightly(x, y, numbered(groups), tests, strength) for y in (labels, shuffled)
+    )
     control = found(chance, axes, kept, by=by, seed=seed)
     best = int(own.mean(0).argmax())
     return found(
@@ -189,21 +191,15 @@ def _activations(
 def _told_rightly(
     x: Float[Tensor, "n layers d"],
     labels: Int[Tensor, " n"],
-    tests: Sequence[Int[np.ndarray, " m"]],
+    groups: Int[np.ndarray, " n"],
+    tests: Sequence[Int[np.ndarray, " _"]],
     strength: float,
 ) -> Float[Tensor, "n layers"]:
     """Whether a probe of each layer that never saw an item's group tells the item rightly."""
-    make_pipeline = _sklearn("pipeline").make_pipeline
-    y, told = labels.numpy(), torch.zeros(x.shape[:2], dtype=torch.float64)
-    for layer in range(x.shape[1]):
-        held = x[:, layer].numpy()
-        for test in tests:
-            train = np.setdiff1d(np.arange(len(y)), test)
-            scaler = _sklearn("preprocessing").StandardScaler()
-            probe = _sklearn("linear_model").LogisticRegression(C=1 / strength, max_iter=1000)
-            probe = make_pipeline(scaler, probe).fit(held[train], y[train])
-            told[test, layer] = torch.as_tensor(probe.predict(held[test]) == y[test]).double()
-    return told
+    y = labels.numpy()
+    layers = x.double().numpy().swapaxes(0, 1)
+    said = [predicted(held, y, groups, tests, "logistic", strength) for held in layers]
+    return torch.as_tensor(np.stack(said, axis=1) == y[:, None]).double()
 
 
 def _folds(labels: Int[Tensor, " n"], groups: Sequence[Any], seed: int) -> list[np.ndarray]:
@@ -212,30 +208,10 @@ def _folds(labels: Int[Tensor, " n"], groups: Sequence[Any], seed: int) -> list[
     Raises:
         ItemError: groups that are too few.
     """
-    count = min(FOLDS, len(set(groups)))
-    if count < 2:
-        raise ItemError(f"all items are of group {groups[0]!r}: a probe is tested on others")
-    splitter = _sklearn("model_selection").StratifiedGroupKFold(
-        count, shuffle=True, random_state=seed
-    )
     y = labels.numpy()
-    parts = list(splitter.split(np.zeros(len(y)), y, [str(group) for group in groups]))
-    if any(len(set(y[train])) < 2 for train, _ in parts):
+    tests = folds(y.tolist(), groups, FOLDS, seed, stratified=True)
+    if any(len(set(np.delete(y, test))) < 2 for test in tests):
         raise ItemError(
             f"{len(set(groups))} groups are too few: without some of them only one kind is left"
         )
-    return [test for _, test in parts if len(test)]
-
-
-def _sklearn(module: str) -> Any:
-    """A module of scikit-learn.
-
-    Raises:
-        ExtraError: where it is not installed.
-    """
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError as error:
-        raise ExtraError(
-            "the hallucination probe needs scikit-learn: pip install 'audio_lens[probe]'"
-        ) from error
+    return tests

@@ -76,6 +76,12 @@ def last_stage(model: HookedAudioTransformer) -> str:
     return str(model.part("encoder").blocks[-1].last_stage)
 
 
+def site_of_streams(model: HookedAudioTransformer) -> str:
+    """The site of the streams behind the encoder's blocks, or else the decoder's."""
+    has_blocks = model.cfg.encoder is not None and model.cfg.encoder.n_layers > 0
+    return f"encoder.{last_stage(model)}" if has_blocks else "decoder.resid_post"
+
+
 def first_stable(said: Shaped[Tensor, " streams *n"]) -> Int[Tensor, "*n"]:
     """From which stream on the same is said as of the last, up to it.
 
