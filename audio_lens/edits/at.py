@@ -148,7 +148,13 @@ class At:
 
 
 def located(
-    at: At, part: str, where: Where, width: int, written: int | None = None
+    at: At,
+    part: str,
+    where: Where,
+    width: int,
+    written: int | None = None,
+    *,
+    may_miss: bool = False,
 ) -> Bool[Tensor, "b t"]:
     """The positions of a place among the first ``width`` of a part in the call that runs.
 
@@ -168,7 +174,7 @@ def located(
                 f"{ground.n_positions}: places cannot be found among them"
             )
         ground = ground.grown(more)
-    return ground.held(where)
+    return ground.mask(where) if may_miss else ground.held(where)
 
 
 def _fits(shape: torch.Size, expected: torch.Size) -> bool:

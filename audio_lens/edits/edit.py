@@ -127,6 +127,7 @@ class Laid:
     Attributes:
         acted: whether it changed anything so far.
         number: of those laid out, in order.
+        may_miss: whether prompts that have none of its place are left as they are; else they raise.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class Laid:
         site: Site,
         names: tuple[str, ...],
         units: Bool[Tensor, " n"] | None,
+        may_miss: bool = False,
     ):
+        self.may_miss = may_miss
         self.model, self.edit, self.site, self.names, self.units = model, edit, site, names, units
         self.acted, self.number = False, next(_numbers)
         self._runs: dict[int, Any] = {}
@@ -148,7 +151,7 @@ class Laid:
                 self._runs[id(source)] = self._activations(self._source)
 
     @staticmethod
-    def of(model: HookedAudioTransformer, edit: Edit) -> Laid:
+    def of(model: HookedAudioTransformer, edit: Edit, may_miss: bool = False) -> Laid:
         """The edit laid out on a model; what can be wrong with it without inputs raises here."""
         site = Site.parse(edit.site, model)
         asked = {"head": edit.head, "neuron": edit.neuron}
@@ -164,7 +167,7 @@ class Laid:
                 f"{edit}: the {site.positions_of} does not run while the model writes, so "
                 'when="decode" has nothing to edit'
             )
-        return Laid(model, edit, site, names, units)
+        return Laid(model, edit, site, names, units, may_miss)
 
     @property
     def is_everywhere(self) -> bool:
@@ -211,7 +214,10 @@ class Laid:
         if not self.is_everywhere:
             start, count = at.start, x.shape[self.site.position_dim]
             written = None if at.start else 0
-            where = located(at, self.site.positions_of, self.edit.where, start + count, written)
+            where = located(
+                *(at, self.site.positions_of, self.edit.where, start + count, written),
+                may_miss=self.may_miss,
+            )
             if where.shape[1] != start + count or len(where) not in (1, len(x)):
                 raise InputError(
                     f"{at.name} has {len(x)} rows of {count} positions in this call, and places "

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -23,13 +23,20 @@ from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.places import Named, Words
 from audio_lens.timeline import Band, Span
 
-_CLASSES = (
+_CLASSES: tuple[type, ...] = (
     *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
     *(Enrich, Erase),
     *(Words, Named, Either, Without, Outside, Span, Band, Edit),
 )
 KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
 _NOT_WRITTEN = ("audio", "text", "remake", "copies")  # of inputs: no edit reads them
+Kind = TypeVar("Kind", bound=type)
+
+
+def writable(kind: Kind) -> Kind:
+    """Have a dataclass written field by field, wherever edits and places are."""
+    KINDS[kind.__name__] = kind
+    return kind
 
 
 def to_dict(edit: Edit) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -61,14 +68,8 @@ def save(edits: Edit | Sequence[Edit], path: str | Path) -> None:
         InputError: an edit that holds a function or a module (`Latents`).
         OutputError: a file that cannot be written.
     """
-    path = Path(path)
-    tensors: dict[str, Tensor] = {}
     listed = [edits] if isinstance(edits, Edit) else list(edits)
-    written = [_written(edit, tensors, str(edit)) for edit in listed]
-    if tensors:
-        held = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
-        files.write(_beside(path), safetensors.torch.save(held))
-    files.write(path, json.dumps({"edits": written}, indent=1).encode())
+    write_value(listed, path, "edits")
 
 
 def load(path: str | Path) -> list[Edit]:
@@ -77,14 +78,41 @@ def load(path: str | Path) -> list[Edit]:
     Raises:
         InputError: no such file, or one that holds no edits.
     """
+    listed = read_value(path, "edits")
+    if not isinstance(listed, list) or not all(isinstance(one, Edit) for one in listed):
+        raise InputError(f"{path} holds no edits")
+    return listed
+
+
+def write_value(value: Any, path: str | Path, called: str) -> None:
+    """Write edits, places or what holds them under a name, with their tensors beside.
+
+    Raises:
+        InputError: functions or modules.
+        OutputError: a file that cannot be written.
+    """
+    path = Path(path)
+    form, tensors = held(value, called)
+    if tensors:
+        alone = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+        files.write(_beside(path), safetensors.torch.save(alone))
+    files.write(path, json.dumps({called: form}, indent=1).encode())
+
+
+def read_value(path: str | Path, called: str) -> Any:
+    """What `write_value` wrote.
+
+    Raises:
+        InputError: no such file, or one that holds nothing of that name.
+    """
     path = Path(path)
     try:
-        listed = json.loads(path.read_text())["edits"]
+        form = json.loads(path.read_text())[called]
         beside = _beside(path)
         tensors = safetensors.torch.load_file(beside) if beside.exists() else {}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path} holds no edits: {error}") from error
-    return [from_dict(one, tensors) for one in listed]
+        raise InputError(f"{path} holds no {called}: {error}") from error
+    return again(form, tensors)
 
 
 def _beside(path: Path) -> Path:
@@ -118,8 +146,10 @@ def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
         items = [_written(one, tensors, whose) for one in value]
         return items if isinstance(value, list) else {"tuple": items}
     kind = Edit if issubclass(type(value), Edit) else type(value)
-    if kind in _CLASSES or isinstance(value, AudioInputs):
-        own = [f.name for f in fields(value) if f.name not in _NOT_WRITTEN or kind in _CLASSES]
+    is_known = KINDS.get(kind.__name__) is kind
+    if is_known or isinstance(value, AudioInputs):
+        whose = str(value) if isinstance(value, Edit) else whose
+        own = [f.name for f in fields(value) if f.name not in _NOT_WRITTEN or is_known]
         held = {name: _written(getattr(value, name), tensors, whose) for name in own}
         return {"kind": kind.__name__, **held}
     if isinstance(value, Mapping) or hasattr(value, "keys"):

@@ -27,6 +27,7 @@ CONTROLS = {
     "random_keys": "as many other positions",
     "permuted_labels": "the same items under each other's labels",
     "empty": "the claim that claims nothing",
+    "full": "the claim that everything matters",
     "no_audio": "the same question over silence",
     "destroyed": "what wiping out the corrupted answer would give by itself",
 }

@@ -22,7 +22,7 @@ from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching import run
 from audio_lens.progress import track
 
-Cell = tuple[AudioInputs, Sequence[Edit]]
+Cell = tuple[AudioInputs, Sequence[Edit]] | tuple[AudioInputs, Sequence[Edit], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def measured(
         items: items, or pairs, whose answers are those of the clean side.
         cells: what runs for a `Batch` (of pairs, a `PairBatch`): inputs and the edits in force,
             none for an unedited run. Cells of the same inputs that follow each other start from
-            one unedited run (`patching.run`). Each batch gives the same cells, in one order.
+            one unedited run (`patching.run`). Each batch gives the same cells, in one order. A
+            third entry names the items whose answers are measured in the rows of the batch, where
+            these are not its own: how would this run do as an answer to another item?
         metric: one metric, or several by name; of one word for each item where they name words.
             None takes the log-probability and the logit difference of the items' answers.
         size: of the batches.
@@ -97,8 +99,9 @@ def _of_batch(
 ) -> Float[Tensor, "b metrics cells"]:
     own = _of_rows(wanted, batch.rows, count)
     columns = []
-    for inputs, edits in cells:
-        told = cast(dict[str, Tensor], run(model, inputs, edits, own))
+    for inputs, edits, *of in cells:
+        asked = _of_rows(wanted, of[0], count) if of else own
+        told = cast(dict[str, Tensor], run(model, inputs, edits, asked))
         columns.append(torch.stack([_by_row(told[n], n, len(batch)) for n in own], dim=1))
     return torch.stack(columns, dim=-1)
 

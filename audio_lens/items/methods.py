@@ -150,8 +150,9 @@ def rerun(
     then, now = result.meta.get("items_hash"), _hashes(items)["items_hash"]
     if then != now:
         raise MethodError("the items are not what they were, by their hash")
+    function = _function(recipe)  # first: what its arguments are made of comes with its module
     arguments = {name: recalled(value) for name, value in recipe["arguments"].items()}
-    return _function(recipe)(model, items, **arguments)
+    return function(model, items, **arguments)
 
 
 def _function(recipe: Mapping[str, Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,20 +22,19 @@ from audio_lens import metrics
 from audio_lens.arguments import listed, number, numbers, suggest
 from audio_lens.combining import Either, Outside, Without
 from audio_lens.edits.do import Put
-from audio_lens.edits.edit import Edit
+from audio_lens.edits.edit import Edit, Laid, chosen_layers, chosen_units, in_force, is_inputs
 from audio_lens.errors import InputError, KindError
 from audio_lens.inputs import AudioInputs
-from audio_lens.patching.cells import Positions, chosen_layers
+from audio_lens.patching.cells import Positions
 from audio_lens.patching.checks import check_pair
 from audio_lens.patching.engine.trace import blocks_of, is_known, stack_of
 from audio_lens.places import Where
 from audio_lens.running import evaluating
 from audio_lens.shapes import check_shape, shape_of
-from audio_lens.sites import Site, SiteError, unit_count
+from audio_lens.sites import Site, SiteError
 from audio_lens.timeline import Band, Span
 
 if TYPE_CHECKING:
-    from audio_lens.hooks import HookPoint
     from audio_lens.models.base import HookedAudioTransformer
 
 Indices = int | Sequence[int]
@@ -128,20 +127,20 @@ def patch(
     if metric is not None:
         metrics.check(metric)
     asked = listed("patches", patches, Patch, "Patches")
-    edits = [_Edit.lay_out(model, inputs, one) for one in asked]
-    _check_distinct(model, edits)
+    placed = [_Placed.of(model, inputs, one) for one in asked]
+    _check_distinct(model, placed)
     measures = {
         name: metrics.bound(one, model, inputs)
         for name, one in ({} if metric is None else metrics.named(metric)).items()
     }
-    reads_attention = any(edit.site.reads_attention for edit in edits)
+    reads_attention = any(one.site.reads_attention for one in placed)
     with evaluating(model), model.attention("explicit" if reads_attention else model.attn_mode):
-        runs = _run_sources(model, inputs, edits)
-        hooks = [hook for edit in edits for hook in edit.hooks(runs)]
-        logits = model.run_with_hooks(inputs, fwd_hooks=hooks)
+        runs = _run_sources(model, inputs, placed)
+        with in_force(model, [one.laid(model, runs) for one in placed]):
+            logits = model(inputs)
     if metric is None:
         return logits
-    reached = torch.stack([edit.reached for edit in edits]).any(0)
+    reached = torch.stack([one.reached for one in placed]).any(0)
     values = {name: _measured(name, measure, logits, reached) for name, measure in measures.items()}
     return values if isinstance(metric, Mapping) else next(iter(values.values()))
 
@@ -159,53 +158,55 @@ def _measured(
 
 
 @dataclass(frozen=True, eq=False)
-class _Edit:
-    """A patch laid out on the model.
+class _Placed:
+    """A patch in some inputs.
 
-    `mask` says which elements of the activation it overwrites, with axes of size 1 where it takes
-    all; `reached` which prompts hold something there; `given` are the values by hook name, None
-    while they are to come from a run of the source.
+    Attributes:
+        names: of the hook points.
+        positions: those that are overwritten, padding too where it is named.
+        units: heads or neurons; None for all.
+        reached: the prompts that hold something there.
+        given: the values by hook name; None while they are to come from a run of the source.
     """
 
     patch: Patch
     site: Site
     names: tuple[str, ...]
-    mask: Bool[Tensor, "batch ..."]
+    positions: Bool[Tensor, "batch t"]
+    units: Bool[Tensor, " n"] | None
     reached: Bool[Tensor, " rows"]
     given: Values | None
 
     @staticmethod
-    def lay_out(model: HookedAudioTransformer, inputs: AudioInputs, patch: Patch) -> _Edit:
+    def of(model: HookedAudioTransformer, inputs: AudioInputs, patch: Patch) -> _Placed:
         site = Site.parse(patch.site, model)
-        layers = chosen_layers(site, patch.layer, axes=(), layer_window=1)
-        names = tuple(site.hook_name(layer) for layer in layers)
+        names = tuple(site.hook_name(layer) for layer in chosen_layers(site, patch.layer))
         timeline = model.timeline(inputs)
         where = Positions(timeline, site)
         positions = _positions(where, patch)
         reached = where.covered(positions[None])[0]
         if not reached.any():
             raise InputError(f"{patch.position} of {site} holds nothing in any prompt: all padding")
-        mask = _spread(positions, site, 0, site.position_dim)
-        units = _units(model, site, patch)
-        if site.unit is not None:
-            mask = mask & _spread(units, site, site.split[1])
-        given = None if _is_inputs(patch.source, model) else _given(patch.source, names)
+        units = chosen_units(model, site, {"head": patch.head, "neuron": patch.neuron})
+        given = None if is_inputs(patch.source, model) else _given(patch.source, names)
         for name, value in (given or {}).items():
             _check_value(name, value, shape_of(model, site, timeline))
-        return _Edit(patch, site, names, mask.to(inputs.device), reached, given)
+        return _Placed(patch, site, names, positions, units, reached, given)
 
-    def hooks(self, runs: dict[int, ActivationCache]) -> list[tuple[str, Any]]:
-        """What puts the values in place."""
+    def laid(self, model: HookedAudioTransformer, runs: Mapping[int, ActivationCache]) -> Laid:
+        """The edit that it is, which leaves prompts without its positions as they are."""
         values = runs[id(self.patch.source)] if self.given is None else self.given
+        where = "all" if bool(self.positions.all()) else self.positions
+        of = {name: getattr(self.patch, name) for name in ("layer", "head", "neuron")}
+        edit = Edit(self.patch.site, Put(values), where=where, **of)
+        return Laid.of(model, edit, may_miss=True)
 
-        def overwrite(activation: Tensor, hook: HookPoint) -> Tensor:
-            name = str(hook.name)
-            source = torch.as_tensor(values[name])
-            if source.ndim:
-                check_shape(name, source, tuple(activation.shape))
-            return torch.where(self.mask.to(activation.device), source.to(activation), activation)
-
-        return [(name, overwrite) for name in self.names]
+    def overlaps(self, other: _Placed) -> bool:
+        """Whether some element, were both at one tensor, is written by both."""
+        if not (self.positions & other.positions).any():
+            return False
+        both = self.units is not None and other.units is not None
+        return not both or bool((self.units & other.units).any())
 
 
 # -------------------------------------------------------------------------------- where
@@ -255,39 +256,14 @@ def _listed(given: Any, what: str) -> list:
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
-def _units(model: HookedAudioTransformer, site: Site, patch: Patch) -> Bool[Tensor, " n"]:
-    """Which heads or neurons, as a mask; empty where the site has neither."""
-    asked = {"head": patch.head, "neuron": patch.neuron}
-    for unit, index in asked.items():
-        if index is not None and unit != site.unit:
-            raise SiteError(f"{site} has no {unit}s; {unit}={index} cannot be patched")
-    if site.unit is None:
-        return torch.zeros(0, dtype=torch.bool)
-    count, index = unit_count(model, site), asked[site.unit]
-    if index is None:
-        return torch.ones(count, dtype=torch.bool)
-    indices = numbers(site.unit, index)
-    if not indices or not all(0 <= one < count for one in indices):
-        raise SiteError(f"{site.unit}s of {site} lie in 0 to {count - 1}, got {indices}")
-    return torch.zeros(count, dtype=torch.bool).index_fill(0, torch.tensor(indices), True)
-
-
-def _spread(mask: Bool[Tensor, "..."], site: Site, *dims: int) -> Bool[Tensor, "..."]:
-    """The mask with its axes on these axes of the site's activation, and axes of 1 elsewhere."""
-    shape = [1] * (4 if site.unit == "head" else 3)
-    for dim, size in zip(dims, mask.shape, strict=True):
-        shape[dim] = size
-    return mask.reshape(shape)
-
-
-def _check_distinct(model: HookedAudioTransformer, edits: list[_Edit]) -> None:
+def _check_distinct(model: HookedAudioTransformer, placed: list[_Placed]) -> None:
     """Raise where two patches write the same element: which one wins would be arbitrary."""
-    if not edits:
+    if not placed:
         raise InputError("no patches: pass at least one Patch")
-    for one, other in itertools.combinations(edits, 2):
+    for one, other in itertools.combinations(placed, 2):
         places = {_place(model, name) for name in other.names}
         shared = [name for name in one.names if _place(model, name) in places]
-        if shared and (one.mask & other.mask).any():
+        if shared and one.overlaps(other):
             raise InputError(
                 f"two patches write the same elements of {', '.join(shared)}: narrow one of them "
                 "to other heads or positions, or leave it out"
@@ -321,14 +297,6 @@ def _given(source: Source, names: tuple[str, ...]) -> Values:
     return {name: source[name] for name in names}
 
 
-def _is_inputs(
-    source: Source, model: HookedAudioTransformer
-) -> TypeGuard[AudioInputs | Mapping[str, Any]]:
-    """Whether the source has to run first."""
-    is_mapping = isinstance(source, Mapping)
-    return isinstance(source, AudioInputs) or (is_mapping and model.features_key in source)
-
-
 def _check_value(name: str, value: Any, expected: tuple[int | None, ...]) -> None:
     """Raise for what is no value of an activation of this shape; a number is one."""
     if isinstance(value, Real):
@@ -343,16 +311,15 @@ def _check_value(name: str, value: Any, expected: tuple[int | None, ...]) -> Non
 
 
 def _run_sources(
-    model: HookedAudioTransformer, inputs: AudioInputs, edits: list[_Edit]
+    model: HookedAudioTransformer, inputs: AudioInputs, placed: list[_Placed]
 ) -> dict[int, ActivationCache]:
     """One run of every distinct source of inputs, keeping just what is taken from it."""
-    distinct = {id(edit.patch.source): edit.patch.source for edit in edits}
+    distinct = {id(one.patch.source): one.patch.source for one in placed if one.given is None}
     runs = {}
     for key, source in distinct.items():
-        if _is_inputs(source, model):
-            given = model.as_inputs(source)
-            check_pair(model, inputs, given, ("the inputs", "the source"))
-            own = [edit for edit in edits if id(edit.patch.source) == key]
-            names = sorted({name for edit in own for name in edit.names})
-            _, runs[key] = model.run_with_cache(given, names_filter=names)
+        given = model.as_inputs(source)
+        check_pair(model, inputs, given, ("the inputs", "the source"))
+        own = [one for one in placed if id(one.patch.source) == key]
+        names = sorted({name for one in own for name in one.names})
+        _, runs[key] = model.run_with_cache(given, names_filter=names)
     return runs
