@@ -4,11 +4,15 @@
     python -m benchmarks.patching --rows lm-resid,lm-heads --repeats 5 --json found.json
     python -m benchmarks.patching --device cuda --whisper large-v3 --llm 7b --windows 25
     python -m benchmarks.patching --rows lm-resid --plot scaling.html
+    python -m benchmarks.patching --quick
 
 Weights and inputs are random. Every method is checked against audio_lens, cell by cell; slow ones
 run a random sample of the cells and are scaled. The least floating-point work of each sweep over
 the machine's matrix-product rate, measured between the methods, is the limit they are held against.
-Peers that are not installed are listed as such. Exit code 1: some answers disagree.
+Beside it stands the roofline, which counts attention at its own rate and the passes over memory.
+Peers that are not installed are listed as such. `--quick` runs small models, and with them the
+benchmarks of several stimuli, attribution, edits and models that speak, in three minutes. Exit
+code 1: some answers disagree.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks import attribution, edits, several, speaking
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
 from benchmarks.peers import METHODS
@@ -35,6 +40,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 DEVICES = ("cpu", "cuda")
 INEXACT = ("bfloat16",)  # answers are compared, and may differ
 PACKAGES = ("torch", "transformers", "transformer_lens", "nnsight", "pyvene")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured, where the command line does not say."""
+
+    size: str
+    windows: int | None
+    repeats: int
+    sample: int
+    memory: bool
+
+
+FULL = Extent("base", windows=None, repeats=3, sample=12, memory=True)
+QUICK = Extent("quick", windows=4, repeats=1, sample=2, memory=False)
 
 
 @dataclass(frozen=True)
@@ -75,19 +95,31 @@ def main(
     methods: Annotated[
         str, typer.Option(help=f"Some of {', '.join(METHODS)}; audio_lens always runs.")
     ] = ",".join(METHODS),
-    whisper: Annotated[str, typer.Option(help=f"One of {', '.join(WHISPERS)}.")] = "base",
-    llm: Annotated[str, typer.Option(help=f"Audio LLM: one of {', '.join(LLMS)}.")] = "base",
+    whisper: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(WHISPERS)} (default: base).")
+    ] = None,
+    llm: Annotated[
+        str | None, typer.Option(help=f"Audio LLM: one of {', '.join(LLMS)} (default: base).")
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="How many windows of time, in rows that have some.")
     ] = None,
     device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="With 1, CPU time is measured.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every method runs in each.")] = 3,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Rounds; every method runs in each (default: 3).")
+    ] = None,
     sample: Annotated[
-        int, typer.Option(min=0, help="Cells that a slow method runs a round; 0 for all.")
-    ] = 12,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+        int | None,
+        typer.Option(min=0, help="Cells that a slow method runs a round; 0: all (default: 12)."),
+    ] = None,
+    memory: Annotated[
+        bool | None, typer.Option("--memory/--no-memory", help="Measure peak memory (default).")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small models, few cells, and all kinds of sweeps.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also measure and draw growth (.html, .png).")
@@ -99,6 +131,12 @@ def main(
     others = [name for name in chosen(methods, METHODS, "--methods") if name != measuring.OWN]
     if plot is not None and plot.suffix not in report.PLOT_SUFFIXES:
         raise typer.BadParameter(f"--plot ends in one of {', '.join(report.PLOT_SUFFIXES)}")
+    usual = QUICK if quick else FULL
+    whisper, llm = whisper or usual.size, llm or usual.size
+    windows = usual.windows if windows is None else windows
+    repeats = repeats or usual.repeats
+    sample = usual.sample if sample is None else sample
+    memory = usual.memory if memory is None else memory
     known = {"whisper": WHISPERS, "llm": LLMS, "device": DEVICES, "dtype": DTYPES}
     setting = Setting(whisper, llm, windows, device, dtype, threads, sample)
     for option, choices in known.items():
@@ -132,7 +170,18 @@ def main(
     disagreeing = [found for found in comparisons if found.disagreeing]
     for found in disagreeing:
         console.print(f"{found.name}: disagree with audio_lens: {', '.join(found.disagreeing)}")
+    if quick and not others_agree(whisper, llm, windows):
+        raise typer.Exit(1)
     raise typer.Exit(1 if disagreeing and dtype not in INEXACT else 0)
+
+
+def others_agree(whisper: str, llm: str, windows: int | None) -> bool:
+    """Print the other benchmarks of sweeps, shortly; whether all their ways agree."""
+    sizes = {"whisper": whisper, "llm": llm}
+    agree = several.show(sizes, stimuli=4, rounds=1, windows=windows)
+    attribution.show(sizes, items=8, rounds=1)
+    agree &= edits.show(items=4, rounds=1)
+    return agree & speaking.show(steps=8, sample=4)
 
 
 def chosen(text: str, known: Iterable[str], option: str) -> list[str]:

@@ -25,8 +25,10 @@ from rich.progress import track
 
 from audio_lens import patching
 from benchmarks.peers import METHODS, limits
+from benchmarks.peers.backward import least_forwards
 from benchmarks.peers.method import Method
 from benchmarks.peers.own import sweep_arguments
+from benchmarks.peers.roofline import Roofline
 from benchmarks.peers.tasks import Cell, Task
 
 OWN = "audio_lens"
@@ -163,6 +165,8 @@ class Outcome:
         times_own, times_own_cell: seconds of the whole sweep, and of a cell beyond the unpatched
             runs, over those of audio_lens.
         over_limit: `cell_s` over the least work at the machine's matrix-product rate.
+        over_roofline: `cell_s` over what that work takes when attention runs at its own rate and
+            every row passes through memory for norms, additions and activations.
         error: largest difference to audio_lens, over the largest effect of the sweep.
         peak_mib: memory beyond model and inputs, at most.
     """
@@ -177,14 +181,14 @@ class Outcome:
     times_own: float | None = None
     times_own_cell: float | None = None
     over_limit: float | None = None
-    of_limit: float | None = None
+    over_roofline: float | None = None
     error: float | None = None
     peak_mib: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods on one task."""
+    """All methods on one task, and attribution of all its cells in forwards."""
 
     name: str
     size: str
@@ -192,7 +196,8 @@ class Comparison:
     gflop_per_cell: float
     gflops: float
     clock: str
-    attribution_forwards: float | None
+    attribution_forwards: float
+    least_attribution_forwards: float
     outcomes: dict[str, Outcome]
 
     def to_dict(self) -> dict[str, Any]:
@@ -223,7 +228,7 @@ def compare(
     absent = {key: METHODS[key].absence(task) for key in wanted}
     methods = {key: METHODS[key](task) for key in wanted if absent[key] is None}
     rounds = run_rounds(task, methods, repeats * task.row.rounds, sample, seed)
-    work = limits.mean_work(task)
+    work, roofline = limits.mean_work(task), Roofline.of(task, Clock(task.device).seconds)
     largest = largest_effect(task, rounds[OWN])
     outcomes = {}
     for key in wanted:
@@ -231,7 +236,9 @@ def compare(
             outcomes[key] = Outcome(METHODS[key].label, absent=absent[key])
             continue
         peak = peak_of(key) if peak_of else None
-        outcomes[key] = summarise(methods[key], rounds[key], rounds[OWN], task, work, largest, peak)
+        outcomes[key] = summarise(
+            methods[key], rounds[key], rounds[OWN], task, work, roofline, largest, peak
+        )
     return Comparison(
         name=name,
         size=task.size,
@@ -240,6 +247,7 @@ def compare(
         gflops=statistics.median(rounds[OWN].rate) / 1e9,
         clock=Clock(task.device).name,
         attribution_forwards=attribution_forwards(task, repeats),
+        least_attribution_forwards=least_forwards(task),
         outcomes=outcomes,
     )
 
@@ -256,19 +264,21 @@ def summarise(
     own: Rounds,
     task: Task,
     work: float,
+    roofline: Roofline,
     largest: float,
     peak_mib: float | None,
 ) -> Outcome:
     """Medians over the rounds; ratios are taken within a round."""
     sweep_s, cell_s = statistics.median(found.sweep_s), statistics.median(found.cell_s)
-    over = [cell_s * rate / work for cell_s, rate in zip(found.cell_s, found.rate, strict=True)]
+    pairs = list(zip(found.cell_s, found.rate, strict=True))
     errors = [abs(value - own.values[cell]) for cell, value in found.values.items()]
     per_cell = {}
     if cells_show(own):
         per_cell["times_own_cell"] = cell_s / statistics.median(own.cell_s)
     if not method.takes_every_cell or cells_show(own):
-        per_cell["cell_s"], per_cell["over_limit"] = cell_s, statistics.median(over)
-        per_cell["of_limit"] = 1 / per_cell["over_limit"]
+        per_cell["cell_s"] = cell_s
+        per_cell["over_limit"] = statistics.median(s * rate / work for s, rate in pairs)
+        per_cell["over_roofline"] = statistics.median(s / roofline.seconds(r) for s, r in pairs)
     return Outcome(
         label=method.label,
         cells_run=len(found.values),
@@ -288,22 +298,15 @@ def cells_show(own: Rounds) -> bool:
     return sweep_s - setup_s > LEAST_SHARE * sweep_s
 
 
-def attribution_forwards(task: Task, repeats: int) -> float | None:
-    """Seconds of attribution patching for every cell over those of one forward.
-
-    None while `audio_lens.patching` has no `attribute`.
-    """
-    attribute = getattr(patching, "attribute", None)
-    if attribute is None:
-        return None
-    clock, arguments = Clock(task.device), sweep_arguments(task)
-    ratios = []
-    for _ in range(repeats + 1):  # the first warms up
-        forward_s = clock.seconds(lambda: task.model(task.corrupted))
-        with torch.enable_grad():
-            taken_s = clock.seconds(lambda: attribute(task.model, **arguments))
-        ratios.append(taken_s / forward_s)
-    return statistics.median(ratios[1:])
+@torch.no_grad()
+def attribution_forwards(task: Task, rounds: int) -> float:
+    """Least time of attribution patching for every cell over that of a plain forward."""
+    clock, given = Clock(task.device), sweep_arguments(task)
+    plain, taken = [], []
+    for _ in range(rounds + 1):  # the first warms up
+        plain.append(clock.seconds(lambda: task.model(task.corrupted)))
+        taken.append(clock.seconds(lambda: patching.attribute(task.model, progress=False, **given)))
+    return min(taken[1:]) / min(plain[1:])
 
 
 # -------------------------------------------------------------------------------- memory

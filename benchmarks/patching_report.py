@@ -37,12 +37,13 @@ def table(found: Comparison) -> Table:
         f"{found.name}, {found.size}: {found.n_cells} cells, at least "
         f"{found.gflop_per_cell:.3g} GFLOP each, {found.gflops:.0f} GFLOP/s"
     )
-    caption = None
-    if found.attribution_forwards is not None:
-        caption = f"attribution of all cells: {found.attribution_forwards:.1f} forwards"
+    caption = (
+        f"attribution of all cells: {found.attribution_forwards:.2f} forwards, by its arithmetic "
+        f"at least {found.least_attribution_forwards:.2f}"
+    )
     made = Table(
         Column("", no_wrap=True),
-        *(f"{found.clock},\nms a cell", "over\nthe limit", "of the\nlimit"),
+        *(f"{found.clock},\nms a cell", "over\nthe limit", "over the\nroofline"),
         *("cells/s,\nend to end", "x audio_lens,\nend to end", "a cell\nalone"),
         *("largest\nerror", "peak\nMiB", "cells\nrun"),
         title=title,
@@ -59,7 +60,7 @@ def _columns(outcome: Outcome) -> list[str]:
     return [
         _short(outcome.cell_s, 1000),
         _short(outcome.over_limit),
-        "" if outcome.of_limit is None else f"{outcome.of_limit:.0%}",
+        _short(outcome.over_roofline),
         _short(outcome.cells_per_s),
         _short(outcome.times_own),
         _short(outcome.times_own_cell),

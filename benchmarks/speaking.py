@@ -109,12 +109,8 @@ def measured(model: HookedAudioTransformer, row: Row, pair: dict[str, Any], samp
     return {"cells": len(cells), "sweep": swept, "loop": loop, "apart": float(apart / effect)}
 
 
-def main(
-    steps: Annotated[int, typer.Option(min=4, help="Steps of 0.08 s of the conversation.")] = 48,
-    sample: Annotated[int, typer.Option(min=1, help="Cells that the loop runs.")] = 24,
-) -> None:
-    """Print how much faster sweeps of a model that speaks are than a loop."""
-    torch.set_num_threads(1)
+def show(steps: int, sample: int) -> bool:
+    """Print the table, of a conversation of so many steps; whether sweeps and loop agree."""
     torch.manual_seed(0)
     model = random_moshi()
     clean, corrupted = (conversation(model, steps, seed) for seed in (2, 3))
@@ -137,7 +133,16 @@ def main(
             f"{found['apart']:.0e}",
         )
     Console().print(table)
-    sys.exit(not is_alike)
+    return is_alike
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=4, help="Steps of 0.08 s of the conversation.")] = 48,
+    sample: Annotated[int, typer.Option(min=1, help="Cells that the loop runs.")] = 24,
+) -> None:
+    """Print how much faster sweeps of a model that speaks are than a loop."""
+    torch.set_num_threads(1)
+    sys.exit(not show(steps, sample))
 
 
 if __name__ == "__main__":

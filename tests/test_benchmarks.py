@@ -13,11 +13,11 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import collecting, edits, grounding, speaking
+from benchmarks import attribution, collecting, edits, grounding, several, speaking
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks import patching_report as report
-from benchmarks.peers import METHODS, limits
+from benchmarks.peers import METHODS, backward, limits, roofline
 from benchmarks.peers.hooks_loop import HooksLoop
 from benchmarks.peers.tasks import LLMS, ROWS, WHISPERS, Cell, Task, make_task, twin
 
@@ -169,6 +169,51 @@ def test_pairs_of_a_causal_mask() -> None:
     assert limits.causal_pairs(4, first=2) == 3 + 4
 
 
+def test_the_roofline_counts_what_it_measures_apart() -> None:
+    task = micro_task("lm-resid")
+    cfg, n = task.model.cfg.decoder, task.clean["input_ids"].shape[1]
+    cell = task.cells[0]
+    last = cfg.n_layers - 1
+    per_block = limits.causal_pairs(n, cell.start)
+    pairs = limits.least_work(task, cell, roofline._only_pairs)
+    assert pairs == limits.Block(cfg).pairs(last * per_block + n)
+    rows = limits.least_work(task, cell, roofline._only_mlp) / limits.Block(cfg).mlp(1)
+    assert rows == pytest.approx(last * (n - cell.start) + 1, rel=0.01)
+
+
+def test_the_roofline_adds_up() -> None:
+    found = roofline.Roofline(8.0, 4.0, 2.0, attention_rate=2.0, row_s=0.5)
+    assert found.seconds(matmul_rate=4.0) == 2 + 2 + 1
+    measured = roofline.Roofline.of(micro_task("encoder-heads"), lambda run: 1e-3)
+    assert measured.seconds(1e9) > 0
+
+
+@pytest.mark.parametrize("name", ["encoder-resid", "cross-heads", "lm-resid"])
+def test_a_plain_forward_counts_as_torch_does(name: str) -> None:
+    task = micro_task(name)
+    task.model.attn_mode = "explicit"
+    cfg, n = task.model.cfg.decoder, backward._n_tokens(task)
+    # torch counts what a causal mask hides, too
+    hidden = cfg.n_layers * limits.Block(cfg).pairs(n**2 - limits.causal_pairs(n))
+    counts = counted(lambda: task.model(task.corrupted))
+    assert backward.plain_forward(task).forward + hidden == counts
+
+
+def test_attribution_needs_two_forwards_and_what_lies_behind_the_site() -> None:
+    least = {name: backward.least_forwards(micro_task(name)) for name in attribution.SINGLE}
+    assert all(1.9 < n < 4.5 for n in least.values())
+    assert least["encoder-resid"] > least["encoder-heads"] > least["cross-heads"]
+    assert least["lm-resid"] > least["lm-heads"]
+
+
+def test_several_stimuli_are_those_of_single_sweeps() -> None:
+    task = micro_task("cross-cells")
+    batch = several.stacked(task, 3)
+    assert several.single(batch, 0).clean["input_features"].equal(task.clean["input_features"])
+    together, alone, off = several.compared(task, 3, rounds=1)
+    assert together > 0 and alone > 0 and off < several.RELATIVE
+
+
 def test_last_heads_reach_nothing() -> None:
     task = micro_task("lm-heads")
     last = [cell for cell in task.cells if cell.layer == task.layers[-1]]
@@ -190,6 +235,18 @@ def test_sweeps_of_a_model_that_speaks_agree_with_the_loop(monkeypatch: pytest.M
     assert all(row.site in result.output for row in speaking.ROWS)
     monkeypatch.setattr(speaking, "RELATIVE", -1.0)
     assert CliRunner().invoke(app, ["--steps", "5", "--sample", "1"]).exit_code == 1
+
+
+@pytest.mark.slow
+def test_quick_runs_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 32}
+    monkeypatch.setattr(speaking, "SHAPE", speaking.SHAPE | few | {"vocab_size": 50})
+    monkeypatch.setattr(speaking, "DEPTH", speaking.DEPTH | few)
+    result, figures = run(tmp_path, "--quick", "--rows=cross-cells", "--methods=expert")
+    assert result.exit_code == 0, result.output
+    assert [row["size"] for row in figures["rows"]] == ["micro"]
+    for title in ("4 stimuli", "attribution, in forwards", "knock-out of", "Moshi of width"):
+        assert title in result.output
 
 
 def test_collecting_is_measured_beside_forwards(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ counted, nor are the two unpatched runs; of attention, only pairs that the mask 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from audio_lens.models.layers import PartConfig
@@ -203,19 +204,25 @@ def cross_heads(decoder: PartConfig, encoder: PartConfig, cell: Cell, n_tokens: 
 # -------------------------------------------------------------------------------- a whole task
 
 
-def least_work(task: Task, cell: Cell) -> int:
-    """Operations of one cell."""
-    encoder, decoder = task.model.cfg.encoder, task.model.cfg.decoder
+def _whole(cfg: PartConfig) -> PartConfig:
+    """A part as it is."""
+    return cfg
+
+
+def least_work(task: Task, cell: Cell, seen: Callable[[PartConfig], PartConfig] = _whole) -> int:
+    """Operations of one cell, or of what is left of its parts when they are seen in some way."""
+    cfg = task.model.cfg
+    decoder = seen(cfg.need_decoder)
     if task.row.kind == "llm":
         count = causal_heads if task.row.patched else causal_resid
         return count(decoder, cell, task.clean["input_ids"].shape[1])
-    n_tokens = task.clean["decoder_input_ids"].shape[1]
+    encoder, n_tokens = seen(cfg.need_encoder), task.clean["decoder_input_ids"].shape[1]
     if task.part == "decoder":
         return cross_heads(decoder, encoder, cell, n_tokens)
     count = encoder_heads if task.row.patched else encoder_resid
     return count(encoder, decoder, cell, n_tokens)
 
 
-def mean_work(task: Task) -> float:
+def mean_work(task: Task, seen: Callable[[PartConfig], PartConfig] = _whole) -> float:
     """Operations of the mean cell."""
-    return statistics.fmean(least_work(task, cell) for cell in task.cells)
+    return statistics.fmean(least_work(task, cell, seen) for cell in task.cells)

@@ -67,6 +67,7 @@ class LLMShape:
 
 WHISPERS = {
     "micro": WhisperShape(2, 32, 2, frames=50, n_mels=16, vocabulary=100),
+    "quick": WhisperShape(3, 256, 4, frames=500, vocabulary=1000),
     "tiny": WhisperShape(4, 384, 6),
     "base": WhisperShape(6, 512, 8),
     "small": WhisperShape(12, 768, 12),
@@ -75,6 +76,7 @@ WHISPERS = {
 }
 LLMS = {
     "micro": LLMShape(3, 48, 4, 2, 64, WhisperShape(2, 32, 2, frames=24, n_mels=16), 100),
+    "quick": LLMShape(4, 256, 4, 2, 1024, WhisperShape(2, 128, 2, frames=80, n_mels=16)),
     "base": LLMShape(12, 768, 12, 4, 3072, WhisperShape(6, 512, 8, frames=240)),
     "1b": LLMShape(24, 1536, 12, 4, 8192, WhisperShape(12, 768, 12)),
     "7b": LLMShape(32, 4096, 32, 32, 11008, WHISPERS["large-v3"], 156032),

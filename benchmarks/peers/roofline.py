@@ -1,0 +1,120 @@
+"""What a cell must take on this machine when memory traffic is counted beside the arithmetic.
+
+The limit of `limits` lets all work run at the rate of a large matrix product. Three things cannot:
+attention, whose products are narrow and whose softmax lies between them; norms, additions and
+activations, which move every row through memory and hardly compute; and products of few rows. The
+first two are measured, each at the task's own shape; the last is left out, as packing can end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from audio_lens.models.layers import PartConfig
+from benchmarks.peers import limits
+from benchmarks.peers.tasks import Task
+
+ROUNDS = 5
+_LEAST_ROWS = 256  # that a pass is measured on: a short one shows the cost of the call
+
+Seconds = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Work of the mean cell, and what the machine does of each kind in a second.
+
+    Attributes:
+        products: operations of matrix products with weights.
+        attention: operations of queries meeting keys.
+        rows: rows that pass through a block's norms, additions and activation.
+        attention_rate: operations a second of fused attention at the task's shape.
+        row_s: seconds of one row's passes.
+    """
+
+    products: float
+    attention: float
+    rows: float
+    attention_rate: float
+    row_s: float
+
+    def seconds(self, matmul_rate: float) -> float:
+        """The least time of the mean cell."""
+        return (
+            self.products / matmul_rate
+            + self.attention / self.attention_rate
+            + self.rows * self.row_s
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def of(task: Task, seconds: Seconds) -> Roofline:
+        """Count the task's work and measure the machine.
+
+        Args:
+            seconds: runs a function and says how long that took.
+        """
+        cfg = task.model.cfg.parts[task.part]
+        total = limits.mean_work(task)
+        attention = limits.mean_work(task, _only_pairs)
+        mlp = limits.mean_work(task, _only_mlp)
+        return Roofline(
+            products=total - attention,
+            attention=attention,
+            rows=mlp / limits.Block(cfg).mlp(1),
+            attention_rate=_attention_rate(task, cfg, seconds),
+            row_s=_row_seconds(task, cfg, seconds),
+        )
+
+
+def _only_pairs(cfg: PartConfig) -> PartConfig:
+    """A part without weights: what is left to count is attention."""
+    return replace(cfg, d_model=0, d_mlp=0)
+
+
+def _only_mlp(cfg: PartConfig) -> PartConfig:
+    """A part without heads: what is left to count is the MLP."""
+    return replace(cfg, d_head=0)
+
+
+def _n_positions(task: Task) -> int:
+    """How many keys a query of the patched part meets, at most."""
+    if task.row.kind == "llm":
+        return task.clean["input_ids"].shape[1]
+    return task.model.cfg.need_encoder.n_ctx
+
+
+def _attention_rate(task: Task, cfg: PartConfig, seconds: Seconds) -> float:
+    """Of one call over all positions, every query meeting every key."""
+    n = _n_positions(task)
+    shape = (1, cfg.n_heads, n, cfg.d_head)
+    q, k, v = (torch.randn(shape, device=task.device).to(task.model.dtype) for _ in range(3))
+    run = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+    return limits.Block(cfg).pairs(n * n) / _best(run, seconds)
+
+
+def _row_seconds(task: Task, cfg: PartConfig, seconds: Seconds) -> float:
+    """Of two norms, two additions and the activation (gated: a product too), for one row."""
+    n = max(_LEAST_ROWS, _n_positions(task))
+    x, wide = (
+        torch.randn(n, width, device=task.device).to(task.model.dtype)
+        for width in (cfg.d_model, cfg.d_mlp)
+    )
+    gain = torch.ones_like(x[0])
+
+    def passes() -> None:
+        for _ in range(2):
+            _ = x + F.layer_norm(x, gain.shape, gain, gain)
+        acted = (F.silu if cfg.gated_mlp else F.gelu)(wide)
+        if cfg.gated_mlp:
+            acted.mul_(wide)
+
+    return _best(passes, seconds) / n
+
+
+def _best(run: Callable[[], object], seconds: Seconds) -> float:
+    return min(seconds(run) for _ in range(ROUNDS))
