@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +17,7 @@ from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.arguments import whole
 from audio_lens.errors import InputError
-from audio_lens.items import Items, Pairs, found, measured, method, statistics
+from audio_lens.items import ItemError, Items, Pairs, found, measured, method, statistics
 from audio_lens.items.collect import Place
 from audio_lens.items.measuring import Cell
 from audio_lens.items.pairs import PairBatch
@@ -156,6 +157,21 @@ def places_of_part(where: Place, pairs: Pairs[Items], part: Pairs[Items]) -> Pla
         return where
     number = {item.id: row for row, item in enumerate(pairs.clean)}
     return [where[number[item.id]] for item in part.clean]
+
+
+def two_parts(pairs: Pairs[Items], share: float, seed: int) -> tuple[Pairs[Items], Pairs[Items]]:
+    """Two parts that share no group; where all are of one, that share no item.
+
+    Raises:
+        ItemError: a single pair.
+    """
+    if len({item.group for item in pairs.clean}) > 1:
+        return pairs.split("group", share, seed)
+    if len(pairs) < 2:
+        raise ItemError("one pair cannot be split in a part to fit on and one to test on")
+    rows = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+    cut = min(max(1, round(share * len(rows))), len(rows) - 1)
+    return pairs[sorted(rows[:cut])], pairs[sorted(rows[cut:])]
 
 
 @dataclass

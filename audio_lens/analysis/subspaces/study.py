@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from audio_lens.analysis.subspaces.bases import basis, differences
-from audio_lens.analysis.subspaces.curve import curve
+from audio_lens.analysis.subspaces.curve import curve, two_parts
 from audio_lens.analysis.subspaces.effects import effects
 from audio_lens.items import Items, analysis
 from audio_lens.models import HookedAudioTransformer
@@ -23,7 +23,7 @@ def study(
     (of groups of its own, where there are several) and tested on the other.
     """
     kept, _ = items.pairs(stream="audio").kept(model)
-    train, test = kept.split(seed=seed)
+    train, test = two_parts(kept, 0.5, seed)
     news = differences(model, train, SITE, WHERE, layer=LAYER, progress=progress)
     found = basis(news, site=SITE, layer=LAYER)
     ks = [k for k in RANKS if k <= found.rank]
