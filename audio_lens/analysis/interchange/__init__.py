@@ -2,7 +2,8 @@
 
 from audio_lens.analysis.interchange.accuracy import align, iia
 from audio_lens.analysis.interchange.das import das
+from audio_lens.analysis.interchange.ravel import ravel
 from audio_lens.analysis.interchange.sources import shuffled
 from audio_lens.analysis.interchange.study import study
 
-__all__ = ["align", "das", "iia", "shuffled", "study"]
+__all__ = ["align", "das", "iia", "ravel", "shuffled", "study"]

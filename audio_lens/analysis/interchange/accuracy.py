@@ -20,7 +20,12 @@ from audio_lens.analysis.interchange.sources import (
     mapped,
     shuffled,
 )
-from audio_lens.analysis.subspaces.curve import check_controls, places_of_part, random_like
+from audio_lens.analysis.subspaces.curve import (
+    check_controls,
+    places_of_part,
+    random_like,
+    two_parts,
+)
 from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.edits import Edit
@@ -159,13 +164,7 @@ def align(
     spot = Spot.of(model, pairs.clean, site, where, layer)
     kept, _ = pairs.kept(model, size)
     place = places_of_part(where, pairs, kept)
-    is_one_group = len({item.group for item in kept.clean}) == 1
-    parts = kept.split("id" if is_one_group else "group", share, seed)
-    if is_one_group and kept.clean[0].group is not None:
-        rows = np.random.default_rng(seed).permutation(len(kept))
-        cut = max(1, round(share * len(kept)))
-        parts = kept[sorted(rows[:cut].tolist())], kept[sorted(rows[cut:].tolist())]
-    train, test = parts
+    train, test = two_parts(kept, share, seed)
 
     def learned(mapping: Mapping[str, str] | None) -> list[Subspace | None]:
         options: dict[str, Any] = {"layer": spot.layer, "steps": steps, "mapping": mapping}

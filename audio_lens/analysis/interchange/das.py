@@ -47,7 +47,7 @@ def das(
     layer: int | None = None,
     rank: int,
     steps: int = 120,
-    rate: float = 0.02,
+    rate: float = 0.05,
     mapping: Mapping[str, str] | None = None,
     size: int = 16,
     seed: int = 0,
@@ -144,8 +144,8 @@ class _Bench:
 
 def _first(spot: Spot) -> int:
     """The block of the encoder where an edit in front of the decoder begins."""
-    is_within = spot.site.part == "encoder" and spot.layer is not None
-    return spot.layer if is_within else spot.model.cfg.need_encoder.n_layers  # type: ignore[return-value]
+    layer, n_layers = spot.layer, spot.model.cfg.need_encoder.n_layers
+    return layer if spot.site.part == "encoder" and layer is not None else n_layers
 
 
 @dataclass(frozen=True)
