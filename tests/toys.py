@@ -46,11 +46,13 @@ class _NoNorm(nn.Identity):
 class Toy(HookedQwen2Audio):
     """The skeleton: a decoder of zero weights without norms or positions, on raw frames."""
 
+    width = WIDTH
+
     def __init__(self, n_layers: int, n_heads: int = 2):
         shape = {
             "n_heads": n_heads,
             "n_key_value_heads": n_heads,
-            "d_model": WIDTH,
+            "d_model": self.width,
             "d_head": 1 + N_CLASSES,
             "d_mlp": 4,
             "act_fn": "relu",
@@ -69,7 +71,7 @@ class Toy(HookedQwen2Audio):
             **shape,
         )
         n_frames = 4 * AUDIO_TOKENS
-        super().__init__(AudioConfig("toy", "toy", encoder, decoder, WIDTH, n_frames))
+        super().__init__(AudioConfig("toy", "toy", encoder, decoder, self.width, n_frames))
         self.audio_token_id = AUDIO
         self.decoder.rotary = _NoPositions()
         self.decoder.ln_final = _NoNorm()
@@ -78,7 +80,7 @@ class Toy(HookedQwen2Audio):
         self.double().requires_grad_(False)
         for parameter in self.parameters():
             parameter.zero_()
-        self.connector.linear.weight.copy_(torch.eye(WIDTH))
+        self.connector.linear.weight.copy_(torch.eye(self.width))
         self.decoder.token_embed.weight[QUESTION, QUERY] = 1.0
         for c in range(N_CLASSES):
             self.decoder.token_embed.weight[TEXT_CUE + c, TEXT_MARKER] = 1.0
@@ -402,3 +404,54 @@ def two_path_toy(through: float = 0.5) -> Toy:
     for c in range(N_CLASSES):
         toy.carry(1, 1, ANSWER.start + c, ANSWER.start + c, through)
     return toy
+
+
+# -------------------------------------------------------------------------------- with a rotation
+
+
+class SubspaceToy(HearingToy):
+    """METHODS toy G: the copying toy in 32 dimensions, all of it turned by one random rotation.
+
+    The heard class lies in three directions of the cue (four classes, whose sum means nothing), and
+    a third sample of the clip says who speaks: a vector half as long that nothing reads.
+    """
+
+    width = 32
+
+    def __init__(self, n_layers: int = 3, layer: int = 1, gain: float = 8.0, seed: int = 0):
+        super().__init__(n_layers)
+        self.copy_head(layer, 1, MARKER, AUDIO_CLASS, gain)
+        draw = torch.Generator().manual_seed(seed)
+        square = torch.randn(self.width, self.width, generator=draw, dtype=torch.float64)
+        self.turned = torch.linalg.qr(square)[0]
+        self.connector.linear.weight.copy_(self.turned)
+        for weight in (self.decoder.token_embed.weight, self.decoder.unembed.weight):
+            weight.copy_(weight @ self.turned.T)
+        for block in self.decoder.blocks:
+            for weight in (block.attn.W_Q, block.attn.W_K, block.attn.W_V):
+                weight.copy_(self.turned @ weight)
+            block.attn.W_O.copy_(block.attn.W_O @ self.turned.T)
+
+    @property
+    def planted(self) -> Tensor:
+        """What says the class, ``32 3``."""
+        classes = self.turned[:, AUDIO_CLASS]
+        return torch.linalg.svd(classes - classes.mean(1, keepdim=True))[0][:, : N_CLASSES - 1]
+
+    def encode(self, inputs, resid=None, start=0, stop=None) -> Tensor:
+        frames = inputs.features[:, :, ::4].transpose(1, 2)
+        return self.connector(nn.functional.pad(frames, (0, self.width - WIDTH)))
+
+    def prepare(self, audio, text, sampling_rate=None) -> AudioInputs:
+        inputs = super().prepare(audio, text)
+        for row, clip in enumerate(audio):
+            speaker = round(1000 * float(clip["array"][2]))
+            inputs.features[row, TEXT_CLASS.start + speaker, 4 * Cue(0).at_token] = 0.5
+        return inputs
+
+
+def said_by(speaker: int, heard: int) -> dict:
+    """A clip in which a `SubspaceToy` hears a class, said by one of four."""
+    clip = spoken(heard)
+    clip["array"][2] = speaker / 1000
+    return clip

@@ -205,8 +205,9 @@ class _Placed:
         """Whether some element, were both at one tensor, is written by both."""
         if not (self.positions & other.positions).any():
             return False
-        both = self.units is not None and other.units is not None
-        return not both or bool((self.units & other.units).any())
+        if self.units is None or other.units is None:
+            return True
+        return bool((self.units & other.units).any())
 
 
 # -------------------------------------------------------------------------------- where

@@ -232,7 +232,7 @@ def _texts(
     with track("encoder lens", len(items), "items", show=progress) as advance:
         done = 0
         for batch in items.batches(model, size):
-            for inputs, edits in cells_of(model, batch, controls):
+            for inputs, edits, *_ in cells_of(model, batch, controls):
                 said = written(model, inputs, edits, max_new_tokens)
                 for row, text in zip(batch.rows, said, strict=True):
                     texts[row].append(text)

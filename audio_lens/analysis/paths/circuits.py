@@ -213,6 +213,6 @@ def _metric_of(scores: Result, metric: str | None) -> str:
     known = scores.coords.get("metric", [])
     if metric is None:
         metric = "logit_diff" if "logit_diff" in known else known[0] if len(known) == 1 else None
-    if metric not in known:
+    if metric is None or metric not in known:
         raise InputError(f"name one of the metrics: {', '.join(known)}")
     return metric

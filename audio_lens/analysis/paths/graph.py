@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from fancy_einsum import einsum
@@ -215,6 +216,6 @@ def sizes_of(attn: Attention) -> list[int]:
     return [attn.n_heads, attn.n_key_value_heads, attn.n_key_value_heads]
 
 
-def linears_of(attn: Attention) -> list[nn.Module]:
+def linears_of(attn: Attention) -> list[nn.Linear]:
     """What makes queries, keys and values of a normed stream."""
-    return [attn.q_proj, attn.k_proj, attn.v_proj]
+    return [cast(nn.Linear, one) for one in (attn.q_proj, attn.k_proj, attn.v_proj)]

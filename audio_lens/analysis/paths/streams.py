@@ -176,9 +176,8 @@ class Streams:
         if receiver.kind == MLP:
             put = edits.Put(block.mlp(block.ln2(resid)))
             return Edit("decoder.mlp_out", put, layer=layer)
-        attn, norm = self.attention(receiver), block.ln1
-        if receiver.kind == CROSS:
-            norm = block.ln_cross
+        attn: Any = self.attention(receiver)
+        norm: Any = block.ln_cross if receiver.kind == CROSS else block.ln1
         x = norm(resid)
         given = (
             attn.queries(x)

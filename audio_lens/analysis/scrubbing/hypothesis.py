@@ -95,7 +95,8 @@ class Hypothesis:
     nodes: Sequence[Node]
 
     def __post_init__(self) -> None:
-        nodes = list(self.nodes) if isinstance(self.nodes, (list, tuple)) else [self.nodes]
+        given: Any = self.nodes
+        nodes: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
         odd = [one for one in nodes if not isinstance(one, Node)]
         if odd:
             raise InputError(f"a hypothesis is a list of scrubbing.Node, got {odd[0]!r}")

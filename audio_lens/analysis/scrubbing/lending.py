@@ -75,7 +75,7 @@ def values(items: Items, features: Sequence[Any], whose: str) -> list[Hashable]:
             columns.append([feature(item) for item in items])
         else:
             raise InputError(f"{whose}: a feature is a label or a function, got {feature!r}")
-    told = list(zip(*columns, strict=True))
+    told: list[Hashable] = [*zip(*columns, strict=True)]
     try:
         set(told)
     except TypeError as error:

@@ -24,6 +24,7 @@ from audio_lens.items import Batch, Items, measured
 from audio_lens.items.batches import layout_of
 from audio_lens.items.collect import by_item
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.models.layers import needed
 from audio_lens.places import Ground
 
 Masks = list[Bool[Tensor, "e t"]]  # of every item, for each of its entries
@@ -264,7 +265,8 @@ class Runner:
     def _seen(self, edit: Edit, placed: Placed, inputs: AudioInputs) -> list[Tensor]:
         """What every prompt has there, at all positions of its part."""
         ground = Ground.of(self.layout.model, inputs, placed.site.positions_of)
-        x, dim = edit.do.seen[placed.hook_name], placed.site.position_dim
+        watched: Any = edit.do
+        x, dim = watched.seen[placed.hook_name], placed.site.position_dim
         short = ground.n_positions - x.shape[dim]
         if short:  # the padding that nothing reads was left out
             x = torch.cat([x, x.new_zeros(*x.shape[:dim], short, *x.shape[dim + 1 :])], dim)
@@ -273,4 +275,4 @@ class Runner:
 
 def _answered(bases: Rows | None, batch: Batch) -> list[int]:
     """The items that the runs of a batch answer for."""
-    return np.argsort(bases)[batch.rows].tolist()
+    return np.argsort(needed(bases, "items"))[batch.rows].tolist()

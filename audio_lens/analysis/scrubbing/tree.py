@@ -175,8 +175,8 @@ class Tree:
         is_same = one.depth == other.depth if is_stream else one.source == other.source
         if not is_same or _heads(one).isdisjoint(_heads(other)):
             return False
-        bases = [x.node.basis for x in (one, other)]
-        if all(basis is not None for basis in bases):
+        bases = [x.node.basis for x in (one, other) if x.node.basis is not None]
+        if len(bases) == 2:
             first, second = (torch.linalg.qr(basis.double())[0] for basis in bases)
             if (first.mT @ second).abs().max() < _ORTHOGONAL:
                 return False
