@@ -299,7 +299,7 @@ def made_up(monkeypatch, bank):
     monkeypatch.setattr(acoustics, "noises", lambda names, draw, coloured: hiss)
     monkeypatch.setattr(train, "training_words", lambda workdir: bank)
     monkeypatch.setattr(train, "targets", lambda bank, workdir: taught)
-    for name in ("HEADS", "ROOM", "LATE"):
+    for name in ("HEADS", "ROOM", "LATE", "AGAIN"):
         short = dataclasses.replace(getattr(train, name), steps=2, size=3)
         monkeypatch.setattr(train, name, short)
     monkeypatch.setattr(train, "ECHOES", 16)
@@ -323,6 +323,7 @@ def test_the_last_stages_go_on_from_the_shipped_checkpoint(made_up, monkeypatch,
     heads = [([train.SEED, 12, step],) for step in (0, 1)]
     heard = [([train.SEED, 9, batch], roomy) for batch in (2, 3)]
     told = [([train.SEED, 7, step], train.LATE.roomy) for step in (late, late + 1)]
+    told += [([train.SEED, 7, step], train.AGAIN.roomy) for step in (late + 2, late + 3)]
     assert drawn == heads + heard + told and min(roomy, train.LATE.roomy) > 0.5
     old, new = (
         Qwen2AudioForConditionalGeneration.from_pretrained(folder).state_dict()
@@ -335,7 +336,7 @@ def test_the_last_stages_go_on_from_the_shipped_checkpoint(made_up, monkeypatch,
     record = json.loads((into.parent / "training.json").read_text())
     shipped = json.loads((CHECKPOINT.parent / "training.json").read_text())
     assert record["notes"] == shipped["notes"]
-    for name in ("heads", "room", "late"):
+    for name in ("heads", "room", "late", "again"):
         assert record["stages"].pop(name)["steps"] == 2
         shipped["stages"].pop(name, None)
     assert record["stages"] == shipped["stages"]

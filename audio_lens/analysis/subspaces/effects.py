@@ -189,7 +189,7 @@ def transfer(
         at = places_of_part(place, kept, kept[rows[name]])
         news = differences(model, kept[rows[name]], site, at, layer=spot.layer, progress=progress)
         fitted[name] = basis_of(news, site=site, layer=spot.layer, rank=rank)
-    parts: dict[str, Any] = {}
+    parts: dict[Any, Any] = {}
     for name in names:
         for tested in names:
             part = kept[rows[tested]]
