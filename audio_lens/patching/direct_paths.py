@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from audio_lens.patching.run import run
 from audio_lens.progress import track
 from audio_lens.running import evaluating
 
-Component = Literal["q", "k", "v"]
+COMPONENTS = ("q", "k", "v")
 Inputs = PartInputs | AudioInputs | Mapping[str, Any]
 Cache = ActivationCache | Mapping[str, Tensor]
 
@@ -47,7 +47,7 @@ def get_act_patch_direct_path(
     patching_metric: metrics.Metric | Callable[[Tensor], Any],
     src_layer: int,
     src_head: int,
-    component: Component = "q",
+    component: str = "q",
     verbose: bool = True,
 ) -> Float[Tensor, "n_layers n_heads"]:
     """Patch what one head writes into what each later head alone reads for its q, k or v.
@@ -79,6 +79,8 @@ def get_act_patch_direct_path(
     delta = (clean - corrupted) @ blocks[src_layer].attn.W_O[src_head].to(clean)
     found = torch.zeros(len(blocks), blocks[0].attn.n_heads, device=model.model.device)
     later = [f"{model.name}.blocks.{n}.hook_resid_pre" for n in range(src_layer + 1, len(blocks))]
+    if not later:
+        return found
     with evaluating(model.model):
         _, streams = model.model.run_with_cache(
             inputs.inputs, names_filter=later, return_cache_object=False
@@ -104,7 +106,7 @@ def get_act_patch_direct_path_all_sources(
     clean_cache: Cache,
     corrupted_cache: Cache,
     patching_metric: metrics.Metric | Callable[[Tensor], Any],
-    component: Component = "q",
+    component: str = "q",
     verbose: bool = True,
 ) -> Float[Tensor, "n_layers n_heads n_layers n_heads"]:
     """`get_act_patch_direct_path` from every head: ``[src_layer, src_head, layer, head]``."""
@@ -123,7 +125,7 @@ def get_act_patch_direct_path_all_sources(
 
 def _check(part: Part, component: str, layer: int, head: int) -> None:
     """Raise where a direct path between heads means nothing."""
-    if component not in get_args(Component):
+    if component not in COMPONENTS:
         raise InputError(f"component is 'q', 'k' or 'v', got {component!r}")
     stack, cfg = stack_of(part.model, part.name), part.cfg
     odd = [type(one).__name__ for one in stack.blocks if not isinstance(one, PreNormBlock)]

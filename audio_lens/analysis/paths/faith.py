@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -120,7 +120,7 @@ def minimality(
     pairs: Any,
     circuit: Circuit,
     *,
-    units: Literal["nodes", "edges"] = "nodes",
+    units: str = "nodes",
     metric: Any = None,
     by: str | None = None,
     size: int = 16,
