@@ -204,7 +204,7 @@ def second(item):
 
 @pytest.fixture(scope="module")
 def speech():
-    return spoken_items(50, seed=5, takes=range(20)).pairs()
+    return spoken_items(90, seed=5, takes=range(20)).pairs()
 
 
 @pytest.mark.real

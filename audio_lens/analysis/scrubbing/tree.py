@@ -150,11 +150,11 @@ class Tree:
         sites = {(node.site, node.layer, str(node.head)): node for node in nodes}
         return Hypothesis([Node(one.site, one.layer, head=one.head) for one in sites.values()])
 
-    def check_apart(self, masks: Mapping[str, Sequence[Bool[Tensor, "e t"]]]) -> None:
+    def check_apart(self, masks: Mapping[str, Sequence[Bool[Tensor, "..."]]]) -> None:
         """Raise where two nodes that are put in one run write the same elements.
 
         Args:
-            masks: the positions of every node, for every item.
+            masks: the positions of every node, for every item, ``e t``.
 
         Raises:
             InputError: naming both.
