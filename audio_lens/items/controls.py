@@ -197,6 +197,11 @@ def empty(places: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     return torch.zeros_like(places)
 
 
+def full(places: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """All of the places: the hypothesis that everything matters."""
+    return torch.ones_like(places)
+
+
 # -------------------------------------------------------------------------------- labels, levels
 
 

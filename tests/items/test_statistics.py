@@ -252,6 +252,6 @@ def test_no_audio_is_silence_of_the_same_length() -> None:
 
 def test_every_control_is_there_and_told() -> None:
     assert set(statistics.CONTROLS) <= set(statistics.__all__)
-    assert len(statistics.CONTROLS) == 10 and all(statistics.CONTROLS.values())
+    assert len(statistics.CONTROLS) == 11 and all(statistics.CONTROLS.values())
     with pytest.raises(ValueError, match="not of 'kl'"):
         statistics.destroyed(torch.ones(1), torch.zeros(1), "kl")

@@ -84,7 +84,7 @@ def test_it_is_in_force_while_the_model_writes(embedded, inputs):
     plain = embedded.generate(inputs, max_new_tokens=4)
     with intervene(embedded, enriched(0.0)):
         assert embedded.generate(inputs, max_new_tokens=4) == plain
-    with intervene(embedded, enriched(5.0)):
+    with intervene(embedded, enriched(20.0)):
         written = embedded.generate(inputs, max_new_tokens=4)
         first = [embedded.tokenizer.decode(t) for t in embedded(inputs)[:, -1].argmax(-1)]
     assert written != plain

@@ -99,5 +99,5 @@ def test_a_patch_refuses_them_too(text):
     ((point, held),) = options["source"].items()
     for one in (torch.cat([held, held[:1]]), held[..., :-1]):
         patches = [Patch(options["site"], options["layers"], source={point: one})]
-        with pytest.raises(InputError, match="equal shapes"), torch.no_grad():
+        with pytest.raises(InputError, match="shape"), torch.no_grad():
             patching.patch(tiny_model(name), options["corrupted"], patches)
