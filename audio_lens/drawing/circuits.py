@@ -86,7 +86,8 @@ def _places(names: Sequence[str], n_layers: int) -> dict[str, tuple[float, float
     """Heads above their groups of keys and values, MLPs at the top; what enters at the left."""
     entering = [n for n in names if n != LOGITS and not _IN_BLOCK.match(n)]
     places = {name: (-1.0, float(2 * row)) for row, name in enumerate(entering)}
-    heads = [int(_IN_BLOCK.match(n)[3]) for n in names if re.match(r"L\d+H", n)]  # type: ignore[index]
+    matched = (_IN_BLOCK.match(name) for name in names if re.match(r"L\d+H", name))
+    heads = [int(found[3]) for found in matched if found is not None]
     top = max(heads, default=0) + 2.0
     for name in names:
         found = _IN_BLOCK.match(name)

@@ -180,8 +180,8 @@ class Laid:
         def act(x: Tensor, hook: HookPoint) -> Tensor | None:
             return self._act(x, str(hook.name))
 
-        act.only_reads = True  # type: ignore[attr-defined]  # what arrives is never written to
-        act.laid = self  # type: ignore[attr-defined]
+        act.only_reads = True  # what arrives is never written to
+        act.laid = self
         return [(name, act) for name in self.names]
 
     def _act(self, x: Float[Tensor, "..."], name: str) -> Float[Tensor, "..."] | None:

@@ -105,7 +105,7 @@ def residuals_of(
             )
         kept[str(hook.name)] = tensor.detach()[wanted.to(tensor.device)].to(model.device)
 
-    keep.only_reads = True  # type: ignore[attr-defined]
+    keep.only_reads = True
     names = stream_hooks(model, model.output_part)
     hooks: list[tuple[str, HookFn]] = [(name, keep) for name in names]
     with evaluating(model), model.hooks(fwd_hooks=hooks):

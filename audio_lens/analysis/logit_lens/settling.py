@@ -119,7 +119,7 @@ def _written(
     def keep(tensor: Tensor, hook: HookPoint) -> None:
         kept[str(hook.name)].append(tensor[:, -1].detach().to(model.device))
 
-    keep.only_reads = True  # type: ignore[attr-defined]
+    keep.only_reads = True
     hooks: list[tuple[str, HookFn]] = [(name, keep) for name in names]
     with evaluating(model), model.hooks(fwd_hooks=hooks), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*max_new_tokens sets another")  # it is what was asked
