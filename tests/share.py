@@ -1,9 +1,14 @@
-"""A seeded share of the long tests: ``pytest -m slow --share 6`` runs a sixth of them.
+"""Which cases of a test are long, and a seeded share of them.
 
-Which sixth is a matter of the seed, drawn from the clock unless ``--share-seed`` gives it. The run
-says both options as they are pasted to run the same share again; seeds 0 to 5 together, 6 to 11 and
-so on, run every test. Of the cases of a test each family has its share, and no test is left out
-whole: one with fewer cases than shares runs one of them. Tests not marked slow are not touched.
+``@pytest.mark.mostly_slow(6)`` leaves one case in 6 of a test (at least one, and a share of each
+family) to the quick runs and marks the others slow. Cases that are marked slow in another way stay
+so and are not counted.
+
+``pytest -m slow --share 6`` runs a sixth of the long tests. Which sixth is a matter of the seed,
+drawn from the clock unless ``--share-seed`` gives it. The run says both options as they are pasted
+to run the same share again; seeds 0 to 5 together, 6 to 11 and so on, run every test. Of the cases
+of a test each family has its share, and no test is left out whole: one with fewer cases than shares
+runs one of them. Tests not marked slow are not touched.
 
 What is chosen of a file's tests depends on them alone, not on other files, ``-k`` or ``-m``, and
 all workers of pytest-xdist choose the same.
@@ -13,13 +18,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 import pytest
 
 MARK = "slow"
+THINNED = "mostly_slow"
 SEED_S = 3600  # seconds until another seed is drawn
 COUNTS = pytest.StashKey[tuple[int, int]]()  # long tests that run, and all there are
 
@@ -79,18 +85,38 @@ def test_of(item: pytest.Item) -> str:
     return f"{item.parent.nodeid}::{getattr(item, 'originalname', item.name)}"
 
 
+def left_out_of(cases: Sequence[pytest.Item], share: int, seed: int) -> set[pytest.Item]:
+    """The cases of one test that are not among those `chosen`."""
+    named = {item.name: item for item in cases}  # which pytest-xdist does not change
+    kept = chosen([(family_of(item), name) for name, item in named.items()], share, seed)
+    return {item for name, item in named.items() if name not in kept}
+
+
+def by_test(items: Iterable[pytest.Item]) -> Iterator[list[pytest.Item]]:
+    """The cases of each test."""
+    for _, cases in groupby(sorted(items, key=test_of), test_of):
+        yield list(cases)
+
+
+def thin(items: Iterable[pytest.Item]) -> None:
+    """Mark what `THINNED` says is long."""
+    marked = (item for item in items if item.get_closest_marker(THINNED))
+    for cases in by_test(item for item in marked if not item.get_closest_marker(MARK)):
+        (share,) = cases[0].get_closest_marker(THINNED).args
+        for item in left_out_of(cases, share, seed=0):
+            item.add_marker(MARK)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thin(items)
     share = config.option.share
     if not share:
         return
-    long = sorted((item for item in items if item.get_closest_marker(MARK)), key=test_of)
+    long = [item for item in items if item.get_closest_marker(MARK)]
     left_out: set[pytest.Item] = set()
-    for _, cases in groupby(long, test_of):
-        named = {item.name: item for item in cases}  # which pytest-xdist does not change
-        families = [(family_of(item), name) for name, item in named.items()]
-        kept = chosen(families, share, config.option.share_seed)
-        left_out |= {item for name, item in named.items() if name not in kept}
+    for cases in by_test(long):
+        left_out |= left_out_of(cases, share, config.option.share_seed)
     config.stash[COUNTS] = (len(long) - len(left_out), len(long))
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]

@@ -28,6 +28,17 @@ def test_both(lot): pass
 
 def test_quick(): pass
 """
+THINNED = """
+import pytest
+
+@pytest.mark.mostly_slow(4)
+@pytest.mark.parametrize("way", [*range(3), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["a", "b", "c", "d"])
+def test_thinned(family, way): pass
+
+@pytest.mark.mostly_slow(4)
+def test_alone(): pass
+"""
 
 
 # -------------------------------------------------------------------------------- the choice
@@ -66,6 +77,7 @@ def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makeconftest('pytest_plugins = ["share"]')
     pytester.makeini(
         f"[pytest]\npythonpath = {Path(__file__).parent}\nmarkers =\n    slow: long\n"
+        "    mostly_slow(n): most are\n"
         "addopts = -q --strict-markers -p no:cacheprovider\n"
     )
     return pytester
@@ -108,3 +120,17 @@ def test_the_share_does_not_depend_on_what_else_is_asked(suite: pytest.Pytester)
 def test_no_share_at_all_is_refused(suite: pytest.Pytester, share: str) -> None:
     result = suite.runpytest_inprocess("--share", share)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+# -------------------------------------------------------------------------------- thinned
+
+
+def test_most_cases_of_a_thinned_test_are_long(suite: pytest.Pytester) -> None:
+    suite.makepyfile(test_thinned=THINNED)
+    quick, _ = run(suite, "test_thinned.py", "-m", "not slow")
+    long, _ = run(suite, "test_thinned.py", "-m", "slow")
+    assert len(quick) == 3 + 1 and "test_alone" in quick and len(long) == 4 + 9
+    assert len({name[13] for name in quick if name != "test_alone"}) == 3  # families
+    assert not quick & long and not any(name.endswith("-3]") for name in quick)
+    workers, _ = run(suite, "test_thinned.py", "-m", "not slow", "-n", "2", "--dist", "loadgroup")
+    assert workers == quick
