@@ -6,6 +6,7 @@ The package is imported in fixtures: the process that starts the workers needs n
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; the workers share the cores
 
 import hypothesis
+import jaxtyping
 import pytest
 
 if TYPE_CHECKING:
@@ -22,6 +24,16 @@ pytest_plugins = ["share", "pytester"]
 
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("audio_lens")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Tests marked `unchecked` run as users run the library, without the checks of types."""
+    jaxtyping.config.update("jaxtyping_disable", bool(item.get_closest_marker("unchecked")))
+    try:
+        return (yield)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=("whisper", "qwen2_audio"))

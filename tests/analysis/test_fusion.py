@@ -140,6 +140,7 @@ def traced(embedded, items):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_last_token_is_the_bottleneck_late_and_the_audio_holds_the_answer_early(traced):
     for metric in traced.coords["metric"]:
         audio, last, text = (
@@ -153,6 +154,7 @@ def test_the_last_token_is_the_bottleneck_late_and_the_audio_holds_the_answer_ea
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_controls_lie_where_they_must(traced):
     assert traced.controls["identity"].values.abs().max() == 0
     destroyed = traced.controls["destroyed"].values
@@ -164,9 +166,10 @@ def test_controls_lie_where_they_must(traced):
 
 
 @pytest.mark.real
-def test_one_cell_by_hand(embedded, items, traced):
+def test_one_cell_by_hand(embedded, items):
     """Clean states of the audio put in by a hook, item by item."""
     pairs, name = items.pairs(), "decoder.blocks.2.hook_resid_pre"
+    traced = fusion.trace(embedded, pairs, layers=[2], groups={"audio": "audio"}, controls=[])
     over, under = [], []
     audio = embedded.timeline(embedded.prepare([items[0].clip], [items[0].text]))[0].audio_span
     for item in traced.coords["stimulus"]:

@@ -249,10 +249,17 @@ def spoken(embedded) -> Items:
 
 
 @pytest.fixture(scope="module")
+def few() -> Items:
+    """Clips that methods are tried on, told apart or not."""
+    return spoken_items(3, seed=0)
+
+
+@pytest.fixture(scope="module")
 def curve(embedded, spoken) -> Result:
     return knockout.knock_out(embedded, spoken)
 
 
+@pytest.mark.slow
 def test_the_last_position_listens_in_blocks_3_and_4(curve) -> None:
     lost = curve.select(metric="logit_diff").mean()
     assert sorted(torch.argsort(-lost.values)[:2].tolist()) == [3, 4]
@@ -278,8 +285,9 @@ def test_without_audio_in_all_blocks_little_is_left(embedded, spoken, curve) -> 
     assert float(gap.partition("falls by ")[2].split()[0]) > 10
 
 
-def test_a_curve_equals_forwards_with_the_edit_in_force(embedded, spoken, curve) -> None:
-    items = spoken[:2]
+def test_a_curve_equals_forwards_with_the_edit_in_force(embedded, few) -> None:
+    items = few[:2]
+    curve = knockout.knock_out(embedded, items, controls=["identity"])
     for layer, site in ((3, "decoder.attn.attn_scores"), (5, "decoder.attn.attn_scores")):
         for row, item in enumerate(items):
             inputs = embedded.prepare([item.clip], [item.text])
@@ -302,6 +310,7 @@ def test_items_that_need_no_audio_stand_beside(embedded, spoken) -> None:
     torch.testing.assert_close(control.values, plain.mean().values)
 
 
+@pytest.mark.slow
 def test_mass_is_no_evidence(embedded, spoken, curve) -> None:
     """The last position attends to audio alone in blocks 3 and 4, and loses little without it."""
     share = knockout.mass(embedded, spoken).mean()
@@ -319,16 +328,16 @@ def test_value_zeroing_finds_the_same_blocks(embedded, spoken) -> None:
     assert result.controls["identity"].select(metric="distance").values.abs().max() < 1e-6
 
 
-def test_the_analysis_gives_curve_and_mass(embedded, spoken, tmp_path) -> None:
+def test_the_analysis_gives_curve_and_mass(embedded, few, tmp_path) -> None:
     run = ANALYSES["knockout"]
     assert run.summary == "In which blocks does the answer depend on attention to the audio?"
-    found = run.function(embedded, spoken[:3], seed=1)
+    found = run.function(embedded, few, seed=1)
     assert list(found) == ["knock_out", "mass"] and found["knock_out"].n_kept == 3
     told = found["knock_out"].to_dict()
     assert told["axes"] == ["metric", "layer"] and told["seed"] == "1"
     saved = found["knock_out"].save(tmp_path / "knock_out.nc")
     assert Result.load(saved).report == found["knock_out"].report
-    again = rerun(saved, embedded, spoken[:3])
+    again = rerun(saved, embedded, few)
     torch.testing.assert_close(again.values, found["knock_out"].values)
     figure = found["knock_out"].plot(metric="logit_diff")
     assert figure.layout.title.text == "no attention from last to audio in decoder.attn"

@@ -74,6 +74,7 @@ def agrees(model: HookedAudioTransformer, hf: Any, family: str) -> bool:
 # -------------------------------------------------------------------------------- biases
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("whole", [None, ["lm_head", "layer_norm"]], ids=["", "and whole modules"])
 def test_trained_biases_load_from_directories(
@@ -113,6 +114,7 @@ SECOND = {
 }
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("second", SECOND)
 def test_switching_between_adapters(family: str, second: str) -> None:
     hf = two(family, SECOND[second](family))

@@ -92,6 +92,7 @@ def test_rows_are_what_they_are_alone(name: str) -> None:
     assert torch.equal(model.features([clip]), alone)
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("name", HEARD)
 def test_gradients_are_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 throughout, also where models compute in float32 as Hugging Face does."""

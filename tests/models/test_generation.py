@@ -51,6 +51,7 @@ def stepwise_logits(model: Base, batch: dict, n_first: int) -> torch.Tensor:
     return torch.cat(logits, dim=1)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("mode", ["explicit", "sdpa"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])

@@ -162,6 +162,7 @@ def valid(timeline: Timeline, part: str) -> Tensor:
 # -------------------------------------------------------------------------------- feature steps
 
 
+@pytest.mark.mostly_slow(2)
 @each_case
 def test_a_feature_step_lights_what_the_map_names(
     family: Family, durations: tuple[float, ...]
@@ -201,11 +202,13 @@ def nudged(scene: Scene, segment: int, step: int) -> Scene:
 # -------------------------------------------------------------------------------- waveforms
 
 
+@pytest.mark.mostly_slow(2)
 @each_case
 def test_a_click_lights_what_the_map_names(family: Family, durations: tuple[float, ...]) -> None:
     check_clicks(family, durations)
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("family", HEARD, ids=lambda family: family.name)
 def test_clips_of_over_30_s(family: Family) -> None:
     if model_of(family.name).cfg.max_audio_s < LONG_S:

@@ -86,6 +86,7 @@ def output(model: HookedAudioTransformer, inputs: AudioInputs, edit: Any) -> Ten
     return model.run_with_hooks(inputs, fwd_hooks=[(lambda name: True, edit)])
 
 
+@pytest.mark.mostly_slow(2)  # one of the modes for each family
 @pytest.mark.parametrize("mode", ["explicit", "sdpa"])
 @pytest.mark.parametrize("family, batch", BATCHES)
 def test_an_element_written_in_place_is_one_element(family: Family, batch: str, mode: str) -> None:

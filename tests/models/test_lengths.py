@@ -84,6 +84,7 @@ def variant_id(value: Any) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:clips of unequal length")
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(("name", "overrides"), VARIANTS, ids=variant_id)
 def test_models_say_whether_they_mix_lengths(name: str, overrides: dict[str, Any]) -> None:
     family = FAMILIES[name]

@@ -70,6 +70,7 @@ def weights_of(model: HookedAudioTransformer, inputs: AudioInputs) -> Tensor:
     return noise_like(output) * counted
 
 
+@pytest.mark.mostly_slow(2)  # one of the modes for each family
 @pytest.mark.parametrize("mode", ["explicit", "sdpa"])
 @each_family
 def test_every_hook_point_is_live(family: Family, mode: str) -> None:
@@ -90,6 +91,7 @@ def test_every_hook_point_is_live(family: Family, mode: str) -> None:
     assert not leaking
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize(
     "turn", [pytest.param(turn, marks=[pytest.mark.slow] * (turn > 0)) for turn in range(TURNS)]
 )

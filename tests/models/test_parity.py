@@ -112,17 +112,20 @@ def check(differences: dict[str, float], tolerance: float) -> None:
 # -------------------------------------------------------------------------------- the tests
 
 
+@pytest.mark.mostly_slow(2)
 @in_both_precisions("models")
 def test_shapes_of_model(family: Family, name: str, dtype: torch.dtype) -> None:
     options = family.model_batches.get(name, {})
     check(compare(family, dtype, family.models[name], options), TOLERANCE[dtype])
 
 
+@pytest.mark.mostly_slow(3)
 @in_both_precisions("batches")
 def test_inputs(family: Family, name: str, dtype: torch.dtype) -> None:
     check(compare(family, dtype, {}, family.batches[name]), TOLERANCE[dtype])
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize(
     "family, name",
     [pytest.param(family, name, id=case) for family, name, case in cases("batches")],
@@ -161,6 +164,7 @@ def test_float16_stays_finite_where_the_residual_stream_overflows(family: Family
     assert cache[name].max() == torch.tensor(64504.0).half()
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("lot", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in LOTS)])
 @those(lambda family: family.draw)
 def test_any_shape(family: Family, lot: int) -> None:

@@ -90,6 +90,7 @@ def slow_change(model, base, source, site, layer) -> torch.Tensor:
     )
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize(("family", "name"), EVERY_SITE)
 def test_every_cell_is_gradient_times_difference(family, name, direction):
@@ -146,6 +147,7 @@ def cut(product, site, timeline, at):
     return product * mask.reshape(shape)
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize(("family", "name"), EVERY_SITE)
 def test_small_patches_do_what_is_estimated(family, name):
     """Moving a layer a thousandth of the way has a thousandth of the estimated effect."""
@@ -197,6 +199,7 @@ LINEAR = [
 ]
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("method", ["atp", "ig"])
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize(("site", "axes"), LINEAR)
@@ -311,6 +314,7 @@ def test_half_precision_is_summed_in_float32(method):
     assert (rough - fine).abs().max() < 0.2 * fine.abs().max()
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize(("family", "name"), EVERY_SITE)
 def test_reading_few_positions_changes_nothing(family, name):
     """Metrics that say what they read spare the last block work, and no estimate notices."""
@@ -457,6 +461,7 @@ def test_closed_forms_are_the_softmax():
         assert torch.allclose(query_effects(scores, shift, gradient), direct, atol=1e-12)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(("family", "name"), QUERIES_AND_KEYS)
 def test_qk_fix_is_the_patched_pattern_times_its_gradient(family, name):
     """Grouped, rotated, padded, causal and cross: as if each query or key had been patched."""

@@ -52,6 +52,7 @@ def summed(product: Tensor, site: Site) -> Tensor:
     return product.movedim(site.position_dim, 0).flatten(1).sum(1)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_site_is_gradient_times_difference(name, part):
@@ -85,6 +86,7 @@ def test_every_site_is_gradient_times_difference(name, part):
         assert gap <= 1e-9 * expected.abs().sum(), site
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize(("name", "site"), QUERIES_AND_KEYS)
 def test_qk_fix_is_the_patched_pattern_times_its_gradient(name, site):
     """Whatever is added to the scores, as if each query or key had been patched by itself."""
@@ -117,6 +119,7 @@ def test_qk_fix_is_the_patched_pattern_times_its_gradient(name, site):
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", [*BESIDE, "moshi"])
 @pytest.mark.parametrize("method", ["ig", "grad_drop"])
 def test_other_methods_reach_through_models_that_speak(name, method):

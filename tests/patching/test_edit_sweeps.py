@@ -11,7 +11,7 @@ from subjects import SITES, all_logits, batch, tiny_model
 from audio_lens import Edit, InputError, edits, intervene, metrics, patching
 from audio_lens.sites import Site, SiteError
 
-QUICK = SITES[3::48]
+QUICK = SITES[3::120]
 CASES = [
     pytest.param(name, site, id=f"{name}: {site}", marks=[] if (name, site) in QUICK else slow)
     for slow in [[pytest.mark.slow]]

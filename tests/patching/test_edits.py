@@ -14,7 +14,7 @@ from torch import Tensor
 from audio_lens import AudioInputs, Edit, HookedAudioTransformer, edits, intervene
 from audio_lens.sites import Site, unit_count
 
-QUICK = SITES[::24]
+QUICK = SITES[::60]
 CASES = [
     pytest.param(name, site, id=f"{name}: {site}", marks=[] if (name, site) in QUICK else slow)
     for slow in [[pytest.mark.slow]]

@@ -263,6 +263,7 @@ def few(lot: int) -> Callable[[int], list[int]]:
     return lambda n: random.Random(lot).sample(range(n), min(5, n))
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("lots", [range(1), pytest.param(range(1, 6), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @over(IN_DEPTH)
@@ -274,6 +275,7 @@ def test_exact(family, site, direction, lots):
         case.assert_exact(loops.assert_few_exact, few(lot))
 
 
+@pytest.mark.mostly_slow(3)
 @over([(name, site) for name, site in spread(0) if name not in THOROUGH])
 def test_exact_in_every_family(family, site):
     """The same of every family, in one case a site, and with each family another few sites."""
@@ -296,6 +298,7 @@ def test_exact_in_all_cells(family, site, direction):
             case.assert_exact(loops.assert_few_exact, few(lot))
 
 
+@pytest.mark.mostly_slow(4)
 @over(IN_DEPTH)
 def test_every_block_and_unit(family, site):
     """The map people ask for: layer, unit and time (or position) at once, and it is no flat one."""
@@ -340,6 +343,7 @@ UNIONS = {
 }
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize(
     ("direction", "metric"), [("denoise", "all_logits"), ("noise", "logit_diff")]
 )
@@ -463,6 +467,7 @@ def test_stimuli_without_the_window_are_nan(family):
 # -------------------------------------------------------------------------------- identity, total
 
 
+@pytest.mark.mostly_slow(4)
 @over(spread(1))
 def test_identity(family, site):
     """Patching a run with its own activations changes nothing."""
@@ -497,6 +502,7 @@ def is_total(name: str, part: str) -> bool:
 TOTAL = [(name, site) for name, site in SITES if site.last in STREAMS and is_total(name, site.part)]
 
 
+@pytest.mark.mostly_slow(4)
 @over([(name, site) for turn, (name, site) in enumerate(TOTAL) if turn % 2 or name in THOROUGH])
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_total(family, site, direction):
@@ -570,6 +576,7 @@ def assert_exact_under_hook(family: str, site: str, name: str, kind: str, metric
     assert any(name in line for line in result.report)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     "name",
     [
@@ -604,11 +611,15 @@ def assert_exact_under_hooks(family: str, lots: range) -> None:
         assert_exact_under_hook(family, str(site), name, kind, metric)
 
 
-@pytest.mark.parametrize("lots", [range(25), pytest.param(range(25, 125), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lots",
+    [range(8), *(pytest.param(range(n, n + 39), marks=pytest.mark.slow) for n in (8, 47, 86))],
+)
 def test_user_hooks_anywhere(family, lots):
     assert_exact_under_hooks(family, lots)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("lots", [range(1), pytest.param(range(1, 25), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in THOROUGH])
 def test_user_hooks_in_every_family(family, lots):

@@ -18,7 +18,7 @@ IN_BLOCKS = [
     for name, site in SITES
     if site.n_layers is not None and site.part in ("encoder", "decoder")
 ]  # outside them nothing can be left out
-QUICK = IN_BLOCKS[::30]
+QUICK = IN_BLOCKS[::70]
 CASES = [
     pytest.param(*one, id=f"{one[0]}: {one[1]}", marks=[] if one in QUICK else pytest.mark.slow)
     for one in IN_BLOCKS

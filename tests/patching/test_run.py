@@ -13,7 +13,7 @@ from subjects import SITES, all_logits, batch, tiny_model
 from audio_lens import Edit, InputError, Words, edits, intervene, metrics, patching
 from audio_lens.sites import Site, unit_count
 
-QUICK = SITES[5::28]
+QUICK = SITES[5::70]
 CASES = [
     pytest.param(name, site, id=f"{name}: {site}", marks=[] if (name, site) in QUICK else slow)
     for slow in [[pytest.mark.slow]]

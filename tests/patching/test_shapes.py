@@ -29,6 +29,7 @@ SWEPT = [
 ]
 
 
+@pytest.mark.mostly_slow(3)
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shapes_are_those_of_a_run(name):
