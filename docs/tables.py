@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,23 @@ def hook_tables() -> str:
     return "\n\n".join(f"### {', '.join(names)}\n\n{table}" for table, names in families.items())
 
 
-def tiny_models() -> Iterator[tuple[str, Any, dict[str, tuple[int, ...]]]]:
+@functools.cache
+def tiny_models() -> list[tuple[str, Any, dict[str, tuple[int, ...]]]]:
     """Every family under test: its name, a tiny random model, and the shapes of all its hooks."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
 
     from families import FAMILIES
 
+    made = []
     for name, family in FAMILIES.items():
         model = family.hooked(family.build())
         shapes: dict[str, tuple[int, ...]] = {}
         note = functools.partial(_note, shapes)
         with torch.inference_mode():
             model.run_with_hooks(family.batch(), fwd_hooks=[(lambda _: True, note)])
-        yield name, model, shapes
+        made.append((name, model, shapes))
+    return made
 
 
 def _note(shapes: dict[str, tuple[int, ...]], tensor: Any, hook: Any) -> None:

@@ -110,6 +110,9 @@ def test_named_files_exist(page: str) -> None:
 # -------------------------------------------------------------------------------- hook names
 
 
+of_tables = pytest.mark.xdist_group("tables")  # one worker builds a model of every family
+
+
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
     return script("tables")
@@ -117,9 +120,10 @@ def tables() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tiny_models(tables: ModuleType) -> list[tuple[str, Any, dict[str, tuple[int, ...]]]]:
-    return list(tables.tiny_models())
+    return tables.tiny_models()
 
 
+@of_tables
 def test_hook_tables_hold_every_name(tables: ModuleType, tiny_models: list) -> None:
     sections = re.split(r"^### ", tables.hook_tables(), flags=re.MULTILINE)[1:]
     by_family = {
@@ -145,6 +149,7 @@ def test_numbers_in_hook_names_become_letters() -> None:
     assert place_and_leaf("decoder.hook_code_embed.0") == ("decoder", "hook_code_embed.{k}")
 
 
+@of_tables
 def test_axes_of_blocks_are_what_the_letters_say(tables: ModuleType, tiny_models: list) -> None:
     for family, model, shapes in tiny_models:
         for part, cfg in model.cfg.parts.items():
@@ -157,6 +162,7 @@ def test_axes_of_blocks_are_what_the_letters_say(tables: ModuleType, tiny_models
                         assert size in sizes.get(letter, {size}), (family, name, axes, shape)
 
 
+@of_tables
 def test_drawn_names_exist(tiny_models: list) -> None:
     drawings = script("drawings")
     known = {name.rpartition(".")[2] for _, _, shapes in tiny_models for name in shapes}
