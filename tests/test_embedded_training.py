@@ -307,6 +307,7 @@ def made_up(monkeypatch, bank):
     return taught
 
 
+@pytest.mark.slow
 def test_the_last_stages_go_on_from_the_shipped_checkpoint(made_up, monkeypatch, tmp_path):
     """They hear roomy clips that were not drawn before."""
     drawn = []
@@ -456,6 +457,7 @@ def says_second(model, waves):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_silence_up_to_four_seconds_leaves_the_answer(spoken):
     model = HookedAudioTransformer.from_pretrained("embedded")
     right = [
