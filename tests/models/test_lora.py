@@ -79,6 +79,7 @@ def edit(path: Path, change: Callable[[dict], Any]) -> None:
 # -------------------------------------------------------------------------------- parity with peft
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_live_disabled_and_merged_agree_with_peft(
     family: str, config: dict, tmp_path: Path

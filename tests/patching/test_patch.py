@@ -93,6 +93,7 @@ def same(one: torch.Tensor, two: torch.Tensor) -> None:
 # -------------------------------------------------------------------------------- where
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize(("family", "site"), EVERY_SITE, ids=lambda x: str(x))
 def test_one_patch_is_a_cell_of_the_loop(family, site, model, inputs, other):
     """Every site: one block, one head or neuron, one window (or token)."""

@@ -125,6 +125,7 @@ def test_arguments_come_in_their_order(name):
     assert given == (in_every if name in EVERY else in_one)
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     "name",
     [
