@@ -5,6 +5,7 @@ The package is imported in fixtures: the process that starts the workers needs n
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,17 @@ pytest_plugins = ["share", "pytester"]
 
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("audio_lens")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """What is imported and collected stays, so nobody looks for garbage in it, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -207,6 +207,7 @@ def test_user_hooks_stay_in_force(part, family):
 # -------------------------------------------------------------------------------- index tables
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != PER_PAIR])
 @torch.no_grad()
 def test_the_table_of_indices(models, name):
@@ -223,6 +224,7 @@ def test_the_table_of_indices(models, name):
 # -------------------------------------------------------------------------------- per example
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     ("measure", "options"),
     [
