@@ -48,7 +48,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(params=("whisper", "qwen2_audio"))
+@pytest.fixture(params=("whisper", "qwen2_audio"))  # tiny.FAMILIES
 def family(request: pytest.FixtureRequest) -> str:
     """Runs the test once per family."""
     return request.param
