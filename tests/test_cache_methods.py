@@ -268,6 +268,7 @@ def test_every_inherited_method_is_held() -> None:
     assert {name for name, _ in public if not name.startswith("_")} == HELD.keys()
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("method", HELD)
 @pytest.mark.parametrize("family, part", REFUSED)
 @torch.no_grad()

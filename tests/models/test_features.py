@@ -82,6 +82,7 @@ def test_they_are_those_of_prepare(name: str, overrides: dict) -> None:
             assert_same(again.extra[key].float(), held.float())
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("name", HEARD)
 def test_rows_are_what_they_are_alone(name: str) -> None:
     """As far as the clip reaches: what is behind it, the batch may fill up."""

@@ -55,6 +55,7 @@ CELLS = {
 }
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("function", CELLS)
 def test_transformer_lens_patching_is_right(small, pair, part, function):

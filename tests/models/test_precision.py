@@ -11,6 +11,7 @@ from families import FAMILIES
 from families.base import Family
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @torch.no_grad()
 def test_a_float32_model_made_float64_is_exact(family: Family) -> None:

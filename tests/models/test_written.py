@@ -132,6 +132,7 @@ def _beside(model: HookedAudioTransformer) -> tuple[str, ...]:
     return tuple(f"{part}." for part in model.cfg.further_decoders)
 
 
+@pytest.mark.mostly_slow(3)
 @each
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
 def test_edits_are_in_the_cache(name: str, when: Any) -> None:

@@ -720,6 +720,7 @@ def test_blocks_of_their_own_kind_run_whole_and_the_report_says_so(family, site,
     assert any(unknown in note for note in notes) if unknown else not notes
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     ("site", "route"),
     [
