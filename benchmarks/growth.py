@@ -57,14 +57,14 @@ class Point:
 
 
 def points(middle: LLMShape) -> Iterator[Point]:
-    """Every sweep, from half the size of a model to four times of it."""
+    """Every sweep, from half the size of a model to two or four times of it."""
     ear, steps = middle.ear, (0.5, 1, 2, 4)
     for n in (int(step * middle.layers) for step in steps):
         yield Point("layers", n, "lm-resid", replace(middle, layers=n))
     for n in (int(step * ear.frames) for step in steps):
         longer = replace(middle, ear=replace(ear, frames=n))
         yield Point("audio positions", longer.audio_tokens, "lm-resid", longer)
-    for n in (int(step * middle.heads) for step in steps):
+    for n in (int(step * middle.heads) for step in steps[:3]):
         yield Point("heads", n, "lm-heads", replace(middle, heads=n, kv_heads=max(1, n // 2)))
     for n in (1, 2, 4, 8):
         yield Point("stimuli", n, "lm-heads", middle, stimuli=n)
