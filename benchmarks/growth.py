@@ -5,8 +5,9 @@
     python -m benchmarks.growth --device cuda --llm 1b
 
 One audio language model with random weights in several sizes. The loop runs one whole forward for
-each cell, on a sample of them; where stimuli grow its forwards take them all. The dotted line is
-the least floating-point work of the cells at the machine's matrix-product rate, measured beside.
+each cell, on a sample of them; several stimuli are one batch for audio_lens, and one after the
+other for the loop and the script. The dotted line is the least floating-point work of the cells at
+the machine's matrix-product rate, measured beside.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Point:
     stimuli: int = 1
 
     def task(self, device: str, dtype: torch.dtype) -> Task:
-        made = make_task(self.row, self.shape, "growing", device, dtype)
-        return stacked(made, self.stimuli)
+        """The sweep of one stimulus."""
+        return make_task(self.row, self.shape, "growing", device, dtype)
 
 
 def points(middle: LLMShape) -> Iterator[Point]:
@@ -75,13 +76,15 @@ def seconds(task: Task, n_stimuli: int, rounds: int, sample: int) -> Lines:
     """Median seconds of a whole sweep by method, the methods in turns, and of the least work."""
     clock, draw = Clock(task.device), random.Random(0)
     methods = {name: METHODS[name](task) for name in COMPARED}
+    methods[OWN], times = METHODS[OWN](stacked(task, n_stimuli)), {OWN: 1}
     taken: dict[str, list[float]] = {name: [] for name in (*methods, LEAST)}
     work = limits.mean_work(task) * len(task.cells) * n_stimuli
     for method in methods.values():
         method.warm_up()
     for _ in range(rounds):
         for name, method in methods.items():
-            taken[name].append(_whole_sweep(method, clock, sample, draw))
+            once = _whole_sweep(method, clock, sample, draw)
+            taken[name].append(once * times.get(name, n_stimuli))
         taken[LEAST].append(work / matmul_rate(clock, task.model.dtype))
     labels = {name: METHODS[name].label for name in methods} | {LEAST: LEAST}
     return {labels[name]: statistics.median(found) for name, found in taken.items()}
