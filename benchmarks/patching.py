@@ -3,7 +3,6 @@
     python -m benchmarks.patching
     python -m benchmarks.patching --rows lm-resid,lm-heads --repeats 5 --json found.json
     python -m benchmarks.patching --device cuda --whisper large-v3 --llm 7b --windows 25
-    python -m benchmarks.patching --rows lm-resid --plot scaling.html
     python -m benchmarks.patching --quick
 
 Weights and inputs are random. Every method is checked against audio_lens, cell by cell; slow ones
@@ -121,16 +120,11 @@ def main(
         bool, typer.Option("--quick", help="Small models, few cells, and all kinds of sweeps.")
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also measure and draw growth (.html, .png).")
-    ] = None,
     probe: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compare patching sweeps in audio_lens and its peers."""
     row_names = chosen(rows, ROWS, "--rows")
     others = [name for name in chosen(methods, METHODS, "--methods") if name != measuring.OWN]
-    if plot is not None and plot.suffix not in report.PLOT_SUFFIXES:
-        raise typer.BadParameter(f"--plot ends in one of {', '.join(report.PLOT_SUFFIXES)}")
     usual = QUICK if quick else FULL
     whisper, llm = whisper or usual.size, llm or usual.size
     windows = usual.windows if windows is None else windows
@@ -162,9 +156,6 @@ def main(
 
     comparisons = [compared(name) for name in row_names]
     figures = header | {"rows": [found.to_dict() for found in comparisons]}
-    if plot is not None:
-        figures["growth"] = report.measure_growth(device, DTYPES[dtype], repeats, sample)
-        report.draw_growth(figures["growth"], plot)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1))
     disagreeing = [found for found in comparisons if found.disagreeing]

@@ -1,20 +1,14 @@
-"""The tables of `benchmarks.patching`, and how sweeps grow with the size of the model."""
+"""The tables of `benchmarks.patching`."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Column, Table
 
-from benchmarks.patching_measure import Comparison, Outcome, compare
-from benchmarks.peers.tasks import LLMShape, WhisperShape, make_task
-
-PLOT_SUFFIXES = (".html", ".png")
-
+from benchmarks.patching_measure import Comparison, Outcome
 
 # -------------------------------------------------------------------------------- tables
 
@@ -76,84 +70,3 @@ def _short(number: float | None, scale: float = 1) -> str:
         return ""
     number *= scale
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
-# -------------------------------------------------------------------------------- growth
-
-_EAR = WhisperShape(2, 64, 2, frames=120, n_mels=16)
-_MIDDLE = LLMShape(4, 192, 4, 2, 768, _EAR)
-GROWTH = {
-    "layers": {n: replace(_MIDDLE, layers=n) for n in (2, 4, 8, 16)},
-    "audio positions": {
-        n: replace(_MIDDLE, ear=replace(_EAR, frames=2 * n)) for n in (30, 60, 120, 240)
-    },
-    "heads": {n: replace(_MIDDLE, heads=n, kv_heads=n // 2) for n in (2, 4, 8, 16)},
-}
-_ROW_OF = {"layers": "lm-resid", "audio positions": "lm-resid", "heads": "lm-heads"}
-
-
-def measure_growth(
-    device: str, dtype: torch.dtype, repeats: int, sample: int
-) -> dict[str, dict[int, dict[str, float]]]:
-    """Seconds of a whole sweep by what grows, its size and method."""
-    return {
-        axis: {
-            n: _sweep_seconds(_ROW_OF[axis], shape, device, dtype, repeats, sample)
-            for n, shape in shapes.items()
-        }
-        for axis, shapes in GROWTH.items()
-    }
-
-
-def _sweep_seconds(
-    name: str, shape: LLMShape, device: str, dtype: torch.dtype, repeats: int, sample: int
-) -> dict[str, float]:
-    task = make_task(name, shape, "growing", device, dtype)
-    found = compare(name, task, ["audio_lens", "loop-encoder-once", "expert"], repeats, sample)
-    return {outcome.label: outcome.sweep_s for outcome in found.outcomes.values()}
-
-
-def draw_growth(growth: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
-    """One panel for each of what grows, both axes logarithmic."""
-    (_draw_html if path.suffix == ".html" else _draw_png)(growth, path)
-
-
-def _lines(sizes: dict[int, dict[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
-    """By method, sizes and seconds."""
-    labels = next(iter(sizes.values()))
-    return {label: (list(sizes), [sizes[n][label] for n in sizes]) for label in labels}
-
-
-def _draw_html(growth: dict, path: Path) -> None:
-    from plotly import colors
-    from plotly import graph_objects as go
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(1, len(growth), shared_yaxes=True, y_title="seconds a sweep")
-    for column, (axis, sizes) in enumerate(growth.items(), start=1):
-        for n, (label, (x, y)) in enumerate(_lines(sizes).items()):
-            line = {"color": colors.qualitative.D3[n]}
-            shown = go.Scatter(
-                x=x, y=y, name=label, line=line, legendgroup=label, showlegend=column == 1
-            )
-            figure.add_trace(shown, 1, column)
-        figure.update_xaxes(type="log", title=axis, tickvals=list(sizes), row=1, col=column)
-    figure.update_yaxes(type="log")
-    figure.write_html(path, include_plotlyjs=True)
-
-
-def _draw_png(growth: dict, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(growth), figsize=(11, 3.6), sharey=True, squeeze=False)
-    for panel, (axis, sizes) in zip(panels[0], growth.items(), strict=True):
-        for label, (x, y) in _lines(sizes).items():
-            panel.loglog(x, y, marker="o", label=label)
-        panel.set_xticks(list(sizes), [str(n) for n in sizes])
-        panel.set_xticks([], minor=True)
-        panel.set_xlabel(axis)
-    panels[0, 0].set_ylabel("seconds a sweep")
-    panels[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import attribution, collecting, edits, grounding, several, speaking
+from benchmarks import attribution, collecting, edits, grounding, growth, several, speaking
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
-from benchmarks import patching_report as report
 from benchmarks.peers import METHODS, backward, limits, roofline
 from benchmarks.peers.hooks_loop import HooksLoop
 from benchmarks.peers.tasks import LLMS, ROWS, WHISPERS, Cell, Task, make_task, twin
@@ -79,7 +77,7 @@ def test_wrong_answers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "disagree with audio_lens: loop" in result.output
 
 
-@pytest.mark.parametrize("options", [["--rows", "x"], ["--llm", "x"], ["--plot", "x.gif"]])
+@pytest.mark.parametrize("options", [["--rows", "x"], ["--llm", "x"]])
 def test_unknown_options_are_refused(tmp_path: Path, options: list[str]) -> None:
     result, figures = run(tmp_path, *options)
     assert result.exit_code == 2
@@ -87,19 +85,28 @@ def test_unknown_options_are_refused(tmp_path: Path, options: list[str]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", report.PLOT_SUFFIXES)
-def test_growth_is_drawn(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if suffix == ".png":
+@pytest.mark.parametrize("suffix", growth.SUFFIXES)
+def test_growth_is_drawn(suffix: str, tmp_path: Path) -> None:
+    if suffix != ".html":
         pytest.importorskip("matplotlib")
-    shapes = {2: replace(LLMS["micro"], layers=2), 3: LLMS["micro"]}
-    monkeypatch.setattr(report, "GROWTH", {"layers": shapes})
-    picture = tmp_path / f"growth{suffix}"
-    result, figures = run(
-        tmp_path, "--rows", "cross-heads", "--methods", "loop", "--plot", str(picture)
-    )
+    app = typer.Typer()
+    app.command()(growth.main)
+    picture, found = tmp_path / f"growth{suffix}", tmp_path / "growth.json"
+    options = f"--llm micro --rounds 1 --sample 1 --out {picture} --json {found}"
+    result = CliRunner().invoke(app, options.split())
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 1000
-    assert list(figures["growth"]["layers"]) == ["2", "3"]
+    figures = json.loads(found.read_text())
+    assert list(figures) == ["layers", "audio positions", "heads", "stimuli"]
+    for sizes in figures.values():
+        assert len(sizes) in (3, 4)
+        assert all(seconds > 0 for lines in sizes.values() for seconds in lines.values())
+
+
+def test_a_picture_of_growth_has_a_known_kind() -> None:
+    app = typer.Typer()
+    app.command()(growth.main)
+    assert CliRunner().invoke(app, ["--out", "x.gif"]).exit_code == 2
 
 
 def test_twins_share_weights() -> None:
