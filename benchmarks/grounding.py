@@ -58,6 +58,7 @@ def conflict_items(count: int, seed: int = 0) -> Items:
                 text,
                 answer=heard,
                 against=read,
+                labels={"other": other},
                 group=speaker,
                 other_audio=swapped,
                 other_text=other_text,
@@ -65,6 +66,14 @@ def conflict_items(count: int, seed: int = 0) -> Items:
             )
         )
     return Items(items)
+
+
+def plain_items(count: int, seed: int = 0) -> Items:
+    """The same clips and counterparts without a transcript."""
+    return Items(
+        item.replaced(text=QUESTION, against=item.labels["other"], other_text=None)
+        for item in conflict_items(count, seed)
+    )
 
 
 def main(items: Annotated[int, typer.Option(help="how many items")] = 200) -> None:

@@ -450,6 +450,39 @@ class SubspaceToy(HearingToy):
         return inputs
 
 
+class DormantToy(HearingToy):
+    """Two pathways, of which the model uses one (2311.17030): the class is heard at two tokens.
+
+    A head brings the answer from the later one. Another would bring it from the cue (token 6), but
+    reads dimensions there that are the same in every run; the class that is heard at the cue lies
+    in others, which nothing reads. Directions that join both (`illusion`) exchange the answer,
+    which the whole cue does not.
+    """
+
+    LATER = 8  # the token whose class is answered
+    SECOND = TEXT_MARKER  # its flag
+
+    def __init__(self, gain: float = 8.0, dormant: float = 40.0):
+        super().__init__(n_layers=3)
+        self.copy_head(1, 0, self.SECOND, AUDIO_CLASS, gain)
+        self.copy_head(1, 1, MARKER, TEXT_CLASS, dormant)
+
+    @property
+    def illusion(self) -> Tensor:
+        """What is heard at the cue, joined with what could be read there: ``d 3``."""
+        both = torch.zeros(self.width, N_CLASSES, dtype=torch.float64)
+        for c in range(N_CLASSES):
+            both[AUDIO_CLASS.start + c, c] = both[TEXT_CLASS.start + c, c] = 0.5**0.5
+        return torch.linalg.svd(both - both.mean(1, keepdim=True))[0][:, : N_CLASSES - 1]
+
+    def prepare(self, audio, text, sampling_rate=None) -> AudioInputs:
+        inputs = super().prepare(audio, text)
+        cue, later = (inputs.features[:, :, 4 * at] for at in (Cue(0).at_token, self.LATER))
+        later[:, AUDIO_CLASS] = cue[:, AUDIO_CLASS]
+        later[:, self.SECOND] = 1.0
+        return inputs
+
+
 def said_by(speaker: int, heard: int) -> dict:
     """A clip in which a `SubspaceToy` hears a class, said by one of four."""
     clip = spoken(heard)

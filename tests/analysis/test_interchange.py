@@ -14,7 +14,7 @@ from audio_lens.errors import InputError
 from audio_lens.items import ANALYSES, ControlError, demo_items, rerun
 from audio_lens.sites import SiteError
 from items.speech import spoken_items
-from toys import TEXT_CLASS, SubspaceToy
+from toys import TEXT_CLASS, DormantToy, SubspaceToy
 
 SITE = "decoder.resid_pre"
 
@@ -111,11 +111,30 @@ def test_a_search_is_held_against_its_controls():
         toy, pairs, SITE, CUE, layer=1, ranks=[3], steps=60, progress=False, seed=1
     )
     assert result.select(rank=3, pairs="changed").estimate == 1
-    assert set(result.controls) == {"random_direction", "whole_site", "permuted_labels"}
+    assert set(result.controls) == {
+        *("random_direction", "whole_site"),
+        *("permuted_labels", "untrained"),
+    }
+    unlearned = result.controls["untrained"].select(rank=3)
+    assert unlearned.select(pairs="changed").estimate < 0.6
+    assert not any("pathway" in text for text in result.report)
     assert result.controls["permuted_labels"].select(pairs="changed").estimate.item() < 0.5
     assert len({name.split(":")[0] for name in result.coords["stimulus"]}) == 1  # one speaker
     wrong, true = _losses(result.report[1])
     assert wrong > 5 * true
+
+
+def test_a_pathway_that_sleeps_is_learned_and_warned_of(pairs):
+    """DAS finds directions at the cue that exchange the answer; all of the cue does not (0)."""
+    toy = DormantToy()
+    found = interchange.das(
+        toy, pairs, SITE, CUE, layer=1, rank=3, steps=80, rate=0.1, progress=False
+    )
+    result = interchange.iia(toy, pairs, SITE, CUE, found)
+    changed = result.select(pairs="changed")
+    assert changed.estimate >= 0.8 and changed.controls["whole_site"].estimate == 0
+    assert result.report[1].startswith("changed pairs: the subspace does more")
+    assert found.angles(toy.illusion).max() < 90
 
 
 def test_a_shuffled_mapping_keeps_no_answer(pairs):

@@ -9,11 +9,12 @@ from analysis.said import CUE, said_items
 from audio_lens import Edit, collect, edits, metrics, patching
 from audio_lens.analysis import subspaces
 from audio_lens.analysis.subspaces import Subspace, basis
+from audio_lens.analysis.subspaces.drawn import random_within
 from audio_lens.errors import InputError
 from audio_lens.items import ANALYSES, ItemError, MethodError, demo_items, rerun
 from audio_lens.sites import SiteError
 from items.speech import spoken_items
-from toys import SubspaceToy
+from toys import TEXT_CLASS, DormantToy, SubspaceToy
 
 SITE = "decoder.resid_pre"
 DRAW = torch.Generator().manual_seed(0)
@@ -139,6 +140,7 @@ def test_collected_activations_say_what_they_are_of(toy):
     ("given", "options", "said"),
     [
         (torch.ones(4, 3), {"kind": "best"}, "kind is one of"),
+        (torch.ones(4, 3), {"kind": "das"}, r"interchange\.das\(model, pairs"),
         (torch.ones(4), {}, "tensor n d"),
         (torch.zeros(4, 3), {}, "no direction"),
         (torch.ones(4, 3) * torch.nan, {}, "finite"),
@@ -187,6 +189,37 @@ def test_random_parts_are_as_long_as_the_fitted(toy, pairs):
     assert result.controls["complement"].values.abs().max() < 1e-12
 
 
+def test_random_directions_of_where_most_varies_bring_more(toy):
+    """The toy varies in six directions only, three of which say the class and three who speaks."""
+    pairs = said_items().pairs()
+    speakers = toy.turned[:, TEXT_CLASS][:, :3]
+    result = subspaces.curve(
+        toy, pairs, SITE, CUE, toy.planted, [1, 3], layer=1, other=speakers, seed=1
+    )
+    diff = result.select(metric="logit_diff")
+    anywhere, inside = (
+        diff.controls[name].estimate for name in ("random_direction", "random_principal")
+    )
+    assert (inside > anywhere).all() and (inside < diff.estimate).all()
+    assert diff.controls["other_contrast"].values.abs().max() < 1e-9
+    assert "3 of the other contrast" in result.report[1]
+    assert "3 of where most varies" in result.report[1]
+    with pytest.raises(InputError, match="ks go up to 3, and it has 2"):
+        subspaces.curve(toy, pairs, SITE, CUE, toy.planted, [3], layer=1, other=speakers[:, :2])
+    with pytest.raises(InputError, match="32 entries, those of the subspace 5"):
+        subspaces.curve(
+            toy, pairs, SITE, CUE, toy.planted, [1], layer=1, other=torch.eye(5, 3).double()
+        )
+
+
+def test_a_random_part_of_few_directions_has_them_all():
+    some = planted(4)
+    part, all_and_more = random_within(some, 2, 0), random_within(some, 6, 0)
+    assert part.rank == 2 and part.angles(some).max() < 1e-3
+    assert all_and_more.rank == 6 and all_and_more.angles(some).max() < 1e-3
+    assert part.angles(random_within(some, 2, 1)).max() > 1
+
+
 def test_behind_the_hand_over_nothing_is_brought(toy, pairs):
     result = subspaces.curve(toy, pairs, SITE, CUE, toy.planted, [3], layer=2)
     assert result.values.abs().max() < 1e-12 and subspaces.elbow(result) is None
@@ -210,14 +243,22 @@ def test_cells_are_single_edits(toy, pairs):
         torch.testing.assert_close(found, expected)
 
 
-def test_what_the_whole_site_does_not_do_is_warned_of(toy, pairs):
-    """A direction that nothing writes, and another that hides it (2311.17030)."""
-    from audio_lens.analysis.subspaces.curve import _dormant
-
-    result = subspaces.curve(toy, pairs, SITE, CUE, toy.planted, [3], layer=1)
-    assert not _dormant(result, "logit_diff")
-    result.controls["whole_site"].estimate.fill_(0.5)
-    assert "a pathway that the model itself does not use" in _dormant(result, "logit_diff")[0]
+def test_what_the_whole_site_does_not_do_is_warned_of(toy, pairs, told):
+    """Directions through a pathway that the model leaves asleep, and those that it uses."""
+    dormant = DormantToy()
+    result = subspaces.curve(dormant, pairs, SITE, CUE, dormant.illusion, [1, 3], layer=1)
+    diff = result.select(metric="logit_diff")
+    assert diff.controls["whole_site"].estimate.item() == 0 and diff.estimate[1] > 1
+    (warning,) = [text for text in result.report if text.startswith("logit_diff: the subspace")]
+    assert f"more ({diff.estimate[1]:.3g}) than the whole site does (0)" in warning
+    both_ways = subspaces.effects(dormant, pairs, SITE, CUE, dormant.illusion, layer=1)
+    asleep = [text for text in both_ways.report if "a pathway that the model itself" in text]
+    assert [text.split(":")[0] for text in asleep][2:] == [
+        "logit_diff, sufficiency",
+        "logit_diff, necessity",
+    ]
+    honest = subspaces.effects(toy, pairs, SITE, CUE, toy.planted, layer=1)
+    assert not any("pathway" in text for text in (*told.report, *honest.report))
 
 
 def test_a_curve_is_drawn_and_saved(toy, pairs, told, tmp_path):

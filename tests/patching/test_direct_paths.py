@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from audio_lens.errors import InputError
 from audio_lens.metrics import logit_diff
 from audio_lens.pairs import Pair
 from audio_lens.patching import transformer_lens as patching
+from families import FAMILIES
 from toys import Cue, prompt, two_path_toy
 
 THROUGH = 0.5
@@ -56,3 +59,87 @@ def test_blocks_without_one_stream_are_refused_by_name():
         patching.get_act_patch_direct_path_all_sources(
             model.part("encoder"), {}, {}, {}, lambda logits: logits.mean()
         )
+
+
+# -------------------------------------------------------------------------------- the slow way
+
+
+def spread(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().square().mean()
+
+
+def held_in(model, part: str) -> list[str]:
+    """What every block of a part writes."""
+    names = [n for n in model.hook_dict if n.startswith(f"{part}.blocks.")]
+    return [n for n in names if n.endswith((".hook_z", ".hook_mlp_out"))]
+
+
+def by_hooks(model, part, pair, caches, source, receiver, component):
+    """All that blocks write is held but the source's; then one head alone is given what it reads.
+
+    Cross-attention's writes are held, too, so that only the stream carries the change.
+    """
+    written = f"{part}.blocks.{source[0]}.attn.hook_z"
+    name = f"{part}.blocks.{receiver[0]}.attn.hook_{component}"
+    clean, corrupted = caches
+
+    def hold(x, hook):
+        x = corrupted[hook.name].clone()
+        if hook.name == written:
+            x[:, :, source[1]] = clean[written][:, :, source[1]]
+        return x
+
+    kept = {}
+    keep = (name, lambda x, hook: kept.update({name: x.clone()}))
+    freezing = [(n, hold) for n in held_in(model, part)]
+    model.run_with_hooks(pair.corrupted, fwd_hooks=[*freezing, keep])
+
+    def put(x, hook):
+        x = x.clone()
+        x[:, :, receiver[1]] = kept[name][:, :, receiver[1]]
+        return x
+
+    return spread(model.run_with_hooks(pair.corrupted, fwd_hooks=[(name, put)]))
+
+
+def pair_of(model, inputs) -> Pair:
+    return Pair(inputs, replace(inputs, features=0.5 * inputs.features))
+
+
+def check(model, part, pair, component) -> None:
+    names = held_in(model, part)
+    clean, corrupted = (model.run_with_cache(one, names_filter=names)[1] for one in pair.values())
+    found = patching.get_act_patch_direct_path(
+        model.part(part), pair.corrupted, clean, corrupted, spread, 0, 1, component, verbose=False
+    )
+    assert (found[0] == 0).all()
+    for layer in range(1, len(found)):
+        expected = by_hooks(model, part, pair, (clean, corrupted), (0, 1), (layer, 1), component)
+        torch.testing.assert_close(found[layer, 1].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "component"),
+    [("whisper", "encoder", "v"), ("whisper", "decoder", "k"), ("qwen2_audio", "decoder", "q")],
+)
+@torch.no_grad()
+def test_parts_give_what_hooks_give(family, part, component):
+    model = HookedAudioTransformer.from_hf(tiny.tiny_hf(family))
+    pair = pair_of(model, model.as_inputs(tiny.hf_inputs(family)))
+    check(model, part, pair, component)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_part_runs_or_says_why_not(name):
+    family = FAMILIES[name]
+    model = family.hooked(family.build())
+    pair = pair_of(model, model.as_inputs(family.batch()))
+    for part in ("encoder", "decoder"):
+        if model.cfg.parts.get(part) is None:
+            continue
+        try:
+            check(model, part, pair, "q")
+        except InputError as error:
+            assert "direct paths need blocks that add to one plain" in str(error)

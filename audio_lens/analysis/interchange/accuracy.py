@@ -1,4 +1,4 @@
-"""Interchange intervention accuracy, and alignment search held against its controls."""
+"""Interchange intervention accuracy: does a run answer as the one that it takes from?"""
 
 from __future__ import annotations
 
@@ -10,27 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audio_lens.analysis.interchange.das import das
-from audio_lens.analysis.interchange.sources import (
-    CHANGED,
-    KINDS,
-    UNCHANGED,
-    Sources,
-    likeliest,
-    mapped,
-    shuffled,
-)
-from audio_lens.analysis.subspaces.curve import (
-    check_controls,
-    places_of_part,
-    random_like,
-    two_parts,
-)
+from audio_lens.analysis.interchange.sources import KINDS, Sources, likeliest, mapped
+from audio_lens.analysis.interchange.telling import RANDOM, WHOLE, notes, said, told, warned
+from audio_lens.analysis.subspaces.curve import check_controls, places_of_part
+from audio_lens.analysis.subspaces.drawn import random_like
 from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.edits import Edit
-from audio_lens.errors import InputError
-from audio_lens.items import Items, Pairs, found, measured, method
+from audio_lens.items import Items, Pairs, measured, method
 from audio_lens.items.collect import Place
 from audio_lens.items.measuring import Cell
 from audio_lens.items.pairs import PairBatch
@@ -39,9 +26,7 @@ from audio_lens.results import Result
 from audio_lens.running import evaluating
 from audio_lens.sites import Site
 
-RANDOM, WHOLE, SHUFFLED = "random_direction", "whole_site", "permuted_labels"
-CONTROLS, ALIGNED = (RANDOM, WHOLE), (RANDOM, WHOLE, SHUFFLED)
-DORMANT = 0.1  # of accuracy beyond that of the whole site, from which on it is warned
+CONTROLS = (RANDOM, WHOLE)
 
 
 @method("interchange.iia")
@@ -106,98 +91,14 @@ def iia(
         values = exchanged(kept, spots, named, None, size, seed, progress)
     axes: dict[str, Sequence[Any]] = {} if len(layers) == 1 else {"layer": layers}
     results = {
-        name: _told(x[:, :, 0].squeeze(1) if len(layers) == 1 else x[:, :, 0], axes, kept, by, seed)
+        name: told(x[:, :, 0].squeeze(1) if len(layers) == 1 else x[:, :, 0], axes, kept, by, seed)
         for name, x in values.items()
     }
     result = results.pop("")
     result.controls = results
     what = "all" if subspace is None else f"{subspace.rank} directions"
     result.meta |= {"title": f"{what} of {site} exchanged", "value": "accuracy"}
-    result.report = [_said(result, what), *_dormant(result), *_notes(kept)]
-    return result
-
-
-@method("interchange.align")
-def align(
-    model: HookedAudioTransformer,
-    pairs: Pairs[Items],
-    site: str,
-    where: Place = "all",
-    *,
-    layer: int | None = None,
-    ranks: Sequence[int] = (1, 8),
-    steps: int = 120,
-    share: float = 0.5,
-    controls: Sequence[str] = ALIGNED,
-    by: str | None = None,
-    size: int = 16,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Result:
-    """Which few directions carry the answer: learned on some speakers, tested on the others.
-
-    `das` learns on one part of the pairs, of groups of its own; the accuracies are of the other.
-
-    Args:
-        model: the model.
-        pairs: as in `das`; split by their groups, or where there is one only by items.
-        site, where, layer: as in `das`.
-        ranks: numbers of directions, each learned for itself.
-        steps: of learning.
-        share: of the pairs that are learned from.
-        controls: of "random_direction", "whole_site" and "permuted_labels": as many directions,
-            learned for a mapping in which every answer stands for another one. What can be learned
-            for that says nothing about the model.
-        by, size, progress: as in `iia`.
-        seed: of all that is drawn.
-
-    Returns:
-        Accuracies by item, "rank" and "pairs", of the pairs that were not learned from.
-
-    Raises:
-        SiteError, InputError, ItemError, ControlError: as `das`, and for pairs that cannot be
-            split.
-    """
-    check_controls(controls, ALIGNED)
-    if not ranks:
-        raise InputError("ranks are numbers of directions, and there are none")
-    spot = Spot.of(model, pairs.clean, site, where, layer)
-    kept, _ = pairs.kept(model, size)
-    place = places_of_part(where, pairs, kept)
-    train, test = two_parts(kept, share, seed)
-
-    def learned(mapping: Mapping[str, str] | None) -> list[Subspace | None]:
-        options: dict[str, Any] = {"layer": spot.layer, "steps": steps, "mapping": mapping}
-        options |= {"size": size, "seed": seed, "progress": progress}
-        at = places_of_part(place, kept, train)
-        return [das(model, train, site, at, rank=rank, **options) for rank in ranks]
-
-    named = {"": learned(None)}
-    if RANDOM in controls:
-        named[RANDOM] = [random_like(one, seed + n) for n, one in enumerate(named[""]) if one]
-    if WHOLE in controls:
-        named[WHOLE] = [None]
-    with evaluating(model):
-        spots = [Spot.of(model, test.clean, site, places_of_part(place, kept, test), spot.layer)]
-        values = exchanged(test, spots, named, None, size, seed, progress)
-        wrong: list[Subspace | None] = []
-        if SHUFFLED in controls:
-            mapping = shuffled(kept, seed)
-            wrong = learned(mapping)
-            values |= exchanged(test, spots, {SHUFFLED: wrong}, mapping, size, seed, progress)
-    results = {
-        name: _told(x[:, 0, 0], {}, test, by, seed)
-        if name == WHOLE
-        else _told(x[:, 0], {"rank": list(ranks)}, test, by, seed)
-        for name, x in values.items()
-    }
-    result = results.pop("")
-    result.controls = results
-    result.meta |= {"title": f"directions of {spot} exchanged", "value": "accuracy"}
-    result.report = [
-        _said(result.select(rank=rank), f"{rank} directions") for rank in ranks
-    ] + _losses(ranks, named[""], wrong)
-    result.report += [*_dormant(result), f"learned on {len(train)} other pairs", *_notes(test)]
+    result.report = [said(result, what), *warned(result), *notes(kept)]
     return result
 
 
@@ -209,14 +110,16 @@ def exchanged(
     size: int,
     seed: int,
     progress: bool | None,
+    asked: bool = True,
 ) -> dict[str, Float[Tensor, "n spots subspaces pairs"]]:
     """Whether each pair answers as it should, for every spot and subspace and either kind of pairs.
 
     Args:
         mapping: what each answer stands for; None for itself.
+        asked: as in `Sources.of`.
     """
-    runs = _Runs(pairs, spots, named, mapping, seed)
-    told = measured(
+    runs = _Runs(pairs, spots, named, mapping, seed, asked)
+    found = measured(
         spots[0].model,
         pairs,
         runs,
@@ -226,8 +129,8 @@ def exchanged(
         progress=progress,
     )
     counts = [len(some) for some in named.values()]
-    said = told.values[:, 0].unflatten(-1, (len(KINDS), len(spots), sum(counts)))
-    is_right = (said == runs.wanted[:, :, None, None]).double()
+    answers = found.values[:, 0].unflatten(-1, (len(KINDS), len(spots), sum(counts)))
+    is_right = (answers == runs.wanted[:, :, None, None]).double()
     is_right = is_right.masked_fill(runs.wanted.isnan()[:, :, None, None], torch.nan)
     parts = is_right.permute(0, 2, 3, 1).split(counts, dim=2)
     return dict(zip(named, parts, strict=True))
@@ -247,15 +150,16 @@ class _Runs:
         named: Mapping[str, Sequence[Subspace | None]],
         mapping: Mapping[str, str] | None,
         seed: int,
+        asked: bool,
     ):
-        self.pairs, self.spots, self.mapping = pairs, spots, mapping
+        self.pairs, self.spots, self.mapping, self.asked = pairs, spots, mapping, asked
         self.subspaces = [one for some in named.values() for one in some]
         self.draw = np.random.default_rng(seed)
         self.wanted = torch.full((len(pairs), len(KINDS)), torch.nan, dtype=torch.float64)
 
     def __call__(self, batch: PairBatch) -> Iterator[Cell]:
         clean, count = batch.pair.clean, len(batch)
-        sources = Sources.of(self.spots, self.pairs, batch)
+        sources = Sources.of(self.spots, self.pairs, batch, self.asked)
         for kind_number, kind in enumerate(KINDS):
             lenders = sources.drawn(count, kind, self.draw)
             for row, lender in zip(batch.rows, lenders, strict=True):
@@ -286,76 +190,3 @@ def _layers(
     if layer is not None or parsed.n_layers is None:
         return [layer]
     return list(range(parsed.n_layers))
-
-
-def _told(
-    values: Tensor,
-    axes: Mapping[str, Sequence[Any]],
-    pairs: Pairs[Items],
-    by: str | None,
-    seed: int,
-) -> Result:
-    return found(
-        values,
-        {**axes, "pairs": list(KINDS)},
-        list(pairs.clean),
-        by=by,
-        seed=seed,
-        dropped=pairs.dropped.counts,
-    )
-
-
-def _said(result: Result, what: str) -> str:
-    """The accuracies, in words."""
-    one = result.mean()
-    if "layer" in one.dims:
-        curve = one.select(pairs=CHANGED).values.tolist()
-        return f"{what} exchanged: the answer follows in " + ", ".join(
-            f"{share:.2f} at {layer}"
-            for layer, share in zip(one.coords["layer"], curve, strict=True)
-        )
-    changed, unchanged = (float(one.select(pairs=kind).values) for kind in (CHANGED, UNCHANGED))
-    told = f"{what} exchanged: the answer follows in {changed:.2f} of the changed pairs"
-    told += f", stays in {unchanged:.2f} of the unchanged"
-    beside = [
-        f"{words} {float(one.controls[name].select(pairs=CHANGED).values):.2f}"
-        for name, words in (
-            (RANDOM, "random ones"),
-            (WHOLE, "the whole site"),
-            (SHUFFLED, "a shuffled mapping"),
-        )
-        if name in one.controls
-    ]
-    return told + (f" (changed: {', '.join(beside)})" if beside else "")
-
-
-def _losses(
-    ranks: Sequence[int], true: Sequence[Subspace | None], wrong: Sequence[Subspace | None]
-) -> list[str]:
-    return [
-        f"{rank} directions: a loss of {b.meta['loss']} for a shuffled mapping, of "
-        f"{a.meta['loss']} for the true one"
-        for rank, a, b in zip(ranks, true, wrong, strict=False)
-        if a is not None and b is not None
-    ]
-
-
-def _dormant(result: Result) -> list[str]:
-    """A warning where a subspace does more than all there is."""
-    if WHOLE not in result.controls:
-        return []
-    changed = result.mean().select(pairs=CHANGED)
-    more = changed.values - changed.controls[WHOLE].values
-    if not bool((more.nan_to_num(nan=0) > DORMANT).any()):
-        return []
-    return [
-        "the subspace does more than the whole site: it may work through a pathway that the model "
-        "itself does not use"
-    ]
-
-
-def _notes(pairs: Pairs[Items]) -> list[str]:
-    return [
-        f"{len(pairs)} pairs are tested, {pairs.dropped.total} left out ({pairs.dropped})",
-        "that an exchange works says what these directions can do, not that nothing else does it",
-    ]

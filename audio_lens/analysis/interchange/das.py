@@ -84,24 +84,46 @@ def das(
         InputError: a rank beyond the width of the site, or a mapping that lacks an answer.
         ItemError: answers that are not one token each, or no pair that is left.
     """
-    whole("rank", rank, least=1)
-    whole("steps", steps, least=1)
-    lacking = sorted(set(answers_of(pairs)) - mapping.keys()) if mapping is not None else []
-    if lacking:
-        raise InputError(f"the mapping says nothing of {', '.join(lacking)}")
-    spot = Spot.of(model, pairs.clean, site, where, layer)
+    check_search(pairs, rank, steps, mapping)
+    Spot.of(model, pairs.clean, site, where, layer)
+    kept, _ = pairs.kept(model, size)
+    place = places_of_part(where, pairs, kept)
+    options = {"rank": rank, "steps": steps, "rate": rate, "mapping": mapping, "size": size}
+    return learned(model, kept, site, place, layer=layer, seed=seed, progress=progress, **options)
+
+
+def learned(
+    model: HookedAudioTransformer,
+    kept: Pairs[Items],
+    site: str,
+    where: Place,
+    *,
+    layer: int | None,
+    rank: int,
+    steps: int,
+    rate: float = 0.05,
+    mapping: Mapping[str, str] | None = None,
+    asked: bool = True,
+    size: int = 16,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Subspace:
+    """What `das` learns, of pairs that are kept already, with options that are checked.
+
+    Args:
+        asked: as in `Sources.of`: not, where an untrained model stands in for the one that answers.
+    """
+    order = np.random.default_rng(seed).permutation(len(kept)).tolist()
+    drawn = kept[order]
+    spot = Spot.of(model, drawn.clean, site, places_of_part(where, kept, drawn), layer)
     with evaluating(model):
-        kept, _ = pairs.kept(model, size)
-        order = np.random.default_rng(seed).permutation(len(kept)).tolist()
-        kept = kept[order]
-        spot = Spot.of(model, kept.clean, site, places_of_part(where, pairs, kept), spot.layer)
-        search = _Search.of(spot, kept, mapping, size, seed)
+        search = _Search.of(spot, drawn, mapping, asked, size, seed)
         basis, losses = search.learned(rank, steps, rate, progress)
     told = {
         "model": model.cfg.model_name,
         "weights_hash": of_state(model),
-        "items_hash": f"{kept.clean.digest()} {kept.corrupted.digest()}",
-        "pairs": str(len(kept)),
+        "items_hash": f"{drawn.clean.digest()} {drawn.corrupted.digest()}",
+        "pairs": str(len(drawn)),
         "steps": str(steps),
         "mapping": "true" if mapping is None else "another",
         "seed": str(seed),
@@ -109,6 +131,21 @@ def das(
     }
     place = {"site": str(spot.site), "layer": spot.layer}
     return Subspace.spanned(basis.cpu(), kind="das", meta=told, **place)
+
+
+def check_search(
+    pairs: Pairs[Items], rank: int, steps: int, mapping: Mapping[str, str] | None = None
+) -> None:
+    """Raise for what cannot be learned.
+
+    Raises:
+        InputError: no directions or steps, or a mapping that lacks an answer.
+    """
+    whole("rank", rank, least=1)
+    whole("steps", steps, least=1)
+    lacking = sorted(set(answers_of(pairs)) - mapping.keys()) if mapping is not None else []
+    if lacking:
+        raise InputError(f"the mapping says nothing of {', '.join(lacking)}")
 
 
 @dataclass(frozen=True)
@@ -163,12 +200,17 @@ class _Search:
 
     @staticmethod
     def of(
-        spot: Spot, pairs: Pairs[Items], mapping: Mapping[str, str] | None, size: int, seed: int
+        spot: Spot,
+        pairs: Pairs[Items],
+        mapping: Mapping[str, str] | None,
+        asked: bool,
+        size: int,
+        seed: int,
     ) -> _Search:
         if spot.site.part not in ("encoder", "connector", "decoder"):
             raise InputError(f"das learns in the encoder, connector or decoder, not at {spot}")
         benches = [
-            _Bench.of(spot, batch.pair.clean, batch.rows, Sources.of([spot], pairs, batch))
+            _Bench.of(spot, batch.pair.clean, batch.rows, Sources.of([spot], pairs, batch, asked))
             for batch in pairs.batches(spot.model, size)
         ]
         return _Search(spot, benches, mapping, seed)

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.analysis.interchange.sources import likeliest
-from audio_lens.analysis.subspaces.curve import check_controls, random_like
+from audio_lens.analysis.subspaces.curve import check_controls
+from audio_lens.analysis.subspaces.dormant import dormant
+from audio_lens.analysis.subspaces.drawn import random_like
 from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.edits import Edit
@@ -113,6 +115,9 @@ def ravel(
     result.dropped = {WRONG: lost} if lost else {}
     result.meta |= {"title": f"attributes at {spot}", "value": "score"}
     result.report = [_said(result, name) for name in named]
+    if WHOLE in controls:
+        cause = result.select(score=CAUSE)
+        result.report += dormant(cause, cause.controls[WHOLE], CAUSE)
     result.report.append(f"{len(kept)} items are kept, {lost} left out ({WRONG})")
     return result
 

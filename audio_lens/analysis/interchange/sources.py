@@ -31,7 +31,7 @@ class Sources:
 
     Attributes:
         answers: of the clean runs, then of the corrupted ones; None of those that do not say what
-            their item is set against.
+            their item is set against, or, where no model is asked, of items set against nothing.
         states: the activations of all these runs, for every spot.
     """
 
@@ -39,7 +39,15 @@ class Sources:
     states: list[Float[Tensor, "runs ..."]]
 
     @staticmethod
-    def of(spots: Sequence[Spot], pairs: Pairs[Items], batch: PairBatch) -> Sources:
+    def of(
+        spots: Sequence[Spot], pairs: Pairs[Items], batch: PairBatch, asked: bool = True
+    ) -> Sources:
+        """Of a batch.
+
+        Args:
+            asked: whether a corrupted run counts for its item's ``against`` only if the model says
+                so; an untrained one says nothing.
+        """
         model = spots[0].model
         items = [pairs.clean[row] for row in batch.rows]
         states, said = [], None
@@ -50,7 +58,8 @@ class Sources:
         assert said is not None
         against = [
             item.against
-            if item.against is not None and model.to_single_token(item.against) == int(token)
+            if item.against is not None
+            and (not asked or model.to_single_token(item.against) == int(token))
             else None
             for item, token in zip(items, said, strict=True)
         ]

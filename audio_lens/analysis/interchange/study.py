@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from audio_lens.analysis.interchange.accuracy import align, iia
+from audio_lens.analysis.interchange.accuracy import iia
+from audio_lens.analysis.interchange.aligning import align
 from audio_lens.items import Items, analysis
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result

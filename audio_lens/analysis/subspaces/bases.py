@@ -65,7 +65,10 @@ def basis(
       row by row. Canonical directions of the first, fitted on the first three quarters of the rows
       and kept where the last quarter, too, is correlated by more than 0.9 (the best, if none is).
     - "lda": what tells classes apart (extra ``probe``), which ``labels`` name.
-    - "columns": directions that are given, ``d k``: of a dictionary, or of probes.
+    - "columns": directions that are given, ``d k``, the first of them first: of a dictionary
+      (``autoencoder.directions[latents].T``), or of probes.
+
+    Directions that are learned by exchanging them ("das") are those of `interchange.das`.
 
     Rows of one clip are no independent samples: test what you find on other clips, best of other
     speakers.
@@ -83,6 +86,12 @@ def basis(
         ActivationsError: a site, layer or label that was not collected.
         ExtraError: without scikit-learn.
     """
+    if kind == "das":
+        raise InputError(
+            "the directions of 'das' are learned from runs, not from activations: "
+            "interchange.das(model, pairs, site, where, layer=, rank=) gives them as a Subspace, "
+            "which curve, effects and iia take"
+        )
     if kind not in get_args(Kind):
         raise InputError(f"kind is one of {', '.join(get_args(Kind))}, got {kind!r}")
     if rank is not None:

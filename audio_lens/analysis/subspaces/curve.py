@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.analysis.fusion.recovery import metrics_of_part
+from audio_lens.analysis.subspaces.dormant import dormant
+from audio_lens.analysis.subspaces.drawn import largest, random_like, random_within
 from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.arguments import whole
@@ -26,11 +28,11 @@ from audio_lens.results import Result
 from audio_lens.running import evaluating
 
 INSIDE, COMPLEMENT, RANDOM, MATCHED = "inside", "complement", "random_direction", "energy_matched"
+PRINCIPAL, OTHER = "random_principal", "other_contrast"
 WHOLE, IDENTITY, DESTROYED = "whole_site", "identity", "destroyed"
-CONTROLS = (COMPLEMENT, RANDOM, MATCHED, WHOLE, IDENTITY, DESTROYED)
-ALONG = (INSIDE, COMPLEMENT, RANDOM, MATCHED)  # one run for each rank
+CONTROLS = (COMPLEMENT, RANDOM, MATCHED, PRINCIPAL, WHOLE, IDENTITY, DESTROYED)
+ALONG = (INSIDE, COMPLEMENT, RANDOM, MATCHED, PRINCIPAL, OTHER)  # one run for each rank
 PLATEAU = 0.9  # of the largest recovery, from which on the curve is called flat
-DORMANT = 0.1  # of recovery beyond that of the whole site, from which on it is warned
 
 
 @method("subspaces.curve")
@@ -43,6 +45,7 @@ def curve(
     ks: Sequence[int],
     *,
     layer: int | None = None,
+    other: Subspace | Float[Tensor, "d m"] | None = None,
     metric: Any = None,
     controls: Sequence[str] = CONTROLS,
     by: str | None = None,
@@ -64,9 +67,14 @@ def curve(
         basis: the subspace, or vectors ``d k`` that span one, the first of them first.
         ks: numbers of directions.
         layer: the block; None takes that of the subspace, if it is of this site.
+        other: a subspace of another contrast (who speaks, in place of what is said), whose first k
+            directions run as the control "other_contrast": `differences` between other pairs, for
+            one. Without it there is no such control.
         metric: as in `items.measured`.
         controls: of "complement" (all but the first k), "random_direction" (random subspaces of the
             same k), "energy_matched" (the same, and what they move is as long at every position),
+            "random_principal" (random subspaces of the directions in which the clean runs vary
+            most there: the fewest with 0.9 of the variance, or twice as many as ``ks`` asks for),
             "whole_site" (all there is), "identity" (the corrupted run's own part put back) and
             "destroyed".
         by: a label whose values are drawn in place of items for the intervals, such as "group".
@@ -80,17 +88,23 @@ def curve(
 
     Raises:
         SiteError: a site or block that the model does not have, or a block that nobody names.
-        InputError: a basis of another width, more directions than it has, or an unknown control.
+        InputError: a basis of another width, more directions than it (or ``other``) has, or an
+            unknown control.
         ItemError: answers that are not one token each, or no pair that is left.
     """
     subspace = subspace_of(basis)
     ranks = ranks_within(ks, subspace)
+    contrast = None if other is None else _other(other, ranks[-1])
     check_controls(controls, CONTROLS)
     spot = Spot.of(model, pairs.clean, site, where, layer, subspace)
     with evaluating(model):
         kept, _ = pairs.kept(model, size)
         spot = Spot.of(model, kept.clean, site, places_of_part(where, pairs, kept), spot.layer)
-        runs = _Runs(spot, [subspace.first(k) for k in ranks], controls, seed)
+        wide = None
+        if PRINCIPAL in controls:
+            wide = largest(spot, kept.clean, ranks[-1], size, progress)
+        asked = [*controls, *([OTHER] if contrast else [])]
+        runs = _Runs(spot, [subspace.first(k) for k in ranks], asked, seed, wide, contrast)
         told = measured(
             model,
             kept,
@@ -101,7 +115,7 @@ def curve(
             progress=progress,
         )
     values = dict(zip(runs.names, told.values.split(runs.counts, dim=-1), strict=True))
-    result = _Told(kept, told.metrics, ranks, values, by, seed).result(controls)
+    result = _Told(kept, told.metrics, ranks, values, by, seed).result(asked)
     result.meta |= {
         "title": f"{subspace.kind} subspace of {spot}",
         "value": "recovery",
@@ -138,6 +152,20 @@ def ranks_within(ks: Sequence[int], subspace: Subspace) -> list[int]:
     if not ranks or len(set(ranks)) < len(ranks):
         raise InputError(f"ks are numbers of directions, each once, got {list(ks)}")
     return sorted(ranks)
+
+
+def _other(given: Subspace | Float[Tensor, "d m"], most: int) -> Subspace:
+    """The subspace of another contrast.
+
+    Raises:
+        InputError: fewer directions than are compared.
+    """
+    other = subspace_of(given)
+    if other.rank < most:
+        raise InputError(
+            f"other= is compared at as many directions: ks go up to {most}, and it has {other.rank}"
+        )
+    return other
 
 
 def check_controls(asked: Sequence[str], known: Sequence[str]) -> None:
@@ -182,6 +210,8 @@ class _Runs:
     subspaces: Sequence[Subspace]
     controls: Sequence[str]
     seed: int
+    largest: Float[Tensor, "d m"] | None
+    other: Subspace | None
 
     @property
     def names(self) -> list[str]:
@@ -198,7 +228,8 @@ class _Runs:
     def __call__(self, batch: PairBatch) -> Iterator[Cell]:
         clean, corrupted = batch.pair.clean, batch.pair.corrupted
         states = self.spot.run(corrupted)[1], self.spot.run(clean)[1]
-        check_width(self.subspaces[0], states[0], self.spot)
+        for one in (self.subspaces[0], *([self.other] if self.other else [])):
+            check_width(one, states[0], self.spot)
         exchange = Exchange(self.spot, *states, batch.rows)
         edits = {
             "clean": [[]],
@@ -207,6 +238,8 @@ class _Runs:
             COMPLEMENT: map(exchange.outside, self.subspaces),
             RANDOM: map(exchange.inside, self._drawn()),
             MATCHED: map(exchange.as_much, self._drawn(), self.subspaces),
+            PRINCIPAL: map(exchange.inside, self._within()),
+            OTHER: map(exchange.inside, self._others()),
             WHOLE: [exchange.whole()],
             IDENTITY: [exchange.nothing(self.subspaces[-1])],
         }
@@ -218,10 +251,16 @@ class _Runs:
         """Random subspaces, of every rank its own."""
         return [random_like(one, self.seed + n) for n, one in enumerate(self.subspaces)]
 
+    def _within(self) -> list[Subspace]:
+        """The same where activations vary most; none, where that was not asked for."""
+        if self.largest is None:
+            return []
+        ranks = [one.rank for one in self.subspaces]
+        return [random_within(self.largest, k, self.seed + n) for n, k in enumerate(ranks)]
 
-def random_like(subspace: Subspace, seed: int) -> Subspace:
-    """A random subspace of the same rank; every one is as likely as any other."""
-    return Subspace(statistics.random_direction(subspace.basis, seed), kind="random")
+    def _others(self) -> list[Subspace]:
+        """The first directions of another contrast, if there is one."""
+        return [] if self.other is None else [self.other.first(one.rank) for one in self.subspaces]
 
 
 @dataclass
@@ -236,7 +275,7 @@ class _Told:
     seed: int
 
     def result(self, controls: Sequence[str]) -> Result:
-        beside = {name: self._control(name) for name in CONTROLS if name in controls}
+        beside = {name: self._control(name) for name in (*CONTROLS, OTHER) if name in controls}
         return self._recovered(INSIDE, controls=beside, dropped=self.pairs.dropped.counts)
 
     def _control(self, name: str) -> Result:
@@ -278,7 +317,7 @@ def _number(k: int | None) -> str:
 def _said(result: Result, pairs: Pairs[Items]) -> list[str]:
     """What was found in each metric, in words."""
     said = [_found(result, metric) for metric in result.coords["metric"]]
-    warnings = [text for m in result.coords["metric"] for text in _dormant(result, m)]
+    warnings = [text for m in result.coords["metric"] for text in _warned(result, m)]
     return [
         *said,
         *warnings,
@@ -295,25 +334,20 @@ def _found(result: Result, metric: str) -> str:
     parts = [f"{metric}: {k} directions bring {_amount(one.select(rank=k))}"]
     parts += [
         f"{words} {_amount(one.select(rank=k).controls[name])}"
-        for name, words in ((RANDOM, f"{k} random ones"), (COMPLEMENT, "all others together"))
+        for name, words in (
+            (RANDOM, f"{k} random ones"),
+            (PRINCIPAL, f"{k} of where most varies"),
+            (OTHER, f"{k} of the other contrast"),
+            (COMPLEMENT, "all others together"),
+        )
         if name in one.controls
     ]
     return ", ".join(parts) + f" (the fewest that reach {PLATEAU:g} of what the curve does)"
 
 
-def _dormant(result: Result, metric: str) -> list[str]:
-    """A warning where a subspace does more than all there is."""
+def _warned(result: Result, metric: str) -> list[str]:
     one = result.select(metric=metric)
-    if WHOLE not in one.controls:
-        return []
-    all_there_is = float(one.controls[WHOLE].mean().values)
-    most = float(one.mean().values.nan_to_num(nan=-math.inf).max())
-    if most <= all_there_is + DORMANT:
-        return []
-    return [
-        f"{metric}: the subspace brings more ({most:.3g}) than the whole site does "
-        f"({all_there_is:.3g}): it may work through a pathway that the model itself does not use"
-    ]
+    return dormant(one, one.controls[WHOLE], metric) if WHOLE in one.controls else []
 
 
 def _amount(cell: Result) -> str:

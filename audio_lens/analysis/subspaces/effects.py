@@ -14,8 +14,9 @@ from audio_lens.analysis.subspaces.curve import (
     check_controls,
     curve,
     places_of_part,
-    random_like,
 )
+from audio_lens.analysis.subspaces.dormant import dormant
+from audio_lens.analysis.subspaces.drawn import random_like
 from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.arguments import whole
@@ -28,7 +29,8 @@ from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result
 from audio_lens.running import evaluating
 
-TESTS = ("sufficiency", "complement", "necessity", "others_needed")
+SUFFICIENCY, NECESSITY = "sufficiency", "necessity"
+TESTS = (SUFFICIENCY, "complement", NECESSITY, "others_needed")
 RANDOM, WHOLE = "random_direction", "whole_site"
 CONTROLS = (RANDOM, WHOLE)
 
@@ -109,6 +111,8 @@ def effects(
     result.controls = results
     result.meta |= {"title": f"{subspace.rank} directions of {spot}", "value": "share of the gap"}
     result.report = [_said(result, one, subspace.rank) for one in told.metrics]
+    if WHOLE in controls:
+        result.report += [text for one in told.metrics for text in _warned(result, one)]
     result.report.append(f"{len(kept)} pairs are kept, {kept.dropped.total} left out")
     return result
 
@@ -140,6 +144,12 @@ def _said(result: Result, metric: str, rank: int) -> str:
         f"others {shares['complement']:.2f}; without them {shares['necessity']:.2f} is lost, "
         f"without the others {shares['others_needed']:.2f}"
     )
+
+
+def _warned(result: Result, metric: str) -> Iterator[str]:
+    for test in (SUFFICIENCY, NECESSITY):
+        one = result.select(metric=metric, test=test)
+        yield from dormant(one, one.controls[WHOLE], f"{metric}, {test}")
 
 
 @method("subspaces.transfer")
