@@ -165,6 +165,11 @@ def test_a_quarter_of_the_edges_carries_which_digit_is_second(embedded):
     assert circuit.share <= 0.25
     told = paths.faithfulness(embedded, held_out, circuit, progress=False).of_metric("logit_diff")
     assert told.select(kept="circuit").mean().values >= 0.8
+    assert told.select(kept="all but it").mean().values.abs() <= 0.1
     assert told.controls["random_sites"].mean().values < 0.3
     assert told.controls["identity"].mean().values == pytest.approx(1, abs=1e-3)
     assert told.controls["empty"].mean().values == pytest.approx(0, abs=1e-3)
+    few = held_out[list(range(4))]
+    lost = paths.minimality(embedded, few, circuit, progress=False).of_metric("logit_diff")
+    assert lost.select(node="audio").mean().values == pytest.approx(1, abs=0.05)
+    assert lost.coords["node"] == circuit.nodes

@@ -200,7 +200,7 @@ def test_random_directions_of_where_most_varies_bring_more(toy):
     anywhere, inside = (
         diff.controls[name].estimate for name in ("random_direction", "random_principal")
     )
-    assert (inside > anywhere).all() and (inside < diff.estimate).all()
+    assert anywhere[1] < 0.25 < inside[1] < 0.9
     assert diff.controls["other_contrast"].values.abs().max() < 1e-9
     assert "3 of the other contrast" in result.report[1]
     assert "3 of where most varies" in result.report[1]

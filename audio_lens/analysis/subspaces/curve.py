@@ -45,7 +45,7 @@ def curve(
     ks: Sequence[int],
     *,
     layer: int | None = None,
-    other: Subspace | Float[Tensor, "d m"] | None = None,
+    other: Subspace | Float[Tensor, "_ m"] | None = None,
     metric: Any = None,
     controls: Sequence[str] = CONTROLS,
     by: str | None = None,

@@ -25,7 +25,8 @@ def largest(
 ) -> Float[Tensor, "d m"]:
     """The directions in which activations at a spot vary most, the first of them first.
 
-    The fewest that hold 0.9 of the variance, or twice ``rank`` where these are more.
+    The fewest that hold 0.9 of the variance, or twice ``rank`` where these are more; none of a
+    single row.
 
     Args:
         spot: where.
@@ -38,8 +39,10 @@ def largest(
         spot.model, items, str(spot.site), spot.place, layers=layers, size=size, progress=progress
     )
     rows = acts.array(str(spot.site), spot.layer).double()
-    square = torch.linalg.qr(rows - rows.mean(0))[1]  # of the same directions, and no longer
-    directions, strengths = principal(square)
+    rows = rows - rows.mean(0)
+    if not rows.any():
+        return rows[:0].mT
+    directions, strengths = principal(torch.linalg.qr(rows)[1])  # has the same directions
     held = strengths.square().cumsum(0) / strengths.square().sum()
     return directions[:, : max(int((held < LARGE).sum()) + 1, ROOM * rank)]
 
