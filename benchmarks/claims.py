@@ -21,7 +21,7 @@ from rich.console import Console
 from audio_lens import HookedAudioTransformer, Items
 from audio_lens.analysis import interchange, scrubbing, subspaces
 from audio_lens.analysis.scrubbing import Hypothesis, Node
-from audio_lens.items import Pairs
+from audio_lens.items import Activations, Pairs, collect
 from audio_lens.results import Result
 from benchmarks.grounding import plain_items
 
@@ -49,6 +49,18 @@ def who_speaks(items: Items) -> Pairs[Items]:
     return Items(one for one, _ in both).pairs([other for _, other in both])
 
 
+def pooled(
+    model: HookedAudioTransformer, pairs: Pairs[Items], site: str, layer: int | None
+) -> tuple[Activations, Activations]:
+    """Means over the second word, which leave out its timing: speakers differ in that, too."""
+    layers = None if layer is None else [layer]
+    one, other = (
+        collect(model, side, site, SECOND, "mean", layers=layers, progress=False)
+        for side in (pairs.clean, pairs.corrupted)
+    )
+    return one, other
+
+
 def numbers(result: Result) -> str:
     return ", ".join(f"{value:.2f}" for value in result.mean().values.flatten().tolist())
 
@@ -63,13 +75,12 @@ def interchanged(model: HookedAudioTransformer, count: int, console: Console) ->
 
 def curves(model: HookedAudioTransformer, count: int, console: Console) -> None:
     one, other = plain_items(count, seed=17).pairs().split(share=0.5)
-    speakers = who_speaks(plain_items(2 * count, seed=18))
-    for site, layer in (("connector.out", None), (SITE, 0), (SITE, 3)):
-        news, who = (
-            subspaces.differences(model, some, site, SECOND, layer=layer, progress=False)
-            for some in (one.kept(model)[0], speakers)
-        )
-        found, beside = (subspaces.basis(rows, site=site, layer=layer) for rows in (news, who))
+    speakers = who_speaks(plain_items(4 * count, seed=18))
+    for site, layer in (("connector.out", None), (SITE, 3)):
+        fitted = one.kept(model)[0]
+        news = subspaces.differences(model, fitted, site, SECOND, layer=layer, progress=False)
+        found = subspaces.basis(news, site=site, layer=layer)
+        beside = subspaces.basis(pooled(model, speakers, site, layer))
         told = subspaces.curve(model, other, site, SECOND, found, RANKS, other=beside)
         diff = told.select(metric="logit_diff")
         console.print(f"{site} {'' if layer is None else layer}: {told.report[1]}")

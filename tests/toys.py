@@ -464,6 +464,7 @@ class DormantToy(HearingToy):
 
     def __init__(self, gain: float = 8.0, dormant: float = 40.0):
         super().__init__(n_layers=3)
+        self.decoder.token_embed.weight[:, self.SECOND] = 0.0  # of the text's cue
         self.copy_head(1, 0, self.SECOND, AUDIO_CLASS, gain)
         self.copy_head(1, 1, MARKER, TEXT_CLASS, dormant)
 

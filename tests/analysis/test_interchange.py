@@ -134,7 +134,6 @@ def test_a_pathway_that_sleeps_is_learned_and_warned_of(pairs):
     changed = result.select(pairs="changed")
     assert changed.estimate >= 0.8 and changed.controls["whole_site"].estimate == 0
     assert result.report[1].startswith("changed pairs: the subspace does more")
-    assert found.angles(toy.illusion).max() < 90
 
 
 def test_a_shuffled_mapping_keeps_no_answer(pairs):

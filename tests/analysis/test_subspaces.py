@@ -252,11 +252,8 @@ def test_what_the_whole_site_does_not_do_is_warned_of(toy, pairs, told):
     (warning,) = [text for text in result.report if text.startswith("logit_diff: the subspace")]
     assert f"more ({diff.estimate[1]:.3g}) than the whole site does (0)" in warning
     both_ways = subspaces.effects(dormant, pairs, SITE, CUE, dormant.illusion, layer=1)
-    asleep = [text for text in both_ways.report if "a pathway that the model itself" in text]
-    assert [text.split(":")[0] for text in asleep][2:] == [
-        "logit_diff, sufficiency",
-        "logit_diff, necessity",
-    ]
+    asleep = [text.split(":")[0] for text in both_ways.report if "the model itself" in text]
+    assert {"logit_diff, sufficiency", "logit_diff, necessity"} <= set(asleep)
     honest = subspaces.effects(toy, pairs, SITE, CUE, toy.planted, layer=1)
     assert not any("pathway" in text for text in (*told.report, *honest.report))
 
