@@ -6,7 +6,7 @@
 Pairs of real clips of three digits by unseen speakers (of AUDIO_LENS_DATA or ../shared/data),
 which differ in the second. What counts is the CPU time of one thread, both sides' own runs and all
 controls included, in forwards of these pairs; beside it, what the heads do one by one and all at
-once, and the same to the values that a group of heads reads, for which blocks have to run again.
+once, and the same to the queries of one head, for which blocks have to run again.
 Exit code 1: more than 2 forwards for 4 heads to the logits.
 """
 
@@ -27,7 +27,7 @@ from audio_lens.metrics import logit_diff
 from benchmarks.grounding import plain_items
 
 FORWARDS, HEADS = 2, 4
-RECEIVERS = ("logits", "L3G0.v")  # the first is held to the limit
+RECEIVERS = ("logits", "L5H0.q")  # the first is held to the limit
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
