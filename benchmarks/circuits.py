@@ -21,6 +21,7 @@ from rich.console import Console
 
 from audio_lens import HookedAudioTransformer
 from audio_lens.analysis import paths
+from audio_lens.analysis.paths.faith import CONTROLS, RANDOM
 from benchmarks.grounding import plain_items
 
 KEPT, BY_CHANCE, DRAWS = 0.8, 0.3, 3
@@ -42,11 +43,11 @@ def main(
 
     drawn = []
     for seed in range(DRAWS):
-        controls = paths.faith.CONTROLS if not seed else [paths.faith.RANDOM]
+        controls = CONTROLS if not seed else [RANDOM]
         told = paths.faithfulness(
             model, held_out, circuit, controls=controls, seed=seed, progress=False
         )
-        drawn.append(told.controls[paths.faith.RANDOM].of_metric(METRIC).mean().values.item())
+        drawn.append(told.controls[RANDOM].of_metric(METRIC).mean().values.item())
         if not seed:
             console.print("\n".join(told.report[:-1]))
             kept = told.of_metric(METRIC).select(kept="circuit").mean().values.item()

@@ -44,7 +44,7 @@ def main(pairs: Annotated[int, typer.Option(help="how many pairs")] = 32) -> Non
     made = plain_items(pairs).pairs()
     (batch,) = made.batches(model, size=pairs)
     clean = made.clean
-    metric = logit_diff([one.answer for one in clean], [one.against for one in clean])
+    metric = logit_diff([str(one.answer) for one in clean], [str(one.against) for one in clean])
     with torch.no_grad():
         model(batch.pair.clean)
         forward = min(seconds(lambda: model(batch.pair.clean))[0] for _ in range(3))
