@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.analysis.answers import RIGHT, TOLD, Answers
+from audio_lens.analysis.encoder_lens.forced import check_writes
 from audio_lens.analysis.prompts import with_tokens
 from audio_lens.analysis.steering.rules import RULES, Rule
 from audio_lens.arguments import listed, names, number, whole
@@ -42,6 +43,8 @@ def contrast(
 ) -> Result:
     """How items are answered when their logits are set against those of a run beside, by strength.
 
+    The logits of all items are held in memory, of both runs.
+
     Args:
         model: a model that writes text.
         items: with answers of one token; of "GACL", whose texts hold what ``other_text`` holds
@@ -59,6 +62,7 @@ def contrast(
         ItemError: answers that are not one token, or texts of which nothing can be left out.
         TokenError: words of TAD that are not one token.
     """
+    check_writes(model)
     chosen = rule_of(rule)
     given = chosen.strengths if strengths is None else strengths
     steps = [float(number("strengths", x)) for x in listed("strengths", given, object, "numbers")]
@@ -155,8 +159,7 @@ def decode(
     count = whole("max_new_tokens", max_new_tokens, least=1)
     if len(inputs) != len(beside):
         raise InputError(f"{len(inputs)} prompts need as many beside them, got {len(beside)}")
-    if model.cfg.decoder is None or model.cfg.output_kind != "tokens":
-        raise InputError(f"{model.cfg.family} has no decoder that writes text")
+    check_writes(model)
     tokenizer = model.need_tokenizer("text")
     sides = [inputs, beside]
     heard = [model.encode(one) for one in sides]

@@ -50,10 +50,11 @@ def direction(
     Raises:
         As `directions`; SiteError for a layer that the site does not have.
     """
-    layers = None if layer is None else [whole("layer", layer)]
-    found = directions(
+    if layer is None and Site.parse(site, model).n_layers is not None:
+        raise InputError(f"{site} is in every block: say which by layer=, or take directions()")
+    (found,) = directions(
         *(model, a, b, site),
-        layers=layers,
+        layers=None if layer is None else [whole("layer", layer)],
         where=where,
         kind=kind,
         dictionary=dictionary,
@@ -61,9 +62,7 @@ def direction(
         size=size,
         progress=progress,
     )
-    if len(found) > 1:
-        raise InputError(f"{site} is in every block: say which by layer=, or take directions()")
-    return found[0]
+    return found
 
 
 def directions(
