@@ -8,7 +8,7 @@ import torch
 from analysis.toy_items import hearing, item_of
 from audio_lens import Edit, Items, edits, intervene
 from audio_lens.analysis import steering
-from audio_lens.analysis.steering import AAD, GACL, TAD, Direction
+from audio_lens.analysis.steering import AAD, GACL, TAD, Direction, monitoring
 from audio_lens.errors import InputError
 from audio_lens.items import ANALYSES, ItemError, demo_items, rerun
 from audio_lens.sites import SiteError
@@ -35,7 +35,7 @@ def found(toy) -> list[Direction]:
 
 @pytest.fixture(scope="module")
 def swept(toy, found):
-    return steering.sweep(toy, asked(), found, [-1, 0.5, 1, 2], where=CUE, progress=False)
+    return steering.sweep(toy, asked(), found, [-1, 0.25, 1, 2], where=CUE, progress=False)
 
 
 def asked() -> Items:
@@ -50,11 +50,11 @@ def asked() -> Items:
 
 def test_a_direction_leads_from_the_one_mean_to_the_other(toy, found):
     assert [one.layer for one in found] == [0, 1, 2]
-    for one in found:
+    for one in found[: READ + 1]:  # behind, every position holds a little of it
         expected = torch.zeros(toy.width)
         expected[AUDIO_CLASS.start + 1], expected[AUDIO_CLASS.start + 2] = 1.0, -1.0
         torch.testing.assert_close(one.vector, expected)
-        assert one.read(one.start) == 0 and one.read(one.end) == 1
+        assert one.read(one.start).item() == 0 and one.read(one.end).item() == 1
     alone = steering.direction(toy, said(1), said(2), SITE, layer=0, where=CUE)
     assert torch.equal(alone.vector, found[0].vector)
     assert alone.meta["model"] == "toy" and alone.meta["where"] == "[6]"
@@ -77,12 +77,21 @@ def test_items_count_alike_and_places_may_differ_by_item(toy):
 
 @pytest.mark.parametrize("kind", ["probe", "mass_mean"])
 def test_probes_point_where_the_classes_differ(toy, kind):
+    """What varies within the classes, how loud the marker is, is not of the direction."""
     pytest.importorskip("sklearn")
-    one = steering.direction(toy, said(1), said(2), SITE, layer=2, where="last", kind=kind)
-    means = steering.direction(toy, said(1), said(2), SITE, layer=2, where="last")
+    a, b = (
+        Items(item_of(Cue(c, 0, loud=loud), id=f"{loud}") for loud in (0.8, 1.0, 1.2))
+        for c in (1, 2)
+    )
+    given = {"layer": 0, "where": CUE, "progress": False}
+    one = steering.direction(toy, a, b, SITE, kind=kind, **given)
+    means = steering.direction(toy, a, b, SITE, **given)
     assert torch.cosine_similarity(one.vector, means.vector, dim=0) > 0.99
     assert one.read(one.start).item() == pytest.approx(0, abs=1e-6)
     assert one.read(one.end).item() == pytest.approx(1)
+    if kind == "mass_mean":
+        with pytest.raises(InputError, match="items of one side are all alike"):
+            steering.direction(toy, said(1), said(2), SITE, kind=kind, **given)
 
 
 def test_a_head_probe_takes_the_heads_that_tell(toy):
@@ -142,7 +151,7 @@ def test_directions_are_written_with_where_they_come_from(found, tmp_path):
     assert (vectors.name, beside.name) == ("listen.safetensors", "listen.json")
     again = Direction.load(vectors)
     assert torch.equal(again.vector, found[1].vector) and torch.equal(again.end, found[1].end)
-    assert (again.site, again.layer, again.kind, again.meta) == (SITE, 1, "means", found[1].meta)
+    assert (again.site, again.layer, again.how, again.meta) == (SITE, 1, "means", found[1].meta)
     bare = Direction(torch.ones(4), SITE, 0)
     assert Direction.load(bare.save(tmp_path / "bare.json")[1]).start is None
     back = found[1].turned()
@@ -176,7 +185,7 @@ def test_bad_directions_say_why(found, tmp_path):
 
 def test_a_planted_direction_moves_a_linear_reading_where_it_is_still_read(swept):
     diff = swept.select(metric="logit_diff").estimate
-    expected = torch.tensor([-3.0, 0, 1, 3]).double()  # -1, and 2 for each time it is added
+    expected = torch.tensor([-3.0, -0.5, 1, 3]).double()  # -1, and 2 for each time it is added
     for layer in (0, READ):
         torch.testing.assert_close(diff[layer], expected)
     torch.testing.assert_close(diff[2], torch.full((4,), -1.0).double())  # read before
@@ -188,7 +197,7 @@ def test_a_planted_direction_moves_a_linear_reading_where_it_is_still_read(swept
 
 
 def test_other_layers_are_as_long(toy, found):
-    longer = Direction(3 * found[2].vector, SITE, 2)
+    longer = Direction(3 * found[0].vector, SITE, 1)
     result = steering.sweep(toy, asked(), [found[0], longer], [1.0], where=CUE, progress=False)
     other = result.controls["other_layer"].select(metric="logit_diff", alpha=1.0)
     own = result.select(metric="logit_diff", alpha=1.0)
@@ -251,22 +260,17 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.5, 1.0, 0.0]])
 BESIDE = torch.tensor([[1.9, 1.0, 0.0], [5.0, 1.0, 0.0]])
 
 
-class Named:
-    def to_single_token(self, word):
-        return {"yes": 0, "no": 1}[word]
-
-
-def test_rules_are_their_formulas():
-    torch.testing.assert_close(AAD(0.5)(None, LOGITS, BESIDE), 1.5 * LOGITS - 0.5 * BESIDE)
-    doubted = TAD(2.5)(Named(), LOGITS, BESIDE)  # margins 1 and 0.9: the audio adds 0.1
+def test_rules_are_their_formulas(toy):
+    torch.testing.assert_close(AAD(0.5)(toy, LOGITS, BESIDE), 1.5 * LOGITS - 0.5 * BESIDE)
+    doubted = TAD(2.5, "0", "1")(toy, LOGITS, BESIDE)  # margins 1 and 0.9: the audio adds 0.1
     torch.testing.assert_close(doubted[0], torch.tensor([-0.5, 1.0, 0.0]))
     torch.testing.assert_close(doubted[1], torch.tensor([-2.0, 1.0, 0.0]))
-    backed = TAD(2.5, tau=0.05)(Named(), LOGITS, BESIDE)
-    assert torch.equal(backed[0], LOGITS[0]) and torch.equal(TAD()(None, LOGITS, BESIDE, 1), LOGITS)
-    gated = GACL(0.5)(None, LOGITS, BESIDE)
+    backed = TAD(2.5, "0", "1", tau=0.05)(toy, LOGITS, BESIDE)
+    assert torch.equal(backed[0], LOGITS[0]) and torch.equal(TAD()(toy, LOGITS, BESIDE, 1), LOGITS)
+    gated = GACL(0.5)(toy, LOGITS, BESIDE)
     assert torch.equal(gated[0], LOGITS[0])  # both prefer the same
     torch.testing.assert_close(gated[1], (LOGITS[1] + BESIDE[1]) / 2)
-    unsure = GACL(0.5, sure=0.99)(None, LOGITS, BESIDE)
+    unsure = GACL(0.5, sure=0.99)(toy, LOGITS, BESIDE)
     assert torch.equal(unsure, LOGITS)
 
 
@@ -291,7 +295,7 @@ def test_contrasts_are_made_of_both_runs(toy):
 
 
 def test_what_is_written_is_read_along_the_direction(embedded):
-    items = demo_items()[:3]
+    items = demo_items()[:2]
     inputs = items.prepare(embedded)
     draw = torch.Generator().manual_seed(0)
     one = Direction(torch.randn(embedded.cfg.need_decoder.d_model, generator=draw), SITE, 2)
@@ -305,14 +309,19 @@ def test_what_is_written_is_read_along_the_direction(embedded):
     assert run.texts == texts and torch.equal(run.tokens, tokens[:, inputs.tokens.shape[1] :])
     states = cache[ENTERS.format(4)][:, inputs.tokens.shape[1] - 1 : -1]
     expected = later.read(states).double()
-    there = ~run.read.isnan()
-    torch.testing.assert_close(run.read[there], expected[there])
-    assert there[:, 0].all() and not there.all()  # a word and its end, and nothing behind
+    torch.testing.assert_close(run.read, expected)
     held = steering.write(embedded, inputs, one, target=2.0, max_new_tokens=1)
     assert held.read.min() >= 2 - 1e-4
 
 
 ENTERS = "decoder.blocks.{}.hook_resid_pre"
+
+
+def test_nothing_is_read_behind_the_end(embedded):
+    end = embedded.generation_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    found = monitoring._behind(embedded, torch.tensor([[5, end, 5], [5, 5, 5]]))
+    assert found.tolist() == [[False, False, True], [False] * 3]
 
 
 def test_what_items_are_answered_is_monitored(embedded):

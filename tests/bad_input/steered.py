@@ -22,7 +22,7 @@ def _items() -> Items:
 
 @functools.cache
 def _scores() -> Any:
-    return neurons.scores(torch.arange(24.0).reshape(4, 6), LABELS, resamples=2)
+    return neurons.scores(torch.arange(24.0).reshape(4, 6), LABELS, resamples=0)
 
 
 @functools.cache
@@ -55,7 +55,7 @@ NEURONS = {
     "labels of one value": lambda: _scored(label=["a"] * 4),
     "activations of NaN": lambda: _scored(activations=torch.full((4, 3), NAN)),
     "activations of one axis": lambda: _scored(activations=torch.ones(4)),
-    "no draws": lambda: _scored(resamples=0),
+    "draws of -1": lambda: _scored(resamples=-1),
     "a share of 0": lambda: neurons.select(_scores(), 0, site="encoder.mlp.post"),
     "a share of 2": lambda: neurons.select(_scores(), 2, site="encoder.mlp.post"),
     "a share of each head": lambda: neurons.select(_scores(), per="head", site="encoder.mlp.post"),

@@ -95,7 +95,7 @@ def _chosen(
 ) -> Selection | str:
     """The neurons of a selector; or why it takes none for some class."""
     filters = (SHARES[0], share, SHARES[2]) if kind == AAPE else None
-    ranked = scores(activations, label, kind, shares=filters, control=False, resamples=1, seed=seed)
+    ranked = scores(activations, label, kind, shares=filters, control=False, resamples=0, seed=seed)
     bare = lacking(ranked)
     return select(ranked, share, per) if not bare else f"no neuron may be taken for {bare}"
 

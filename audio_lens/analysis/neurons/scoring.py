@@ -68,7 +68,7 @@ def scores(
         shares: of AAPE: how many are dropped for firing rarely, how many of the others are kept
             for a low entropy, and which share of all P counts as high; None is 0.05, 0.01, 0.05.
         control: whether the scores under permuted labels stand beside.
-        resamples: how often items are drawn anew for the intervals.
+        resamples: how often items are drawn anew for the intervals; 0 makes none.
         seed: of what is drawn.
 
     Returns:
@@ -82,13 +82,13 @@ def scores(
         ActivationsError: a site, layer or label that was not collected.
     """
     limit, filters = checked(kind, floor, shares)
-    whole("resamples", resamples, least=1)
+    whole("resamples", resamples, least=0)
     rows = rows_of(activations, label, site=site, layers=layers)
     if "head" in rows.axes:
         raise InputError("a site of heads has no neurons: name one such as mlp.post or mlp.gate")
     way = _Way(kind, limit, filters, resamples, seed)
     units = Units.of(rows)
-    values, low, high = way.of(rows, units, with_interval=True)
+    values, low, high = way.of(rows, units, with_interval=resamples > 0)
     axes = {"class": units.classes, **rows.axes, "neuron": list(range(values.shape[-1]))}
     controls = {}
     if control:

@@ -28,7 +28,7 @@ def study(
     fitted, tested, how = halves(kept, seed)
     acts = logged(model, fitted, PART, progress=progress)
     selectors = compare(model, tested, acts, SHARE, seed=seed, progress=progress)
-    chosen = select(scores(acts, "answer", control=False, resamples=1), SHARE)
+    chosen = select(scores(acts, "answer", control=False, resamples=0), SHARE)
     curve = dose(model, tested, chosen, seed=seed, progress=progress)
     for result in (selectors, curve):
         result.report.append(how)

@@ -37,7 +37,7 @@ class Direction:
             other in this direction; of a site of heads, one for each head.
         site: what it is of, as ``part.activation``.
         layer: the block; None outside of the blocks.
-        kind: how it was found.
+        how: it was found.
         start, end: the mean of b and that of a; 0 and the vector where nobody said.
         meta: where it comes from, in words: model, weights, items, places.
 
@@ -48,9 +48,9 @@ class Direction:
     vector: Vector = field(repr=False)
     site: str
     layer: int | None = None
-    kind: str = "given"
-    start: Vector | None = field(default=None, repr=False)
-    end: Vector | None = field(default=None, repr=False)
+    how: str = "given"
+    start: Float[Tensor, "..."] | None = field(default=None, repr=False)
+    end: Float[Tensor, "..."] | None = field(default=None, repr=False)
     meta: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,8 +84,10 @@ class Direction:
             raise InputError("both means lie at one place along the direction: nothing is read")
         return reach
 
-    def read(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
-        """Where activations lie along it: 0 as the mean of b, 1 as the mean of a.
+    def read(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Where activations ``*b d`` (of heads ``*b heads d``) lie along it, ``*b``.
+
+        0 is where the mean of b lies, 1 where that of a does.
 
         Raises:
             InputError: activations of another width.
@@ -96,7 +98,7 @@ class Direction:
         """The direction from a to b."""
         return replace(self, vector=-self.vector, start=self.end, end=self.start)
 
-    def like(self, vector: Vector) -> Direction:
+    def like(self, vector: Float[Tensor, "..."]) -> Direction:
         """Another vector at the same place, as long as this one.
 
         Raises:
@@ -151,7 +153,7 @@ class Direction:
         path = Path(path)
         tensors = {"vector": self.vector, "start": self.start, "end": self.end}
         held = {n: x.detach().cpu().contiguous() for n, x in tensors.items() if x is not None}
-        told = {"site": self.site, "layer": self.layer, "kind": self.kind, "meta": self.meta}
+        told = {"site": self.site, "layer": self.layer, "how": self.how, "meta": self.meta}
         text = json.dumps({"format": FORMAT} | told, ensure_ascii=False, indent=1)
         beside = path.with_suffix(".json")
         vectors = files.write(path.with_suffix(".safetensors"), safetensors.torch.save(held))
@@ -189,7 +191,7 @@ class Toward(Do):
     """
 
     vector: Vector
-    start: Vector | None
+    start: Float[Tensor, "..."] | None
     reach: float
     target: float | int = 1.0
     reads_vectors = True
@@ -202,7 +204,7 @@ class Toward(Do):
 
 
 def _read(
-    x: Float[Tensor, "..."], vector: Vector, start: Vector | None, reach: float
+    x: Float[Tensor, "..."], vector: Vector, start: Float[Tensor, "..."] | None, reach: float
 ) -> Float[Tensor, "..."]:
     if x.shape[-vector.ndim :] != vector.shape:
         raise InputError(
@@ -217,7 +219,7 @@ def _read(
 def told(direction: Direction) -> str:
     """A direction for people."""
     block = "" if direction.layer is None else f" of block {direction.layer}"
-    return f"{direction.kind} direction of {direction.site}{block}"
+    return f"{direction.how} direction of {direction.site}{block}"
 
 
 def by_layer(directions: Any) -> list[Direction]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -208,7 +209,13 @@ class _Rows:
         return Direction(vector, self.acts.sites[0], self.layer, kind, start, end, meta_of(told))
 
     def _weights(self, kind: str, x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-        return probes.direction(x, self.is_a.tolist(), True, kind=_PROBES[kind]).double()
+        try:
+            return probes.direction(x, self.is_a.tolist(), True, kind=_PROBES[kind]).double()
+        except np.linalg.LinAlgError as error:
+            raise InputError(
+                f"items of one side are all alike in {self.acts.sites[0]}: kind {kind!r} needs "
+                "some that differ"
+            ) from error
 
     def _of_heads(self, apart: Float[Tensor, "heads d"]) -> Float[Tensor, "heads d"]:
         """What each head's probe tells, as often as it is right above chance."""

@@ -75,13 +75,13 @@ class TAD(Rule):
     audio adds less than ``tau`` to it, the doubted word loses ``strength`` logits.
 
     Attributes:
-        doubted, other_word: the two answers, such as "yes" and "no".
+        doubted, over: the two answers, such as "yes" and "no".
         tau: how much the audio has to add, in logits.
     """
 
     strength: float | int = 2.5
     doubted: str = "yes"
-    other_word: str = "no"
+    over: str = "no"
     tau: float = 0.2
     name: ClassVar[str] = "TAD"
     strengths: ClassVar[tuple[float, ...]] = (1.0, 2.5, 5.0)
@@ -94,7 +94,7 @@ class TAD(Rule):
     ) -> Logits:
         if step:
             return own
-        one, two = (model.to_single_token(word) for word in (self.doubted, self.other_word))
+        one, two = (model.to_single_token(word) for word in (self.doubted, self.over))
         added = (own[:, one] - own[:, two]) - (other[:, one] - other[:, two])
         changed = own.clone()
         changed[:, one] -= self.strength * (added < self.tau).to(own)
