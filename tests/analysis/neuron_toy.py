@@ -50,7 +50,8 @@ class NeuronToy(Toy):
         heard = range(WIDTH, self.width)
         for c, dim in enumerate(heard):
             self.carry(0, 0, AUDIO_CLASS.start + c, dim)
-            self.neuron(LAYER, c, {dim: 1.0}, {QUERY: 1.0}, {ANSWER.start + c: 1.0})
+            gate = {dim: 1.0, TEXT_MARKER: -1.0}  # the cue hears a little of everything
+            self.neuron(LAYER, c, gate, {QUERY: 1.0}, {ANSWER.start + c: 1.0})
         fires = {QUERY: 1.0, TEXT_MARKER: 1.0}
         self.neuron(LAYER, ALWAYS, fires, {QUERY: 1.0}, {MARKER: 0.5})
         self.decoder.unembed.weight[QUESTION, MARKER] = 1.0  # said where there is no answer

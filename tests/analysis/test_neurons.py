@@ -257,7 +257,7 @@ def test_doses_rise_for_the_own_class_and_nothing_is_nothing(toy, items, planted
     assert result.select(alpha=0.0).values.abs().max() == 0
     other = result.select(metric="log_prob", whose="other", alpha=3.0)
     assert other.estimate == 0
-    assert result.controls["random_per_layer"].estimate.abs().max() < 0.2
+    assert result.controls["random_per_layer"].select(whose="own").estimate.abs().max() < 0.2
     off = result.select(metric="recall", whose="own", alpha=-1.0).estimate
     assert off == -1
     assert result.report[0].startswith("The answer's log-probability moves by -")
@@ -385,8 +385,11 @@ def test_neurons_of_the_encoder_are_specific_to_a_spoken_digit(embedded):
     said = neurons.right(embedded, spoken_items(160, seed=41, takes=range(15)))
     window = (STARTS[1] - 0.02, STARTS[1] + 0.64)
     acts = logged(embedded, said[:100], "encoder", where=window, progress=False)
-    found = neurons.compare(embedded, said[100:140], acts, 0.08, kinds=["MAD"], progress=False)
-    effect = found.select(metric="log_prob", kind="MAD")
+    chosen = select(scores(acts, "answer", "MAD", control=False, resamples=0), 0.08)
+    matrix = neurons.deactivation(
+        embedded, said[100:140], chosen, controls=["random"], progress=False
+    )
+    effect = neurons.specificity(matrix).select(metric="log_prob")
     own, cross, _ = effect.estimate.tolist()
     assert own >= 0.4 and cross <= 0.05
     assert effect.controls["random"].estimate[:2].max() <= 0.02

@@ -109,7 +109,7 @@ def checked(
         raise InputError(f"shares= are the filters of {AAPE}; {kind} has none: leave them out")
     if shares is not None and len(shares) != 3:
         raise InputError(f"shares are three, by rate, entropy and class; got {len(shares)}")
-    limit = FLOOR if floor is None else number("floor", floor, least=0, most=1)
+    limit = FLOOR if floor is None else float(number("floor", floor, least=0, most=1))
     wanted = SHARES if shares is None else shares
-    first, second, third = (number("shares", one, least=0, most=1) for one in wanted)
+    first, second, third = (float(number("shares", x, least=0, most=1)) for x in wanted)
     return limit, (first, second, third)
