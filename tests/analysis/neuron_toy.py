@@ -55,7 +55,7 @@ class NeuronToy(Toy):
         fires = {QUERY: 1.0, TEXT_MARKER: 1.0}
         self.neuron(LAYER, ALWAYS, fires, {QUERY: 1.0}, {MARKER: 0.5})
         self.decoder.unembed.weight[QUESTION, MARKER] = 1.0  # said where there is no answer
-        loud = dict.fromkeys(heard, 1.0) | {QUERY: -1.5}
+        loud = dict.fromkeys(heard, 1.0) | {QUERY: -1.5, TEXT_MARKER: -1.0}
         self.neuron(LAYER, NOISE, loud, {QUERY: 1.0}, {MARKER: 0.1})
 
     def prepare(self, audio: Any, text: Any = None, sampling_rate: Any = None) -> AudioInputs:

@@ -274,8 +274,9 @@ def test_neurons_are_injected_without_knowing_the_class(toy, items, planted):
     assert result.report[0].endswith("The first run names the right class in 1.00 of the items.")
     by_name = select(scores(logged(toy, items, "decoder", where="last"), "class"), ONE)
     says = {f"class {c}": str(c) for c in range(N_CLASSES)}
-    same = neurons.inject(toy, items, by_name, 2.0, says=says, label="class", progress=False)
-    torch.testing.assert_close(same.values, result.values)
+    given = {"says": says, "label": "class", "modes": ["mix"], "controls": []}
+    same = neurons.inject(toy, items, by_name, 2.0, progress=False, **given)
+    torch.testing.assert_close(same.values, result.select(mode=["mix"]).values)
     with pytest.raises(InputError, match="no word for the class 'class 0'"):
         neurons.inject(toy, items, by_name, says={}, label="class")
 
@@ -326,7 +327,7 @@ def test_bad_selections_say_why(toy, items, planted, acts, tmp_path):
         select(found, per="head", site=GATE)
     with pytest.raises(InputError, match="leave out site="):
         select(scores(acts, "answer"), site=GATE)
-    with pytest.raises(InputError, match="no neuron is chosen for a"):
+    with pytest.raises(InputError, match="no neuron is chosen for b"):
         select(scores(torch.ones(4, 3), ["a", "b"] * 2, "LAPE", floor=1), site=GATE)
     with pytest.raises(InputError, match="scores have the axes class, layer, neuron"):
         select(planted.histogram())
