@@ -106,7 +106,7 @@ def directions(
         size, progress: as in `collect`.
 
     Raises:
-        InputError: another kind, places in a list, a site of heads where the kind takes vectors or
+        InputError: another kind, the same items on both sides, places in a list, a site of heads where the kind takes vectors or
             the other way round, several layers for one dictionary, a dictionary that is none or is
             not asked for, heads that tell nothing.
         SiteError: a site or layer that is not there.
@@ -117,6 +117,8 @@ def directions(
     if (kind == HEAD_PROBE) != (parsed.unit == "head" and not parsed.reads_attention):
         what = "a site of heads, such as attn.z" if kind == HEAD_PROBE else "a site without heads"
         raise InputError(f"kind {kind!r} takes {what}, not {parsed}")
+    if a.digest() == b.digest():
+        raise InputError("a and b are the same items: there is no direction between them")
     sides = Items([*_named(a, "a"), *_named(b, "b")])
     pool = None if kind == COLUMN else "mean"
     acts = collect(
