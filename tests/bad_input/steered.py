@@ -37,8 +37,8 @@ def _direction(width: int = 96) -> Any:
 
 
 def _asked(**options: Any) -> Any:
-    given = {"site": SITE, "layer": 1, "where": "last"} | options
-    return steering.direction(model(), _items(), _items(), progress=False, **given)
+    given = {"b": demo_items()[2:4], "site": SITE, "layer": 1, "where": "last"} | options
+    return steering.direction(model(), _items(), progress=False, **given)
 
 
 def _scored(**options: Any) -> Any:
@@ -70,7 +70,7 @@ NEURONS = {
 
 DIRECTIONS = {
     "an unknown kind": lambda: _asked(kind="best"),
-    "items against themselves": lambda: _asked(),
+    "items against themselves": lambda: _asked(b=_items()),
     "every layer at once": lambda: _asked(layer=None),
     "a layer that does not exist": lambda: _asked(layer=99),
     "a place for each item": lambda: _asked(where=["last", "last"]),

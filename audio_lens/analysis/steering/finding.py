@@ -106,9 +106,9 @@ def directions(
         size, progress: as in `collect`.
 
     Raises:
-        InputError: another kind, the same items on both sides, places in a list, a site of heads where the kind takes vectors or
-            the other way round, several layers for one dictionary, a dictionary that is none or is
-            not asked for, heads that tell nothing.
+        InputError: another kind, the same items on both sides, places in a list, a site of heads
+            where the kind takes vectors or the other way round, several layers for one dictionary,
+            a dictionary that is none or is not asked for, heads that tell nothing.
         SiteError: a site or layer that is not there.
         ExtraError: probes without scikit-learn (extra ``probe``).
     """
