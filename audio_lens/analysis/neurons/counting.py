@@ -51,7 +51,7 @@ class Units:
         item, labels = (torch.as_tensor(x) for x in pairs)
         return Units(torch.as_tensor(of_row.reshape(-1)), item, labels, classes)
 
-    def relabelled(self, labels: Sequence[int]) -> Units:
+    def relabelled(self, labels: Sequence[Any]) -> Units:
         """The same units under other classes."""
         return replace(self, label=torch.as_tensor(list(labels)))
 

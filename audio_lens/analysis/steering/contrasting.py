@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -124,7 +124,7 @@ def _logits(
     with track("answers", len(items), "items", show=progress) as advance:
         done = 0
         for batch in items.batches(model, size):
-            logits = run(model, batch.inputs, [])
+            logits = cast(Tensor, run(model, batch.inputs, []))
             for row, one in zip(batch.rows, logits[:, -1].float().cpu(), strict=True):
                 found[row] = one
             done += len(batch)

@@ -79,11 +79,15 @@ def write(
     watch = direction if watch is None else watch
     name = _watched(model, watch)
     edits = [_edit(direction, alpha, target, where, when)]
-    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     with intervene(model, edits):
-        tokens, cache = model.generate(
-            inputs, return_type="tokens", return_cache=True, names_filter=[name], **limit
+        made: Any = model.generate(
+            inputs,
+            max_new_tokens,
+            return_type="tokens",
+            return_cache=True,
+            names_filter=[name],
         )
+    tokens, cache = made
     new = tokens[:, inputs.tokens.shape[1] :].cpu()
     states = cache[name][:, inputs.tokens.shape[1] - 1 :][:, : new.shape[1]]
     read = watch.read(states).double().cpu().masked_fill(_behind(model, new), torch.nan)
