@@ -80,7 +80,7 @@ def test_probes_point_where_the_classes_differ(toy, kind):
     """What varies within the classes, how loud the marker is, is not of the direction."""
     pytest.importorskip("sklearn")
     a, b = (
-        Items(item_of(Cue(c, 0, loud=loud), id=f"{loud}") for loud in (0.8, 1.0, 1.2))
+        Items(item_of(Cue(c, 0, loud=loud), id=f"{loud}") for loud in (0.6, 0.8, 1.0))
         for c in (1, 2)
     )
     given = {"layer": 0, "where": CUE, "progress": False}
