@@ -433,3 +433,16 @@ def test_a_direction_makes_a_reader_listen(embedded):
     assert right.controls["identity"].estimate <= 0.1
     assert right.select(layer=1).estimate >= 0.6 and right.select(layer=5).estimate <= 0.2
     assert right.controls["random_direction"].estimate.max() <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_decoding_listens_unless_it_is_told_to_read(embedded):
+    """2506.07233 and 2606.05161 where no instruction decides; another item's run beside does not."""
+    for trust, least, most in ((None, 0.8, 1.0), ("text", 0.0, 0.1)):
+        items = conflict_items(32, trust, seed=24)
+        for rule, strength in (("AAD", 2.0), ("GACL", 1.0)):
+            result = steering.contrast(embedded, items, rule, [strength], progress=False)
+            right = result.select(metric="right", strength=strength)
+            assert least <= right.estimate.item() <= most
+            assert right.controls["other_item"].estimate.item() <= 0.1
