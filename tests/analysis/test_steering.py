@@ -438,7 +438,7 @@ def test_a_direction_makes_a_reader_listen(embedded):
 @pytest.mark.slow
 @pytest.mark.real
 def test_decoding_listens_unless_it_is_told_to_read(embedded):
-    """2506.07233 and 2606.05161 where no instruction decides; another item's run beside does not."""
+    """2506.07233 and 2606.05161, where no instruction decides; another item beside does not."""
     for trust, least, most in ((None, 0.8, 1.0), ("text", 0.0, 0.1)):
         items = conflict_items(32, trust, seed=24)
         for rule, strength in (("AAD", 2.0), ("GACL", 1.0)):
