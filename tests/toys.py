@@ -47,6 +47,7 @@ class Toy(HookedQwen2Audio):
     """The skeleton: a decoder of zero weights without norms or positions, on raw frames."""
 
     width = WIDTH
+    n_neurons = 4
 
     def __init__(self, n_layers: int, n_heads: int = 2):
         shape = {
@@ -54,7 +55,7 @@ class Toy(HookedQwen2Audio):
             "n_key_value_heads": n_heads,
             "d_model": self.width,
             "d_head": 1 + N_CLASSES,
-            "d_mlp": 4,
+            "d_mlp": self.n_neurons,
             "act_fn": "relu",
             "eps": 0.0,
             "attn_biases": (),

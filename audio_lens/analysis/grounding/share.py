@@ -220,8 +220,8 @@ def counterfactual(
             dropped.
     """
     check(model, items, ("text",))
-    bare = _bare(items, without)
-    told = said(model, [items, bare, swapped(items, "text")], progress=progress)
+    dropped = bare(items, without)
+    told = said(model, [items, dropped, swapped(items, "text")], progress=progress)
     scores = _score(told, model, items)
     axes = {"metric": OUTCOMES}
     control = found(_outcomes(scores[:, [0, 2]]), axes, items, by=by, seed=seed)
@@ -240,7 +240,7 @@ def counterfactual(
     return result
 
 
-def _bare(items: Items, without: Callable[[Item], str] | None) -> Items:
+def bare(items: Items, without: Callable[[Item], str] | None) -> Items:
     """The items without what contradicts their clips."""
     wrong, made = [], []
     for item in items:
