@@ -151,6 +151,6 @@ def test_measures_of_a_model_are_tested(embedded):
 
 @pytest.mark.slow
 def test_all_measures_run_on_the_embedded_model(embedded):
-    found = convergence.study(embedded, demo_items(), progress=False)
+    found = convergence.study(embedded, demo_items()[:6], progress=False)
     assert found["agreement"].coords["measure"] == list(convergence.MEASURES)
     assert found["change_points"].select(metric="depth").values.isfinite().all()

@@ -49,7 +49,8 @@ class Measure:
     n_dropped: int = 0
 
     def __post_init__(self) -> None:
-        text("name", self.name), text("part", self.part)
+        text("name", self.name)
+        text("part", self.part)
         curves = torch.as_tensor(self.curves).double()
         if curves.ndim != 2 or not len(curves) or not curves.isfinite().all():
             raise InputError(f"curves of {self.name!r} are items by steps, of finite numbers")
@@ -64,7 +65,7 @@ class Measure:
             raise InputError(f"{len(curves)} curves of {self.name!r} with {len(names)} names")
         for attribute, value in (("curves", curves), ("depths", depths), ("names", names)):
             object.__setattr__(self, attribute, value)
-        self.fit  # noqa: B018  raises now what it would raise later
+        _ = self.fit  # raises now what it would raise later
 
     @staticmethod
     def of(

@@ -152,10 +152,11 @@ def interpolate(
         held = [made.states(inputs) for inputs in sides]
         for row in weights.tolist():
             mixed = {
-                name: sum(w * states[name] for w, states in zip(row, held, strict=True))
+                name: torch.stack([w * states[name] for w, states in zip(row, held, strict=True)])
                 for name in held[0]
             }
-            yield from ((sides[0], [edit]) for edit in made.edits(mixed, batch))
+            summed = {name: parts.sum(0) for name, parts in mixed.items()}
+            yield from ((sides[0], [edit]) for edit in made.edits(summed, batch))
 
     told = measured(model, made.first, cells, metric, size=size, what="mixtures", progress=progress)
     values = told.values.unflatten(-1, (len(grid), len(made.layers)))

@@ -17,6 +17,7 @@ from audio_lens.items.collect import Place, by_item
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.places import Ground, Words
 from audio_lens.sites import Site, SiteError
+from audio_lens.timeline import Span
 
 TEMPLATE = "{words}\n{text}"
 TRANSCRIPT = "transcript"
@@ -151,7 +152,7 @@ class Forms:
 
     def owners(self, row: int) -> Int[Tensor, " tokens"] | None:
         """Which of the item's timed words every token of the written form is of; None without."""
-        labels = [word.label for word in self.items[row].words]
+        labels = [Span.of(word).label for word in self.items[row].words]
         if not labels or " ".join(map(str, labels)) != self.said[row]:
             return None
         inputs = self.written(row)
@@ -182,7 +183,9 @@ def said_in(item: Item, words: Said) -> str:
     elif words is not None:
         found = item.value(words)
     else:
-        found = item.labels.get(TRANSCRIPT) or " ".join(str(x.label or "") for x in item.words)
+        found = item.labels.get(TRANSCRIPT) or " ".join(
+            str(Span.of(word).label or "") for word in item.words
+        )
     if not isinstance(found, str) or not found.strip():
         raise ItemError(
             f"{item.name} does not tell what is said in it: give it words or a label "

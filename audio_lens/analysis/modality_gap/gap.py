@@ -126,7 +126,7 @@ class _Running:
     ) -> dict[str, Float[Tensor, "n metrics layers"]]:
         count = len(self.forms.items)
         if OTHER in self.controls:
-            self.others  # noqa: B018  raises before anything runs
+            _ = self.others  # raises before anything runs
         shape = (count, len(self.metrics), len(self.forms.layers))
         values = {
             name: torch.full(shape, torch.nan, dtype=torch.float64)

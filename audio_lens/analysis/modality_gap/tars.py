@@ -230,9 +230,10 @@ def _told(result: Result) -> Iterator[str]:
 def _completed(forms: Forms, inputs: AudioInputs, limit: dict[str, Any]) -> tuple[States, str]:
     """The states of what the model writes to a prompt, and its text."""
     model = forms.model
-    tokens, cache = model.generate(
+    made: Any = model.generate(
         inputs, return_type="tokens", return_cache=True, names_filter=forms.names, **limit
     )
+    tokens, cache = made
     start = inputs.tokens.shape[1]
     new = tokens[0, start:]
     ends = torch.tensor(end_tokens(model.generation_config), device=new.device)
