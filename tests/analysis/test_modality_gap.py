@@ -20,6 +20,7 @@ from audio_lens.items import ControlError, ItemError, demo_items, rerun
 from audio_lens.models.embedded import clip_pairs
 from audio_lens.results import Result
 from audio_lens.sites import SiteError
+from items.speech import spoken_items
 
 SAYS = "The transcript says: {words}. {text}"  # as the shipped model was trained
 DRAW = torch.Generator().manual_seed(0)
@@ -275,6 +276,16 @@ def test_what_has_no_gap_says_why(embedded, toy):
         modality_gap.gap(embedded, Items(items[[0]]), words=lambda item: "two")
     with pytest.raises(InputError, match="kinds are some of"):
         modality_gap.project(embedded, items, kinds=["turn"])
+
+
+@pytest.mark.slow
+def test_the_path_follows_words_of_unheard_speakers(embedded, data_dir):
+    result = modality_gap.gap(
+        embedded, spoken_items(12, seed=31), template=SAYS, layers=[2], progress=False
+    )
+    for metric, control in (("path_score", "other_item"), ("in_word", "shuffled")):
+        one = result.select(metric=metric)
+        assert float(one.mean().values) > float(one.controls[control].mean().values), metric
 
 
 @pytest.mark.slow

@@ -202,12 +202,14 @@ class _Running:
         heard: dict[int, np.ndarray] = {}
         why: dict[str, list[str]] = {CLEAN_WRONG: [], UNMOVED: []}
         with track("attack", count, "items", show=self.progress) as advance, evaluating(self.model):
+            done = 0
             for batch in self.items.batches(self.model, self.size):
                 rows, found_ = self._of_batch(batch, why)
                 if rows:
                     ces[rows], noisy[rows] = found_.ces, found_.noisy
                     heard |= dict(zip(rows, found_.waves, strict=True))
-                advance(len(batch), count - int(ces[:, 0].isnan().sum()))
+                done += len(batch)
+                advance(len(batch), done)
         rows = sorted(heard)
         if not rows:
             told = "; ".join(f"{len(names)}: {reason}" for reason, names in why.items() if names)

@@ -193,9 +193,8 @@ class _Runs:
         clean, attacked = batch.pair.clean, batch.pair.corrupted
         yield clean, []
         yield attacked, []
-        put = Put(
-            self._activations(clean, [f"{self.stream.split('.')[0]}.blocks.0.hook_resid_pre"])
-        )
+        first = Site.parse(self.stream, self.model).hook_name(0)
+        put = Put(self._activations(clean, [first]))
         yield attacked, [Edit(self.stream, put, layer=0)]
         dos = self._dos(batch)
         for masks in self.masks().values():

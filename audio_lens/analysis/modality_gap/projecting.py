@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.analysis.modality_gap.aligning import cosines, paths
-from audio_lens.analysis.modality_gap.forms import TEMPLATE, Forms, Said
+from audio_lens.analysis.modality_gap.forms import TEMPLATE, Forms, Said, Spoken
 from audio_lens.arguments import listed, whole
 from audio_lens.edits import Put
 from audio_lens.edits.edit import Edit
@@ -123,24 +123,33 @@ class _Runs:
 
     def __call__(self, batch: Batch) -> Iterator[Cell]:
         states, heard = self.forms.spoken(batch)
+        rows = [*batch.rows, *(self._other(row) for row in batch.rows)]
+        read = {row: self.forms.read(row) for row in dict.fromkeys(rows)}
         yield batch.inputs, []
         for name in self.names:
             for kind in self.kinds if name in ("own", OTHER) else ["angle"]:
-                edits = self._edits(name, kind, batch, states, heard)
-                for edit in edits:
+                for edit in self._edits(name, kind, batch, states, heard, read):
                     yield batch.inputs, [edit]
 
+    def _other(self, row: int) -> int:
+        """Whose words the control takes; the item's own where it does not run."""
+        return row if self.others is None else int(self.others[row])
+
     def _edits(
-        self, name: str, kind: str, batch: Batch, states: Tensor, heard: Sequence[Any]
+        self,
+        name: str,
+        kind: str,
+        batch: Batch,
+        states: Float[Tensor, "layers b t d"],
+        heard: Sequence[Spoken],
+        read: Mapping[int, Float[Tensor, "layers _ d"]],
     ) -> list[Edit]:
         """The edit of every layer."""
         values = states.clone()
         places = torch.zeros(states.shape[:3], dtype=torch.bool)
         for place, (row, spoken) in enumerate(zip(batch.rows, heard, strict=True)):
-            read = self.forms.read(
-                int(self.others[row]) if name == OTHER and self.others is not None else row
-            )
-            moved, chosen = self._moved(name, kind, read, spoken.states, row)
+            text = read[self._other(row) if name == OTHER else row]
+            moved, chosen = self._moved(name, kind, text, spoken.states, row)
             at = spoken.positions
             for layer in range(len(states)):
                 own = at[chosen[layer]]
@@ -165,12 +174,9 @@ class _Runs:
         token = torch.stack([w.of_frames(x) for w, x in zip(ways, similar, strict=True)])
         chosen = torch.ones_like(token, dtype=torch.bool)
         if self.worst is not None:
-            low = [
-                w.by_token(x).argsort()[: self.worst] for w, x in zip(ways, similar, strict=True)
-            ]
-            chosen = torch.stack(
-                [torch.isin(t, worst) for t, worst in zip(token, low, strict=True)]
-            )
+            means = [w.by_token(x) for w, x in zip(ways, similar, strict=True)]
+            each = zip(token, means, strict=True)
+            chosen = torch.stack([_worst(own, mean, self.worst) for own, mean in each])
         if name == IDENTITY:
             return speech, chosen
         towards = read.gather(1, token[..., None].expand(-1, -1, read.shape[-1]).to(read.device))
@@ -178,6 +184,14 @@ class _Runs:
             generator = torch.Generator().manual_seed(self.seed + row)
             towards = torch.randn(speech.shape, generator=generator).to(speech)
         return (as_angle if kind == "angle" else as_length)(speech, towards), chosen
+
+
+def _worst(
+    token: Int[Tensor, " frames"], means: Float[Tensor, " tokens"], count: int
+) -> Bool[Tensor, " frames"]:
+    """The frames of so many tokens of the lowest means, of those that have frames."""
+    there = token.unique()
+    return torch.isin(token, there[means[there].argsort()[:count]])
 
 
 def as_angle(s: Float[Tensor, "*b d"], t: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
@@ -200,6 +214,7 @@ def _told(result: Result, unedited: Float[Tensor, "n metrics"]) -> Iterator[str]
             beside = [
                 f"{name} {float(control.mean().values[top]):+.3g}"
                 for name, control in one.controls.items()
+                if name != RANDOM or kind == "angle"
             ]
             yield (
                 f"{kind}: at best {float(means[top]):+.3g} of {metric}, at layer "
