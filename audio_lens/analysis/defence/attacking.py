@@ -274,10 +274,10 @@ class _Running:
 
 def _said(ces: Float[Tensor, "n steps"], noisy: Float[Tensor, " n"]) -> list[str]:
     before, after = float(ces[:, 0].mean()), float(ces.min(1).values.mean())
-    times = f"a {before / after:.3g}th of" if after > 0 else "from"
+    times = f" ({before / after:.3g} times less)" if after > 0 else ""
     return [
-        f"Cross-entropy of the targets: {before:.3g}, under attack {after:.3g} ({times} it), under "
-        f"random noise of the same size {float(noisy.mean()):.3g}."
+        f"Cross-entropy of the targets: {before:.3g}, under attack {after:.3g}{times}, under random "
+        f"noise of the same size {float(noisy.mean()):.3g}."
     ]
 
 
