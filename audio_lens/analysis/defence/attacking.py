@@ -276,8 +276,8 @@ def _said(ces: Float[Tensor, "n steps"], noisy: Float[Tensor, " n"]) -> list[str
     before, after = float(ces[:, 0].mean()), float(ces.min(1).values.mean())
     times = f" ({before / after:.3g} times less)" if after > 0 else ""
     return [
-        f"Cross-entropy of the targets: {before:.3g}, under attack {after:.3g}{times}, under random "
-        f"noise of the same size {float(noisy.mean()):.3g}."
+        f"Cross-entropy of the targets: {before:.3g}, under attack {after:.3g}{times}, under "
+        f"random noise of the same size {float(noisy.mean()):.3g}."
     ]
 
 
