@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from audio_lens.errors import InputError
@@ -38,9 +38,11 @@ __all__ = [
     "ChangePoint",
     "ControlError",
     "Estimate",
+    "TwoPieces",
     "bootstrap",
     "changepoint",
     "destroyed",
+    "drawn_means",
     "empty",
     "full",
     "identity",
@@ -214,38 +216,24 @@ def changepoint(
     curves = torch.as_tensor(curves).double()
     if curves.ndim != 2 or curves.isnan().any():
         raise InputError("curves are items by steps, without NaN")
-    if pieces not in get_args(Pieces):
-        raise InputError(f"pieces are one of {', '.join(get_args(Pieces))}, got {pieces!r}")
     n_steps = curves.shape[1]
     places = torch.as_tensor(list(range(n_steps)) if coords is None else list(coords)).double()
-    least = 1 if pieces == "steps" else 2
-    if n_steps < 2 * least + 1 or len(places) != n_steps:
+    if len(places) != n_steps:
         raise InputError(f"{n_steps} steps with {len(places)} coordinates make no two {pieces}")
     draw = _Draws.of(len(curves), groups, resamples, seed)
-    splits = list(range(least, n_steps - least + 1))
-    one = _leaves_over(places, [0, n_steps], pieces)
-    two = torch.stack([_leaves_over(places, [0, at, n_steps], pieces) for at in splits])
-
-    def fitted(y: Float[Tensor, "m steps"]) -> tuple[Tensor, Tensor]:
-        """Which split is best, and its gain; NaN gain where one piece leaves nothing."""
-        left = (y @ two).square().sum(-1)  # splits m
-        best, whole = left.min(0), (y @ one).square().sum(-1)
-        nothing = whole <= 1e-18 * y.square().sum(-1).clamp(min=1e-300)
-        return best.indices, (1 - best.values / whole).masked_fill(nothing, torch.nan)
-
+    fit = TwoPieces.of(places, pieces)
     mean = curves.mean(0)
-    split, gain = fitted(mean[None])
+    split, gain = fit(mean[None])
     if gain.isnan().any():
         return ChangePoint(*[float("nan")] * 3, level=level, gain=0.0, p=1.0)
-    weights = draw.weights / (draw.weights @ draw.sizes)[:, None]
-    drawn, gains = fitted(weights @ draw.summed(curves))
-    behind = places[torch.tensor(splits)]
+    drawn, gains = fit(draw.means(curves))
+    behind = places[fit.splits]
     low, high = _percentiles(behind[drawn[~gains.isnan()]][:, None], level)
     generator = np.random.default_rng(seed)
     shuffled = torch.stack(
         [mean[torch.as_tensor(generator.permutation(n_steps))] for _ in range(resamples)]
     )
-    as_good = (fitted(shuffled)[1] >= gain - 1e-12).sum().item()
+    as_good = (fit(shuffled)[1] >= gain - 1e-12).sum().item()
     alone = draw.weights.shape[1] < 2
     return ChangePoint(
         at=behind[split[0]].item(),
@@ -255,6 +243,64 @@ def changepoint(
         gain=gain.item(),
         p=(1 + as_good) / (1 + resamples),
     )
+
+
+@dataclass(frozen=True)
+class TwoPieces:
+    """Two pieces that fit a curve best, and what one piece would leave over.
+
+    Attributes:
+        splits: the first step behind every place at which a curve may be cut.
+        one: from a curve to what one piece leaves over.
+        two: from a curve to what two pieces leave over, for every split.
+    """
+
+    splits: Int[Tensor, " splits"]
+    one: Float[Tensor, "steps steps"]
+    two: Float[Tensor, "splits steps steps"]
+
+    @staticmethod
+    def of(places: Float[Tensor, " steps"], pieces: str = "steps") -> TwoPieces:
+        """Pieces of curves over steps that stand at these places.
+
+        Raises:
+            InputError: another kind of pieces, or too few steps for two.
+        """
+        if pieces not in get_args(Pieces):
+            raise InputError(f"pieces are one of {', '.join(get_args(Pieces))}, got {pieces!r}")
+        least, count = 1 if pieces == "steps" else 2, len(places)
+        if count < 2 * least + 1:
+            raise InputError(f"{count} steps make no two {pieces}")
+        splits = torch.arange(least, count - least + 1)
+        one = _leaves_over(places, [0, count], pieces)
+        two = [_leaves_over(places, [0, at, count], pieces) for at in splits.tolist()]
+        return TwoPieces(splits, one, torch.stack(two))
+
+    def __call__(
+        self, curves: Float[Tensor, "m steps"]
+    ) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+        """Which split fits each curve best, and its gain; NaN where one piece leaves nothing."""
+        left = (curves @ self.two).square().sum(-1)  # splits m
+        best, whole = left.min(0), (curves @ self.one).square().sum(-1)
+        nothing = whole <= 1e-18 * curves.square().sum(-1).clamp(min=1e-300)
+        return best.indices, (1 - best.values / whole).masked_fill(nothing, torch.nan)
+
+
+def drawn_means(
+    values: Float[Tensor, " n *cells"],
+    *,
+    groups: Groups = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Float[Tensor, " resamples *cells"]:
+    """Means of items (or groups) drawn anew, again and again: the same draws for the same seed.
+
+    Raises:
+        ValueError: no items, or not as many groups.
+    """
+    values = torch.as_tensor(values).double()
+    draw = _Draws.of(len(values), groups, resamples, seed)
+    return draw.means(values.reshape(len(values), -1)).reshape(-1, *values.shape[1:])
 
 
 def _leaves_over(
@@ -308,6 +354,11 @@ class _Draws:
     def summed(self, values: Float[Tensor, "n cells"]) -> Float[Tensor, "groups cells"]:
         """Sums over the items of each group."""
         return self.members @ values
+
+    def means(self, values: Float[Tensor, "n cells"]) -> Float[Tensor, "resamples cells"]:
+        """The mean over the items of each draw."""
+        weights = self.weights / (self.weights @ self.sizes)[:, None]
+        return weights @ self.summed(values)
 
     def items(self) -> list[Tensor]:
         """The numbers of the items of each draw."""

@@ -265,6 +265,33 @@ def test_crema_d(tmp_path: Path) -> None:
         read.crema_d(tmp_path / "nowhere")
 
 
+def test_musdb18(tmp_path: Path) -> None:
+    for part, track in (("train", "A - One"), ("test", "B - Two")):
+        for stem in ("vocals", "drums", "mixture"):
+            sound(tmp_path / part / track / f"{stem}.wav", 2.0)
+    items = read.musdb18(tmp_path, ["vocals", "drums", "mixture"], text="Which?")
+    assert [item.answer for item in items] == 2 * ["vocals", "drums", None]
+    assert items[0].labels == {"stem": "vocals", "track": "A - One", "part": "train"}
+    assert items[0].options == ("vocals", "drums") and items[0].group == "A - One"
+    (one, _) = read.musdb18(tmp_path, ["vocals", "drums"], part="test", start_s=0.5, seconds=1)
+    assert one.id == "B - Two/vocals" and one.duration_s == 1.0
+    assert read.musdb18(tmp_path, ["drums"], start_s=0.5)[0].duration_s == 1.5
+    with pytest.raises(ItemError, match=r"A - One/bass.*bass\.wav"):
+        read.musdb18(tmp_path)
+    assert len(read.musdb18(tmp_path, skip_bad=True)) == 4
+    with pytest.raises(ItemError, match=r"is no stretch of .*vocals\.wav"):
+        read.musdb18(tmp_path, ["vocals"], start_s=1.5, seconds=1.0)
+    with pytest.raises(ValueError, match="stems are some of vocals"):
+        read.musdb18(tmp_path, ["voice"])
+    with pytest.raises(ValueError, match="part is train or test"):
+        read.musdb18(tmp_path, part="valid")
+    packed = tmp_path / "packed" / "train" / "A.stem.mp4"
+    packed.parent.mkdir(parents=True)
+    packed.write_bytes(b"")
+    with pytest.raises(ItemError, match=r"no tracks at .*A\.stem\.mp4 is packed"):
+        read.musdb18(tmp_path / "packed")
+
+
 # -------------------------------------------------------------------------------- manifests
 
 

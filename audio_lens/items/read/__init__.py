@@ -10,6 +10,7 @@ from audio_lens.items.read.iemocap import iemocap
 from audio_lens.items.read.manifests import lhotse, nemo
 from audio_lens.items.read.mmar import mmar
 from audio_lens.items.read.mmau import mmau
+from audio_lens.items.read.musdb18 import musdb18
 from audio_lens.items.read.sakura import sakura
 from audio_lens.items.read.temporal_lalm import temporal_lalm
 from audio_lens.items.read.voicebench import voicebench
@@ -22,6 +23,7 @@ __all__ = [
     "lhotse",
     "mmar",
     "mmau",
+    "musdb18",
     "nemo",
     "sakura",
     "temporal_lalm",
