@@ -35,7 +35,7 @@ class Schedule:
 
     def __init__(self, request: Request):
         self.model, self.table, spec = request.model, request.table, request.spec
-        self.explicit = request.attn_mode == "explicit" or _holds_bias(self.model)
+        self.explicit = request.attn_mode == "explicit" or _holds_bias(self.model, self.table.part)
         is_whole = request.route is HookedRoute
         one_by_one = 1 if is_whole or request.hooked else None
         self.most = spec.cells_per_forward or one_by_one
@@ -127,9 +127,10 @@ class Schedule:
         return free
 
 
-def _holds_bias(model: HookedAudioTransformer) -> bool:
-    """Whether the encoder adds to its attention scores, which then are as large as patterns."""
-    blocks = [] if model.cfg.encoder is None else blocks_of(stack_of(model, "encoder"))
+def _holds_bias(model: HookedAudioTransformer, part: str) -> bool:
+    """Whether what hears adds to its attention scores, which then are as large as patterns."""
+    parts = {"encoder", part} & set(model.cfg.is_heard_in)
+    blocks = [block for name in parts for block in blocks_of(stack_of(model, name))]
     attentions = [getattr(block, "attn", None) for block in blocks]
     return any(getattr(attn, "is_biased", False) for attn in attentions)
 

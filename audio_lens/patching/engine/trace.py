@@ -98,14 +98,6 @@ class Trace:
         return Trace(model, part, context, residuals, kept)
 
     @staticmethod
-    def of_encoder(
-        model: HookedAudioTransformer, inputs: AudioInputs, keep: Sequence[str] = ()
-    ) -> Trace:
-        """The encoder's run, cut to the positions that can matter."""
-        resid = model.enter_encoder(inputs)[:, : model.encoder_reach(inputs)]
-        return Trace.of(model, "encoder", resid, encoder_context(model, inputs), keep)
-
-    @staticmethod
     def of_decoder(
         model: HookedAudioTransformer,
         inputs: AudioInputs,
@@ -253,18 +245,6 @@ def heard(encoded: Float[Tensor, "b s d"] | None) -> Float[Tensor, "b s d"]:
     if encoded is None:
         raise InputError("nothing is heard without an encoder")
     return encoded
-
-
-def encoder_context(model: HookedAudioTransformer, inputs: AudioInputs) -> Context:
-    """What the encoder's blocks need beside the residual stream, cut to what can matter."""
-    reach, context = model.encoder_reach(inputs), model.encoder_context(inputs)
-    allowed, rotary, bias = context.allowed, context.rotary, context.position_bias
-    return replace(
-        context,
-        allowed=None if allowed is None else allowed[..., :reach, :reach],
-        rotary=None if rotary is None else (rotary[0][:, :reach], rotary[1][:, :reach]),
-        position_bias=None if bias is None else bias[:, :reach, :reach],
-    )
 
 
 def keeping(kept: dict[str, Tensor], name: str) -> HookFn:

@@ -115,6 +115,18 @@ class Costs:
         return self.shape.beside if self.whole else self.shape.behind
 
     @property
+    def _is_heard(self) -> bool:
+        """Whether cells run blocks of the encoder, or of an ear beside it."""
+        return self.part in self.cfg.is_heard_in
+
+    @property
+    def _frames(self) -> int:
+        """Positions of all clips in the ear whose blocks cells run."""
+        if self.part in self.cfg.ears:
+            return self.shape.beside[self.part]
+        return self.shape.clips * self.shape.frames
+
+    @property
     def _is_behind(self) -> bool:
         """Whether cells are of a part behind the decoder, which does not run then."""
         return self.part in self.cfg.further_decoders and not self.whole
@@ -138,9 +150,9 @@ class Costs:
         heard = others + self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
         if self.part == "connector":
             return heard
-        cfg, frames = self.cfg.need_encoder, self.shape.frames
+        cfg, rows = self.cfg.parts[self.part], self._frames
         layers = cfg.n_layers - layer
-        return heard + self.shape.clips * stack_flops(cfg, frames, frames, layers)
+        return heard + stack_flops(cfg, rows, rows / max(1, self.shape.clips), layers)
 
     def rows(self, start: int) -> int:
         """Positions that run for a cell."""
@@ -150,8 +162,8 @@ class Costs:
             return own + sum(shape.beside.values())
         if self._is_behind:
             return shape.beside[self.part]
-        if self.part == "encoder":
-            return shape.clips * shape.frames
+        if self._is_heard:
+            return self._frames
         first = start if self.part == "decoder" else shape.audio_start
         return shape.prompts * max(1, shape.tokens - first)
 
@@ -160,7 +172,7 @@ class Costs:
         total = 3 * self.shape.logits * self.itemsize
         if self.cfg.decoder is not None and not self._is_behind:
             total += self._decoder_bytes(start, explicit)
-        if self.cfg.encoder is not None and (self.whole or self.part == "encoder"):
+        if self.cfg.encoder is not None and (self.whole or self._is_heard):
             total += self._encoder_bytes(explicit)
         return total + sum(self._part_bytes(part, n, explicit) for part, n in self._others.items())
 
@@ -179,9 +191,11 @@ class Costs:
         return rows * row_bytes(cfg, self.itemsize) + lane + 2 * pairs * self.itemsize
 
     def _encoder_bytes(self, explicit: bool) -> int:
-        """Also of what cross-attention makes of the encoder."""
-        shape, cfg = self.shape, self.cfg.need_encoder
-        total = shape.clips * shape.frames * row_bytes(cfg, self.itemsize)
+        """Of the encoder, or of the ear that runs; also of what cross-attention makes of it."""
+        shape, is_beside = self.shape, self.part in self.cfg.ears and not self.whole
+        cfg = self.cfg.parts[self.part] if is_beside else self.cfg.need_encoder
+        rows = self._frames if is_beside else shape.clips * shape.frames
+        total = rows * row_bytes(cfg, self.itemsize)
         total += shape.prompts * shape.memory * cfg.d_model * 2 * self.itemsize
         heads = 2 * cfg.n_heads if explicit else 0
-        return total + shape.clips * heads * shape.frames**2 * self.itemsize
+        return total + heads * rows**2 // max(1, shape.clips) * self.itemsize
