@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from audio_lens.models.layers import PartConfig
 from benchmarks.peers import limits
+from benchmarks.peers.backward import unpatched_runs
 from benchmarks.peers.tasks import Task
 
 ROUNDS = 5
@@ -49,6 +50,11 @@ class Roofline:
             + self.attention / self.attention_rate
             + self.rows * self.row_s
         )
+
+    def runs_seconds(self, task: Task, matmul_rate: float) -> float:
+        """The least time of both unpatched runs, but for passes over memory."""
+        work = unpatched_runs(task)
+        return work.products / matmul_rate + work.pairs / self.attention_rate
 
     @staticmethod
     @torch.no_grad()

@@ -18,9 +18,9 @@ from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.ears import (
     ear_context,
     entering,
+    entrance,
     given_beside,
     given_by,
-    entrance,
     sent_onwards,
 )
 from audio_lens.patching.engine.edited import EditedSource
@@ -289,7 +289,11 @@ class LateRoute(HookedRoute):
             return self._heard_beside(inputs, resid, start, stop)
 
     def _heard_beside(
-        self, inputs: AudioInputs, resid: Float[Tensor, "b t d"] | None, start: int, stop: int | None
+        self,
+        inputs: AudioInputs,
+        resid: Float[Tensor, "b t d"] | None,
+        start: int,
+        stop: int | None,
     ) -> Tensor:
         """The same of an ear beside the encoder, which itself gives what it gave once."""
         model, part = self.model, self.table.part

@@ -1,0 +1,120 @@
+"""Ears beside the encoder, streams of several blocks and biased attention, started late.
+
+That their cells equal whole forwards, site by site, is held by the tests of every family; here is
+that nothing runs again which cannot change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import loops
+import pytest
+import torch
+from subjects import all_logits, batch, pair, tiny_model
+
+from audio_lens import Edit, edits, intervene, patching
+from audio_lens.patching.engine import bidirectional
+from audio_lens.patching.engine.hooked import LateRoute, SuffixRoute
+from audio_lens.patching.engine.routes import ConnectorRoute, EncoderRoute
+
+
+@contextmanager
+def counting(model: Any, *parts: str) -> Iterator[dict[str, list[int]]]:
+    """How often every block of some parts runs."""
+    counts = {part: [0] * len(getattr(model, part).blocks) for part in parts}
+    handles = []
+    for part in parts:
+        for layer, block in enumerate(getattr(model, part).blocks):
+
+            def count(module: Any, given: Any, own: list[int] = counts[part], at: int = layer):
+                own[at] += 1
+
+            handles.append(block.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "route", "idle"),
+    [
+        ("salmonn", "beats.resid_pre", SuffixRoute, {"encoder": [0, 1, 2], "beats": [0, 1]}),
+        ("salmonn", "encoder.resid_pre", EncoderRoute, {"encoder": [0, 1], "beats": [0, 1, 2]}),
+        ("desta25", "encoder.resid_pre", EncoderRoute, {"encoder": [0, 1]}),
+        ("salmonn", "connector.in", ConnectorRoute, {"encoder": [0, 1, 2], "beats": [0, 1, 2]}),
+        ("desta25", "connector.in", ConnectorRoute, {"encoder": [0, 1, 2]}),
+    ],
+)
+def test_what_cannot_change_runs_once(name: str, site: str, route: type, idle: dict) -> None:
+    """A patch of block 2, or behind the ears: earlier blocks and other ears run no more."""
+    model = tiny_model(name)
+    axes = "layer" if "connector" not in site else "position"
+    plan = patching.plan(model, **pair(name), site=site, axes=axes, metric=all_logits)
+    assert plan.request.route is route
+    late = 2 if axes == "layer" else 0
+    first = plan.run(only=[late], progress=False)
+    with counting(model, *idle) as counts:
+        again = patching.plan(model, **pair(name), site=site, axes=axes, metric=all_logits)
+        again._state = plan._state
+        again._weights = plan._weights
+        again._state.done[:] = False
+        second = again.run(only=[late], progress=False)
+    for part, blocks in idle.items():
+        assert [counts[part][block] for block in blocks] == [0] * len(blocks), counts
+    assert torch.equal(second.values.nan_to_num(), first.values.nan_to_num())
+    assert not any("whole forward" in note for note in second.report)
+
+
+def test_sweeps_of_a_second_ear_beside_edits_start_late() -> None:
+    model, name = tiny_model("salmonn"), "salmonn"
+    asked = pair(name) | {"site": "beats.mlp_out", "axes": "layer", "metric": all_logits}
+    with intervene(model, Edit("beats.attn_out", edits.Scale(0.5), layer=2)):
+        assert patching.plan(model, **asked).request.route is LateRoute
+        loops.assert_exact(model, **asked)
+
+
+def test_runs_with_edits_of_a_second_ear_start_late() -> None:
+    model = tiny_model("salmonn")
+    inputs = model.as_inputs(batch("salmonn", 0))
+    own = [Edit("beats.mlp_out", edits.Scale(0.3), layer=2)]
+    with torch.no_grad(), intervene(model, own):
+        whole = all_logits(model(inputs))
+    found = patching.run(model, inputs, own, all_logits)
+    with counting(model, "encoder", "beats") as counts:
+        again = patching.run(model, inputs, own, all_logits)
+    assert counts == {"encoder": [0, 0, 0], "beats": [0, 0, 1]}
+    for one in (found, again):
+        torch.testing.assert_close(one, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("site", ["encoder.resid_pre", "encoder.attn.z"])
+def test_windows_share_what_biased_attention_finds_beside_them(
+    site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WavLM's gate reads the stream: queries in a window are biased otherwise, others are not."""
+    made: list[bool] = []
+    init = bidirectional.Complement.__init__
+
+    def watched(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        made.append(self.bias is not None)
+
+    monkeypatch.setattr(bidirectional.Complement, "__init__", watched)
+    monkeypatch.setattr(bidirectional, "_WIDEST", 1.0)
+    track = tiny_model("wavlm").timeline(batch("wavlm", 0)).rows[0].tracks["encoder"]
+    step = float(track[0].seconds.diff()[0]) if isinstance(track, list) else 0.02
+    loops.assert_exact(
+        tiny_model("wavlm"),
+        loops.evenly(9),
+        **pair("wavlm"),
+        site=site,
+        axes=("layer", "time"),
+        windows=step,
+        metric=all_logits,
+    )
+    assert made and all(made)
