@@ -16,7 +16,7 @@ import torch
 from subjects import all_logits, batch, pair, tiny_model
 
 from audio_lens import Edit, edits, intervene, patching
-from audio_lens.patching.engine import bidirectional
+from audio_lens.patching.engine import bidirectional, work
 from audio_lens.patching.engine.hooked import LateRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, EncoderRoute
 
@@ -56,18 +56,12 @@ def test_what_cannot_change_runs_once(name: str, site: str, route: type, idle: d
     axes = "layer" if "connector" not in site else "position"
     plan = patching.plan(model, **pair(name), site=site, axes=axes, metric=all_logits)
     assert plan.request.route is route
-    late = 2 if axes == "layer" else 0
-    first = plan.run(only=[late], progress=False)
+    plan.run(only=[0], progress=False)  # both unpatched runs
     with counting(model, *idle) as counts:
-        again = patching.plan(model, **pair(name), site=site, axes=axes, metric=all_logits)
-        again._state = plan._state
-        again._weights = plan._weights
-        again._state.done[:] = False
-        second = again.run(only=[late], progress=False)
+        result = plan.run(only=[2], progress=False)
     for part, blocks in idle.items():
         assert [counts[part][block] for block in blocks] == [0] * len(blocks), counts
-    assert torch.equal(second.values.nan_to_num(), first.values.nan_to_num())
-    assert not any("whole forward" in note for note in second.report)
+    assert not any("whole forward" in note for note in result.report)
 
 
 def test_sweeps_of_a_second_ear_beside_edits_start_late() -> None:
@@ -85,7 +79,7 @@ def test_runs_with_edits_of_a_second_ear_start_late() -> None:
     with torch.no_grad(), intervene(model, own):
         whole = all_logits(model(inputs))
     found = patching.run(model, inputs, own, all_logits)
-    with counting(model, "encoder", "beats") as counts:
+    with counting(model, "encoder", "beats") as counts:  # the first call kept what is unedited
         again = patching.run(model, inputs, own, all_logits)
     assert counts == {"encoder": [0, 0, 0], "beats": [0, 0, 1]}
     for one in (found, again):
@@ -106,15 +100,30 @@ def test_windows_share_what_biased_attention_finds_beside_them(
 
     monkeypatch.setattr(bidirectional.Complement, "__init__", watched)
     monkeypatch.setattr(bidirectional, "_WIDEST", 1.0)
-    track = tiny_model("wavlm").timeline(batch("wavlm", 0)).rows[0].tracks["encoder"]
-    step = float(track[0].seconds.diff()[0]) if isinstance(track, list) else 0.02
     loops.assert_exact(
         tiny_model("wavlm"),
         loops.evenly(9),
         **pair("wavlm"),
         site=site,
         axes=("layer", "time"),
-        windows=step,
+        windows=0.02,
         metric=all_logits,
     )
     assert made and all(made)
+
+
+def test_a_decoder_hears_several_cells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cell fills the encoder, and a prompt of a few tokens asks what several cells give."""
+    heard: list[int] = []
+    read = EncoderRoute._read_by_attention
+
+    def watched(route: Any, cell: torch.Tensor, *rest: Any) -> Any:
+        heard.append(len(cell))
+        return read(route, cell, *rest)
+
+    monkeypatch.setattr(EncoderRoute, "_read_by_attention", watched)
+    monkeypatch.setattr(work, "_ROWS_TOGETHER", {"cpu": 14})
+    asked = pair("whisper", "one") | {"site": "encoder.resid_pre", "axes": ("layer", "time")}
+    loops.assert_exact(tiny_model("whisper"), **asked, windows=0.06, metric=all_logits)
+    n_tokens = asked["clean"]["decoder_input_ids"].shape[1]
+    assert max(heard) == work._ASKING_TOGETHER // n_tokens > 1

@@ -26,6 +26,7 @@ from audio_lens.patching.engine.key_changes import KeyChanges
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.row_changes import RowChanges, UnitChanges
 from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, heard, keeping
+from audio_lens.patching.engine.work import rows_together
 from audio_lens.shapes import check_shape
 from audio_lens.sites import Site, in_blocks
 
@@ -353,16 +354,31 @@ class EncoderRoute(_AudioRoute):
         ]
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        n_rows = self.table.positions.shape[1] * self.reach
+        # the ear is full with some cells, and a decoder that asks it is not
+        most = max(1, rows_together(self.model.device) // n_rows)
+        step = most if self.by_cross_attention else len(cells)
+        starts = range(0, len(cells), step)
+        found = [self._encoded(cells[start : start + step]) for start in starts]
+        cell = torch.cat([one[0] + start for one, start in zip(found, starts, strict=True)])
+        if len(cell) == 0:
+            return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
+        clip = torch.cat([one[1] for one in found])
+        encoded = [one[2] for one in found if one[2] is not None]
+        encoded = torch.cat(encoded) if len(encoded) > 1 else encoded[0]
+        return self._heard(len(cells), cell, clip, None, encoded)
+
+    def _encoded(self, cells: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cell and clip of every lane that changes anything, and what the decoder receives."""
         entries, clips = self._entries(self.changes, cells, self.reach)
         active, sent = self.encoder_walk.run(entries, clips)
-        if len(active) == 0:
-            return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
         n_clips = len(clips) // len(cells)
         cell, clip = active // n_clips, active % n_clips
+        if len(active) == 0:
+            return cell, clip, None
         beside = {name: given[clip] for name, given in self.base.heard.items()}
         gave = beside | {self.table.part: given_by(self.model, self.table.part, sent)}
-        encoded = self.model.send_heard(gave, self.base.inputs, clip)
-        return self._heard(len(cells), cell, clip, None, encoded)
+        return cell, clip, self.model.send_heard(gave, self.base.inputs, clip)
 
 
 def _bounds(where: Bool[Tensor, " t"]) -> Window:

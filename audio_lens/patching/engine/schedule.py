@@ -14,14 +14,12 @@ from audio_lens.errors import InputError
 from audio_lens.patching.engine.hooked import HookedRoute, LateRoute
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.trace import blocks_of, stack_of
-from audio_lens.patching.engine.work import Costs, Shape
+from audio_lens.patching.engine.work import Costs, Shape, rows_together
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-
-_ROWS_TOGETHER = {"cpu": 1_024, "cuda": 16_384}  # more gain nothing: matrix products are full
 
 
 class Schedule:
@@ -64,7 +62,8 @@ class Schedule:
     def next(self, queue: collections.deque[int], free: float | int) -> list[int]:
         """The next cells of a queue that run together in so many bytes; at least one."""
         most = len(queue) if self.most is None else self.most
-        rows_left = _ROWS_TOGETHER.get(self.model.device.type, 1_024) * self.shrunk
+        heard = self.costs.heard_together * self.costs.rows(0)
+        rows_left = max(rows_together(self.model.device), heard) * self.shrunk
         bytes_left = free * self.shrunk
         cells: list[int] = []
         while queue and len(cells) < most:

@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from audio_lens.models.layers import PartConfig
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 GIGA = 1e9
+_ROWS_TOGETHER = {"cpu": 1_024, "cuda": 16_384}  # more gain nothing: matrix products are full
+_ASKING_TOGETHER = 16  # fewer tokens than these ask all that is heard at half the speed
+
+
+def rows_together(device: torch.device) -> int:
+    """Positions that run together at most, if not for a single cell."""
+    return _ROWS_TOGETHER.get(device.type, 1_024)
 
 
 def row_flops(cfg: PartConfig, has_memory: bool = False) -> float | int:
@@ -166,6 +175,17 @@ class Costs:
             return self._frames
         first = start if self.part == "decoder" else shape.audio_start
         return shape.prompts * max(1, shape.tokens - first)
+
+    @property
+    def heard_together(self) -> int:
+        """Cells whose audio the decoder asks at once, one after the other through the ears.
+
+        A few tokens that read by cross-attention are few rows, and the matrices of a whole decoder
+        are read for them.
+        """
+        if self.whole or not (self._is_heard and self.shape.memory):
+            return 1
+        return max(1, _ASKING_TOGETHER // max(1, self.shape.prompts * self.shape.tokens))
 
     def bytes(self, start: int, explicit: bool) -> int:
         """Memory that a cell takes while it runs."""
