@@ -6,6 +6,7 @@ that nothing runs again which cannot change.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from subjects import all_logits, batch, pair, tiny_model
 
 from audio_lens import Edit, edits, intervene, patching
+from audio_lens.models.layers import KVCache
 from audio_lens.patching.engine import bidirectional, work
 from audio_lens.patching.engine.hooked import LateRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, EncoderRoute
+from audio_lens.patching.engine.trace import PackedRows
 
 
 @contextmanager
@@ -62,6 +65,26 @@ def test_what_cannot_change_runs_once(name: str, site: str, route: type, idle: d
     for part, blocks in idle.items():
         assert [counts[part][block] for block in blocks] == [0] * len(blocks), counts
     assert not any("whole forward" in note for note in result.report)
+
+
+@pytest.mark.parametrize("site", ["connector.in", "connector.out"])
+def test_in_front_of_a_decoder_of_its_own_kind_the_ear_runs_once(site: str) -> None:
+    model = copy.deepcopy(tiny_model("qwen2_audio"))
+    for block in model.decoder.blocks:
+        kind = type(block)
+        own = {
+            "forward": lambda self, resid, context, kind=kind: kind.forward(self, resid, context)
+        }
+        block.__class__ = type("Own", (kind,), own)
+    asked = pair("qwen2_audio") | {"site": site, "axes": "time", "metric": all_logits}
+    plan = patching.plan(model, **asked, windows=0.04)
+    assert plan.request.route is SuffixRoute
+    plan.run(only=[0], progress=False)
+    with counting(model, "encoder") as counts:
+        result = plan.run(only=[1], progress=False)
+    assert counts == {"encoder": [0] * len(counts["encoder"])}
+    assert any("the decoder is of its own kind" in note for note in result.report)
+    loops.assert_exact(model, loops.evenly(4), **asked, windows=0.04)
 
 
 def test_sweeps_of_a_second_ear_beside_edits_start_late() -> None:
@@ -127,3 +150,20 @@ def test_a_decoder_hears_several_cells_at_once(monkeypatch: pytest.MonkeyPatch) 
     loops.assert_exact(tiny_model("whisper"), **asked, windows=0.06, metric=all_logits)
     n_tokens = asked["clean"]["decoder_input_ids"].shape[1]
     assert max(heard) == work._ASKING_TOGETHER // n_tokens > 1
+
+
+@pytest.mark.parametrize("prompts", [[0, 0, 0, 1], [2, 1, 2, 2, 2, 2, 0, 2, 2], [1, 1], [0, 1, 2]])
+def test_rows_of_several_prompts_read_their_own_memories(prompts: list[int]) -> None:
+    attn = tiny_model("whisper").decoder.blocks[0].cross_attn
+    of_row, heads = torch.tensor(prompts), (attn.n_heads, attn.d_head)
+    q = torch.randn(1, len(prompts), *heads, dtype=torch.float64)
+    k, v = (torch.randn(3, 7, *heads, dtype=torch.float64) for _ in range(2))
+    allowed = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    allowed[1, ..., 4:] = False
+    past = KVCache({attn.name: (k, v)})
+    context = PackedRows(memory=None, memory_allowed=allowed, past=past, prompts=of_row)
+    found = context.read(attn, q)
+    for row, prompt in enumerate(prompts):
+        own = slice(prompt, prompt + 1)
+        alone = attn.mix(q[:, row : row + 1], k[own], v[own], allowed[own])
+        torch.testing.assert_close(found[:, row : row + 1], alone, rtol=1e-12, atol=1e-12)

@@ -112,8 +112,13 @@ class SuffixRoute(FromBase):
         hooks = [site.local_hook for site in self.table.sites]
         if not isinstance(self.source, EditedSource):
             self.source = HeldSource.of(self.source, itertools.product(layers, hooks))
+        self.heard = self.base.heard
+        if self.table.part == "connector" and not self.heard:
+            self.heard = given_beside(self.model, self.base.inputs, "connector")
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        if self.table.part == "connector":
+            return self._connector(cells).unflatten(0, (len(cells), self.batch))
         first = min(in_blocks(self.table.cells[cell].layers[0]) for cell in cells)
         read = self._decoder if self.table.part == "decoder" else self._ear
         return read(cells, first).unflatten(0, (len(cells), self.batch))
@@ -126,8 +131,22 @@ class SuffixRoute(FromBase):
         begun = repeat(begun, "c ... -> (n c) ...", n=n)
         with model.hooks(Overwrites(self.table, self.source, cells).hooks()):
             sent = sent_onwards(model, part, begun, context, first)
-        beside = {name: repeat(x, "c ... -> (n c) ...", n=n) for name, x in self.base.heard.items()}
-        hidden = model.send_heard(beside | {part: given_by(model, part, sent)}, inputs)
+        given = self._repeated(n) | {part: given_by(model, part, sent)}
+        return self._read(inputs, model.send_heard(given, inputs), n)
+
+    def _connector(self, cells: Sequence[int]) -> Float[Tensor, "nb r c"]:
+        n = len(cells)
+        inputs = self.base.inputs.repeat(n)
+        with self.model.hooks(Overwrites(self.table, self.source, cells).hooks()):
+            carried = self.model.send_heard(self._repeated(n), inputs)
+        return self._read(inputs, carried, n)
+
+    def _repeated(self, n: int) -> dict[str, Tensor]:
+        """What ears gave that do not change, for so many cells."""
+        return {name: repeat(x, "c ... -> (n c) ...", n=n) for name, x in self.heard.items()}
+
+    def _read(self, inputs: AudioInputs, hidden: Tensor, n: int) -> Float[Tensor, "nb r c"]:
+        """What is read of so many cells, from what the decoder receives."""
         if self.base.decoder is not None:
             hidden = self._written(inputs, hidden, self.model.enter_decoder(inputs, hidden))
         return self.readout.of_sequences(hidden, self._lane_prompts(n))

@@ -102,7 +102,7 @@ class Request:
         is_single = len(self.table.sites) == 1 and self.table.cells.are_of_one_layer
         if is_single and not self.unknown:
             return _OF_PART.get(self.table.part, EncoderRoute)
-        return HookedRoute if self.table.part == "connector" else SuffixRoute
+        return SuffixRoute
 
     @cached_property
     def whole_because(self) -> str:
