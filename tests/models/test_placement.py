@@ -143,12 +143,12 @@ def test_attribution_is_that_of_one_device(
     family: str,
     whole: HookedAudioTransformer,
     machine: Machine,
-    method: str,
+    method: Any,
     encoder: torch.device,
 ) -> None:
     model = split_like(whole, {"encoder": encoder, "decoder": [CPU, ONE]})
     assert model.is_split
-    found = [
+    found: list[Any] = [
         patching.attribute(
             one,
             clean=one.as_inputs(hf_inputs(family, seed=0)),

@@ -21,7 +21,7 @@ from audio_lens.models.layers import KVCache
 from audio_lens.patching.engine import bidirectional, work
 from audio_lens.patching.engine.hooked import LateRoute, SuffixRoute
 from audio_lens.patching.engine.routes import ConnectorRoute, EncoderRoute
-from audio_lens.patching.engine.trace import PackedRows
+from audio_lens.patching.engine.trace import PackedRows, blocks_of, crosses_of
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def test_a_decoder_hears_several_cells_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("prompts", [[0, 0, 0, 1], [2, 1, 2, 2, 2, 2, 0, 2, 2], [1, 1], [0, 1, 2]])
 def test_rows_of_several_prompts_read_their_own_memories(prompts: list[int]) -> None:
-    attn = tiny_model("whisper").decoder.blocks[0].cross_attn
+    (attn,) = crosses_of(blocks_of(tiny_model("whisper").decoder)[0])
     of_row, heads = torch.tensor(prompts), (attn.n_heads, attn.d_head)
     q = torch.randn(1, len(prompts), *heads, dtype=torch.float64)
     k, v = (torch.randn(3, 7, *heads, dtype=torch.float64) for _ in range(2))

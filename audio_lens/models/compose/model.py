@@ -297,7 +297,7 @@ class HookedComposed(AudioLLM):
             return {name: [] for name in self.cfg.ears}
         tracks = {}
         for name in self.cfg.ears:
-            ear, heard = self.heard_by(name, inputs)
+            ear, (_, heard) = self.ears[name], self.heard_by(name, inputs)
             length = ear.encoder_length(heard)
             tracks[name] = [
                 ear.encoder_track(length, heard.n_valid(index), segment.clip, segment.start_s)
