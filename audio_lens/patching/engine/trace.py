@@ -363,7 +363,9 @@ class PackedRows(Context):
             padded[place] = q[0, order]
             asked = padded.unflatten(0, (len(group), most))
             readable = allowed if allowed is None or len(allowed) == 1 else allowed[group]
-            found = attn.mix(asked, k[group], v[group], readable)
+            # all of them in order are not picked: that would copy every prompt's memory
+            own = (k, v) if len(group) == len(k) else (k[group], v[group])
+            found = attn.mix(asked, *own, readable)
             z[0, order] = found.flatten(0, 1)[place].to(z.dtype)
         return z
 
