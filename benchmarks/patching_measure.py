@@ -188,13 +188,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods on one task, and attribution of all its cells in forwards."""
+    """All methods on one task, and attribution of all its cells in forwards.
+
+    Attributes:
+        runs_s, cells_s: the least time of both unpatched runs, and of all cells.
+    """
 
     name: str
     size: str
     n_cells: int
     gflop_per_cell: float
     gflops: float
+    runs_s: float
+    cells_s: float
     clock: str
     attribution_forwards: float
     least_attribution_forwards: float
@@ -202,6 +208,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def over_floor(self) -> float:
+        """Seconds of audio_lens's whole sweep over the least that any could take."""
+        taken = self.outcomes[OWN].sweep_s or 0.0
+        return taken / (self.runs_s + self.cells_s)
 
     @property
     def disagreeing(self) -> list[str]:
@@ -229,7 +241,7 @@ def compare(
     methods = {key: METHODS[key](task) for key in wanted if absent[key] is None}
     rounds = run_rounds(task, methods, repeats * task.row.rounds, sample, seed)
     work, roofline = limits.mean_work(task), Roofline.of(task, Clock(task.device).seconds)
-    largest = largest_effect(task, rounds[OWN])
+    largest, rate = largest_effect(task, rounds[OWN]), statistics.median(rounds[OWN].rate)
     outcomes = {}
     for key in wanted:
         if absent[key] is not None:
@@ -244,7 +256,9 @@ def compare(
         size=task.size,
         n_cells=len(task.cells),
         gflop_per_cell=work / 1e9,
-        gflops=statistics.median(rounds[OWN].rate) / 1e9,
+        gflops=rate / 1e9,
+        runs_s=roofline.runs_seconds(task, rate),
+        cells_s=len(task.cells) * roofline.seconds(rate),
         clock=Clock(task.device).name,
         attribution_forwards=attribution_forwards(task, repeats),
         least_attribution_forwards=least_forwards(task),

@@ -31,7 +31,10 @@ def table(found: Comparison) -> Table:
         f"{found.name}, {found.size}: {found.n_cells} cells, at least "
         f"{found.gflop_per_cell:.3g} GFLOP each, {found.gflops:.0f} GFLOP/s"
     )
+    least = found.runs_s + found.cells_s
     caption = (
+        f"end to end at least {_short(least)} s, {found.runs_s / least:.0%} of them for the two "
+        f"unpatched runs; audio_lens takes {found.over_floor:.2f} of that\n"
         f"attribution of all cells: {found.attribution_forwards:.2f} forwards, by its arithmetic "
         f"at least {found.least_attribution_forwards:.2f}"
     )

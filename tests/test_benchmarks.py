@@ -189,10 +189,18 @@ def test_the_roofline_counts_what_it_measures_apart() -> None:
 
 
 def test_the_roofline_adds_up() -> None:
-    found = roofline.Roofline(8.0, 4.0, 2.0, attention_rate=2.0, row_s=0.5)
-    assert found.seconds(matmul_rate=4.0) == 2 + 2 + 1
+    found = roofline.Roofline(8.0, 4.0, 2.0, slowness=1.5, attention_rate=2.0, row_s=0.5)
+    assert found.seconds(matmul_rate=4.0) == 3 + 2 + 1
     measured = roofline.Roofline.of(micro_task("encoder-heads"), lambda run: 1e-3)
     assert measured.seconds(1e9) > 0
+
+
+def test_a_sweep_takes_no_less_than_its_unpatched_runs() -> None:
+    task = micro_task("cross-heads")
+    found = roofline.Roofline(8.0, 4.0, 2.0, slowness=1.5, attention_rate=2.0, row_s=0.5)
+    runs = backward.unpatched_runs(task)
+    assert found.runs_seconds(task, 4.0) == 1.5 * runs.products / 4 + runs.pairs / 2
+    assert 0 < runs.forward < 2 * backward.plain_forward(task).forward  # only what is read
 
 
 @pytest.mark.parametrize("name", ["encoder-resid", "cross-heads", "lm-resid"])

@@ -164,6 +164,30 @@ class HookedAudioTransformer(
         """
         return self.send(resid)
 
+    def send_heard(
+        self,
+        heard: Mapping[str, Tensor],
+        inputs: AudioInputs,
+        segment: Int[Tensor, " rows"] | None = None,
+    ) -> Tensor:
+        """`send_rows` of what all ears gave, so that none of them runs again.
+
+        Args:
+            heard: by part; of the encoder the streams that it sends, of ears beside it the output.
+        """
+        return self.send_rows(heard["encoder"], inputs, segment)
+
+    @property
+    def sent_from(self) -> tuple[int, ...]:
+        """The blocks of the encoder whose streams are sent on, side by side: the last, here."""
+        return (self.cfg.need_encoder.n_layers - 1,)
+
+    def heard_by(
+        self, part: str, inputs: AudioInputs
+    ) -> tuple[HookedAudioTransformer, AudioInputs]:
+        """The model whose encoder is a part that hears, and the inputs as that one takes them."""
+        return self, inputs
+
     def decoder_context(
         self, inputs: AudioInputs, encoded: Tensor | None, past: KVCache | None = None
     ) -> Context:
@@ -206,8 +230,7 @@ class HookedAudioTransformer(
         """
         if beside := self.written_beside(streams):
             return f"its output is also that of the {' and '.join(beside)}"
-        part = place.partition(".")[0]
-        return f"the {part} is a part of its own" if part in self.cfg.ears else ""
+        return ""
 
     def audio_places(self, inputs: AudioInputs) -> AudioPlaces:
         """Where each connector position enters the decoder's residual stream (audio LLMs)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,13 @@ from audio_lens import metrics
 from audio_lens.edits.edit import Edit, Laid, in_force
 from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.layers import KVCache, needed
+from audio_lens.patching.engine.ears import (
+    ear_context,
+    ear_run,
+    entering,
+    given_by,
+    sent_onwards,
+)
 from audio_lens.patching.engine.hooked import from_position, output_of
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.trace import Trace, blocks_of, crosses_of, heard, is_known, stack_of
@@ -94,12 +101,14 @@ class Unedited:
     Attributes:
         state: of the model and the inputs, when it was made.
         has_hooks: whether hooks of the user were in force.
+        beside: the residual streams of ears beside the encoder, like those of `encoder`.
     """
 
     model: HookedAudioTransformer
     inputs: AudioInputs
     state: tuple
     has_hooks: bool
+    beside: dict[str, list[Float[Tensor, "b t d"]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def encoder(self) -> list[Float[Tensor, "b t d"]]:
@@ -109,11 +118,12 @@ class Unedited:
         return Trace.of(model, "encoder", model.enter_encoder(inputs), context).residuals
 
     @cached_property
-    def encoder_end(self) -> Float[Tensor, "b t d"]:
-        """The residual stream leaving the encoder's last block."""
-        if "encoder" in vars(self):
-            return self.encoder[-1]
-        end = self.model.encode(self.inputs, stop=self.model.cfg.need_encoder.n_layers)
+    def encoder_end(self) -> Float[Tensor, "b t sd"]:
+        """What the encoder sends on: the stream leaving its last block, and others before it."""
+        n_layers = self.model.cfg.need_encoder.n_layers
+        if "encoder" in vars(self) or len(self.model.sent_from) > 1:
+            return entering(self.model, "encoder", self.encoder, n_layers)
+        end = self.model.encode(self.inputs, stop=n_layers)
         return needed(end, "an edit in front of the decoder needs an encoder")
 
     @cached_property
@@ -149,7 +159,7 @@ class Unedited:
             return self._whole(laid)
         if all(one.site.part == "decoder" for one in laid):
             return self._from_decoder(laid)
-        return self._from_encoder(laid)
+        return self._from_ears(laid) if self.model.cfg.ears else self._from_encoder(laid)
 
     def _whole(self, laid: Sequence[Laid]) -> Edited:
         encoded = self._heard_once(laid)
@@ -166,23 +176,49 @@ class Unedited:
         """Whether a whole forward is needed."""
         model = self.model
         parts = {one.site.part for one in laid}
-        taps = getattr(getattr(model, "connector", None), "taps", ())
         return bool(
             self.has_hooks
-            or not parts <= {"encoder", "connector", "decoder"}
+            or not parts <= {*model.cfg.is_heard_in, "connector", "decoder"}
             or any(model.whole_because(f"{part}.resid_pre", None) for part in parts)
-            or (taps and parts != {"decoder"})
             or (parts == {"decoder"} and not _comes_apart(model))
         )
 
     def _from_encoder(self, laid: Sequence[Laid]) -> Edited:
         model, inputs, n_layers = self.model, self.inputs, self.model.cfg.need_encoder.n_layers
         first = min(_layers(laid, "encoder"), default=n_layers)
-        resid = self.encoder_end if first == n_layers else self.encoder[first]
+        is_end = first == n_layers
+        resid = self.encoder_end if is_end else entering(model, "encoder", self.encoder, first)
         with in_force(model, laid):
             encoded = model.encode(inputs, resid, first)
             hidden = model.decode(inputs, encoded) if model.cfg.decoder else heard(encoded)
             return Edited(self, output_of(model, hidden, inputs), 0)
+
+    def _from_ears(self, laid: Sequence[Laid]) -> Edited:
+        """From the first edited block of each of several ears."""
+        model, inputs = self.model, self.inputs
+        with in_force(model, laid):
+            with model.running(inputs):
+                given = {part: self._given(part, laid) for part in model.cfg.is_heard_in}
+                encoded = model.send_heard(given, inputs)
+            hidden = model.decode(inputs, encoded) if model.cfg.decoder else heard(encoded)
+            return Edited(self, output_of(model, hidden, inputs), 0)
+
+    def _given(self, part: str, laid: Sequence[Laid]) -> Float[Tensor, "b t sd"]:
+        """What an ear gives with edits in force."""
+        model, n_layers = self.model, self.model.cfg.parts[part].n_layers
+        first = min(_layers(laid, part), default=n_layers)
+        begun = entering(model, part, self._streams(part), first)
+        context = ear_context(model, part, self.inputs)
+        sent = begun if first == n_layers else sent_onwards(model, part, begun, context, first)
+        return given_by(model, part, sent)
+
+    def _streams(self, part: str) -> list[Float[Tensor, "b t d"]]:
+        """The residual stream entering every block of an ear, and that leaving the last."""
+        if part == "encoder":
+            return self.encoder
+        if part not in self.beside:
+            self.beside[part] = ear_run(self.model, part, self.inputs).residuals
+        return self.beside[part]
 
     def _from_decoder(self, laid: Sequence[Laid]) -> Edited:
         first = min(_layers(laid, "decoder"))

@@ -48,8 +48,13 @@ def least_forwards(task: Task) -> float:
     decoder = _decoder(task, reads_last=True)
     back = decoder + (encoder if task.part == "encoder" else Work())
     back = back - _before_site(task, cfg.parts[task.part])
-    heard = encoder + _around_encoder(task)
-    return (2 * (heard + decoder).forward + back.backward) / plain_forward(task).forward
+    return (unpatched_runs(task).forward + back.backward) / plain_forward(task).forward
+
+
+def unpatched_runs(task: Task) -> Work:
+    """Both unpatched runs, which every sweep and attribution begins with."""
+    one = _encoder(task) + _around_encoder(task) + _decoder(task, reads_last=True)
+    return one * 2
 
 
 def plain_forward(task: Task) -> Work:

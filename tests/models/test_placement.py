@@ -1,8 +1,4 @@
-"""Models split over devices: activations move at borders, and nothing else changes.
-
-Where no second device exists, one is made up: tensors that say they lie on a device of a kind no
-machine has, hold their numbers on the CPU, and refuse to meet tensors of any other device.
-"""
+"""Models split over devices: activations move at borders, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -15,114 +11,21 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from audio_lens import HookedAudioTransformer, metrics, patching
 from audio_lens.models.loading import placement
 from audio_lens.models.loading.lora import LoraLinear
 from audio_lens.models.loading.placement import PlacementError, layout, unit_of
+from devices import CPU, HAVE_GRADIENTS, ONE, TWO, Machine, on_cpu
 from patching.loops import assert_equals_loop
 from tiny import hf_inputs, tiny_hf
 
-ONE, TWO, CPU = torch.device("maia:1"), torch.device("maia:2"), torch.device("cpu")
 SPLITS: dict[str, Any] = {
     "encoder apart": {"encoder": ONE, "decoder": CPU},
     "decoder in two": {"encoder": CPU, "decoder": [CPU, ONE]},
     "everything": {"encoder": [TWO, ONE], "decoder": [CPU, ONE, TWO]},
     "balanced": [TWO, CPU, ONE],
 }
-
-
-# -------------------------------------------------------------------------------- devices made up
-
-
-class Elsewhere(Tensor):
-    """A tensor on a made-up device; `numbers` holds its values."""
-
-    numbers: Tensor
-
-    @staticmethod
-    def __new__(cls, real: Tensor, device: torch.device) -> Elsewhere:
-        made = Tensor._make_wrapper_subclass(
-            cls, real.shape, strides=real.stride(), dtype=real.dtype, device=device
-        )
-        made.numbers = real
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(op, args, kwargs or {})
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return _run(_at, (self, index), {})
-
-    def __invert__(self) -> Tensor:
-        return torch.bitwise_not(self)
-
-    def tolist(self) -> Any:
-        return self.numbers.tolist()
-
-    def data_ptr(self) -> int:
-        return self.numbers.data_ptr()
-
-
-def _at(x: Tensor, index: Any) -> Tensor:
-    return x[index]
-
-
-class Machine(TorchDispatchMode):
-    """Makes tensors on made-up devices, and counts what moves between devices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moves: list[tuple[torch.device, torch.device, int]] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        to = _target(op, args, kwargs)
-        if op.name() in _MOVES and to not in (None, args[0].device):
-            self.moves.append((args[0].device, to, args[0].numel()))
-        return _run(op, args, kwargs)
-
-
-_MOVES = ("aten::_to_copy", "aten::to.device", "aten::to.dtype_layout", "aten::to.other")
-
-
-def _target(op: Any, args: Any, kwargs: dict[str, Any]) -> torch.device | None:
-    """The device that an operation is told to write to."""
-    if op is torch.ops.aten.to.other:
-        return args[1].device
-    named = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.device)]
-    return named[0] if named else None
-
-
-def _plain(x: Any) -> Any:
-    if isinstance(x, torch.device):
-        return x if x.type == "meta" else CPU
-    return x.numbers if isinstance(x, Elsewhere) else x
-
-
-def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the numbers of its arguments, if those lie on one device."""
-    given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    devices = {x.device for x in given if x.ndim or x.device != CPU}
-    to = _target(op, args, kwargs)
-    is_transfer = to is not None or op is torch.ops.aten.copy_.default
-    if len(devices) > 1 and not is_transfer:
-        raise RuntimeError(f"{op} on tensors of several devices: {devices}")
-    device = to or (given[0].device if is_transfer and given else (devices or {CPU}).pop())
-    held = {id(x.numbers): x for x in given if isinstance(x, Elsewhere)}
-    args, kwargs = tree_map(_plain, (args, kwargs))
-    with torch._C._DisableTorchDispatch():
-        out = op(*args, **kwargs)
-
-    def wrapped(x: Any) -> Any:
-        if not isinstance(x, Tensor) or device.type in ("cpu", "meta"):
-            return x
-        return held[id(x)] if id(x) in held else Elsewhere(x, device)
-
-    return tree_map(wrapped, out)
 
 
 @pytest.fixture
@@ -137,10 +40,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(torch, "tensor", made)  # makes its tensors where no mode sees it
     with Machine() as machine, torch.no_grad():
         yield machine
-
-
-def on_cpu(x: Any) -> Any:
-    return x.numbers if isinstance(x, Elsewhere) else x
 
 
 @pytest.fixture
@@ -226,20 +125,45 @@ def test_weights_of_all_blocks_come_together(
     assert torch.equal(on_cpu(part.W_O), whole.part("decoder").W_O)
 
 
-def test_attribution_says_that_it_needs_one_device(
-    family: str, whole: HookedAudioTransformer
+ATTRIBUTED = {
+    "atp": ["encoder.resid_pre", "decoder.attn.z"],
+    "ig": ["encoder.attn.z", "decoder.mlp_out"],
+    "qk_fix": ["decoder.attn.k", "encoder.attn.q"],
+    "grad_drop": ["decoder.resid_pre"],
+    "atp*": ["encoder.attn.k"],
+}
+
+
+@pytest.mark.skipif(not HAVE_GRADIENTS, reason="this torch has no made-up devices with gradients")
+@pytest.mark.parametrize("encoder", [ONE, CPU], ids=str)
+@pytest.mark.parametrize(
+    "method", ["atp", *(pytest.param(m, marks=pytest.mark.slow) for m in ATTRIBUTED if m != "atp")]
+)
+def test_attribution_is_that_of_one_device(
+    family: str,
+    whole: HookedAudioTransformer,
+    machine: Machine,
+    method: Any,
+    encoder: torch.device,
 ) -> None:
-    with Machine(), torch.no_grad():
-        model = split_like(whole, {"encoder": ONE, "decoder": [CPU, TWO]})
-        batch = model.as_inputs(hf_inputs(family))
-        with pytest.raises(PlacementError, match=r"attribution needs the model on one device"):
-            patching.attribute(
-                model,
-                clean=batch,
-                corrupted=batch,
-                axes="layer",
-                metric=metrics.logit_diff(7, 9),
-            )
+    model = split_like(whole, {"encoder": encoder, "decoder": [CPU, ONE]})
+    assert model.is_split
+    found: list[Any] = [
+        patching.attribute(
+            one,
+            clean=one.as_inputs(hf_inputs(family, seed=0)),
+            corrupted=one.as_inputs(hf_inputs(family, seed=1)),
+            site=ATTRIBUTED[method],
+            axes="layer",
+            metric=metrics.logit_diff(7, 9),
+            method=method,
+            progress=False,
+        )
+        for one in (whole, model)
+    ]
+    for site, expected in found[0].items():
+        torch.testing.assert_close(found[1][site].values, expected.values, rtol=1e-4, atol=1e-4)
+        assert (expected.values - expected.corrupted[:, None]).abs().max() > 1e-3
 
 
 def test_sweep_is_the_loop(family: str, whole: HookedAudioTransformer, machine: Machine) -> None:
@@ -263,11 +187,6 @@ def test_collecting_on_one_device(
     family: str, whole: HookedAudioTransformer, machine: Machine
 ) -> None:
     model = split_like(whole, [ONE, CPU, TWO])
-    batch = whole.as_inputs(hf_inputs(family))
-    with pytest.raises(PlacementError, match=r"attribution needs the model on one device"):
-        patching.attribute(
-            model, clean=batch, corrupted=batch, site="decoder.resid_pre", metric=lambda x: x
-        )
     assert model.place(ONE).device == ONE
     assert not model.is_split and not model._borders
 

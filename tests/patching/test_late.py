@@ -16,7 +16,9 @@ from audio_lens.patching.engine.hooked import HookedRoute, LateRoute
 IN_BLOCKS = [
     (name, site)
     for name, site in SITES
-    if site.n_layers is not None and site.part in ("encoder", "decoder")
+    if site.n_layers is not None
+    and site.part in (*tiny_model(name).cfg.is_heard_in, "decoder")
+    and tiny_model(name).cfg.parts[site.part].n_layers > 1
 ]  # outside them nothing can be left out
 QUICK = IN_BLOCKS[::70]
 CASES = [

@@ -5,7 +5,7 @@ For models that are published as pieces, and for one's own. The parts are taken 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,42 +131,69 @@ class HookedComposed(AudioLLM):
         self, name: str, inputs: AudioInputs, segment: Int[Tensor, " rows"] | None = None
     ) -> Float[Tensor, "rows frames d"]:
         """The output of an ear beside the encoder, for some segments or for all."""
-        ear, own = self.ears[name], self._heard_by(name, inputs)
+        ear, own = self.heard_by(name, inputs)
         resid = ear.enter_encoder(own)
         resid = ear.encoder.run_blocks(resid, ear.encoder_context(own), 0, len(ear.encoder.blocks))
         heard = ear.encoder.finish(resid)
         return heard if segment is None else heard[segment]
 
-    def _heard_by(self, name: str, inputs: AudioInputs) -> AudioInputs:
-        """The inputs as an ear beside the encoder takes them."""
-        features, mask = inputs.extra[name], inputs.extra.get(f"{name}.mask")
-        return replace(inputs, features=features, feature_mask=mask, extra={})
+    def heard_by(
+        self, part: str, inputs: AudioInputs
+    ) -> tuple[HookedAudioTransformer, AudioInputs]:
+        """An ear, and the inputs as it takes them: beside the encoder, with features of its own."""
+        if part not in self.cfg.ears:
+            return super().heard_by(part, inputs)
+        features, mask = inputs.extra[part], inputs.extra.get(f"{part}.mask")
+        own = replace(inputs, features=features, feature_mask=mask, extra={})
+        return self.ears[part], own
+
+    @property
+    def sent_from(self) -> tuple[int, ...]:
+        """The blocks that the connector reads."""
+        return self.connector.taps or super().sent_from
 
     def hear(
         self, inputs: AudioInputs, resid: Tensor | None, start: int, stop: int | None
     ) -> Tensor | None:
         """As in every model; where the connector reads several blocks, these are kept for it.
 
+        Args:
+            resid: behind a block that the connector reads, the streams that left such blocks
+                stand before it, side by side.
+
         Raises:
-            InputError: a start behind a block that the connector reads.
+            InputError: a start behind a block that the connector reads, without its stream.
         """
         taps = self.connector.taps
-        if not taps or stop is not None:
+        if not taps:
             return super().hear(inputs, resid, start, stop)
-        if start > min(taps):
+        given, resid = self._apart(resid, start)
+        if stop is not None:
+            return super().hear(inputs, resid, start, stop)
+        tapped, begin = given, start
+        for tap in taps[len(given) :]:
+            heard = super().hear(inputs, resid, begin, tap + 1)
+            resid = needed(heard, "the connector reads an encoder, and there is none")
+            begin = tap + 1
+            tapped.append(resid.to(tapped[0].device if tapped else resid.device))
+        return self.send_rows(torch.cat(tapped, dim=-1), inputs).to(self.device)
+
+    def _apart(self, resid: Tensor | None, start: int) -> tuple[list[Tensor], Tensor | None]:
+        """The streams of the blocks before a start that the connector reads, and what enters it.
+
+        Raises:
+            InputError: where they are missing.
+        """
+        if resid is None:
+            return [], None
+        taps = self.connector.taps
+        *given, resid = resid.split(self.cfg.need_encoder.d_model, dim=-1)
+        if len(given) != sum(tap < start for tap in taps):
             raise InputError(
                 f"the connector reads blocks {', '.join(map(str, taps))} of the encoder: start at "
                 f"encoder layer {min(taps)} or before"
             )
-        tapped, begin = [], start
-        for tap in taps:
-            heard = super().hear(inputs, resid, begin, tap + 1)
-            resid = needed(heard, "the connector reads an encoder, and there is none")
-            begin = tap + 1
-            tapped.append(resid)
-        tapped[-1] = self.encoder.finish(tapped[-1])
-        others = [self.hear_beside(name, inputs) for name in self.cfg.ears]
-        return self.connector(torch.cat(tapped, dim=-1), *others).to(self.device)
+        return given, resid
 
     def send_rows(
         self,
@@ -174,16 +201,31 @@ class HookedComposed(AudioLLM):
         inputs: AudioInputs,
         segment: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, "rows t d_out"]:
-        """The connector's output, of what all ears heard."""
-        others = [self.hear_beside(name, inputs, segment) for name in self.cfg.ears]
-        return self.connector(self.encoder.finish(resid), *others)
+        """The connector's output, of what all ears heard.
 
-    def whole_because(self, place: str, streams: Set[str] | None) -> str:
-        """Why sweeps of a place run whole forwards with hooks; empty where they need not."""
-        is_before = place.startswith("encoder.") or place == "connector.in"
-        if self.connector.taps and is_before:
-            return "the connector reads several blocks of the encoder"
-        return super().whole_because(place, streams)
+        Args:
+            resid: the stream leaving the encoder; those of all blocks that the connector reads,
+                side by side.
+        """
+        beside = {name: self.hear_beside(name, inputs, segment) for name in self.cfg.ears}
+        return self._carried(resid, beside)
+
+    def send_heard(
+        self,
+        heard: Mapping[str, Tensor],
+        inputs: AudioInputs,
+        segment: Int[Tensor, " rows"] | None = None,
+    ) -> Tensor:
+        if not self.cfg.ears:
+            return self.send_rows(heard["encoder"], inputs, segment)
+        return self._carried(heard["encoder"], heard)
+
+    def _carried(self, resid: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        """What the connector makes of the encoder's streams and of what other ears gave."""
+        *tapped, last = resid.split(self.cfg.need_encoder.d_model, dim=-1)
+        last = self.encoder.finish(last)
+        sent = torch.cat([*tapped, last], dim=-1) if tapped else last
+        return self.connector(sent, *(beside[name] for name in self.cfg.ears))
 
     def enter_decoder(self, inputs: AudioInputs, *rest: Any) -> Float[Tensor, "b t d"]:
         """Embedded tokens with the audio in its places."""
@@ -255,7 +297,7 @@ class HookedComposed(AudioLLM):
             return {name: [] for name in self.cfg.ears}
         tracks = {}
         for name in self.cfg.ears:
-            ear, heard = self.ears[name], self._heard_by(name, inputs)
+            ear, (_, heard) = self.ears[name], self.heard_by(name, inputs)
             length = ear.encoder_length(heard)
             tracks[name] = [
                 ear.encoder_track(length, heard.n_valid(index), segment.clip, segment.start_s)

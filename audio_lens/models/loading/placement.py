@@ -166,18 +166,6 @@ class Placed(nn.Module):
         """The device of a part: where its inputs go."""
         return next(getattr(self, part).parameters()).device
 
-    def need_one_device(self, what: str) -> None:
-        """Raise unless the whole model lies on one device.
-
-        Raises:
-            PlacementError: naming what needs it.
-        """
-        if self.is_split:
-            raise PlacementError(
-                f"{what} needs the model on one device, and it is split over several: "
-                'model.place("cuda:0")'
-            )
-
 
 def guard_borders(model: nn.Module) -> None:
     """Let activations follow the weights from now on, if those lie on several devices."""

@@ -178,10 +178,8 @@ def attribute(
             does not fit the site or axes, ``steps`` without "ig"; sites in a second writing stack,
             or a metric of what such a stack writes beside the decoder (Kimi-Audio's speech).
         DeadHookError: a site that does not run.
-        PlacementError: a model that is split over devices.
     """
     with model.alone():
-        model.need_one_device("attribution")
         spec = SweepSpec.of(**locals())
         if not spec.sites or len(set(spec.sites)) < len(spec.sites):
             raise InputError(f"name one site or several, each once; got {site!r}")

@@ -390,7 +390,7 @@ class _MetricReader:
             return []
         name = f"{self._last_block}hook_{self._blocks[-1].mlp_stage}"
         rows = self._readout.positions
-        return [(name, lambda x, hook: metrics.at_positions(x, rows))]
+        return [(name, lambda x, hook: metrics.at_positions(x, rows.to(x.device)))]
 
     def compare_with(self, clean: Float[Tensor, "b *t v"]) -> None:
         """Bind metrics that compare with the clean run to its logits."""

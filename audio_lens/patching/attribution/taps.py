@@ -103,7 +103,7 @@ class Tap:
         if effects is None:
             return 0.0
         rows = effects.new_zeros(len(effects), n_rows, effects.shape[-1])
-        return rows.index_add(1, owner, effects).cpu()
+        return rows.index_add(1, owner.to(rows.device), effects).cpu()
 
 
 class Entrance:
@@ -138,7 +138,9 @@ class Entrance:
     def take(self, owner: Int[Tensor, " batch"], n_rows: int) -> Float[Tensor, " rows"] | float:
         """Gradient times difference of the last backward, of entries summed by owner."""
         met, self._met = self._met, None
-        return 0.0 if met is None else met.new_zeros(n_rows).index_add(0, owner, met).cpu()
+        if met is None:
+            return 0.0
+        return met.new_zeros(n_rows).index_add(0, owner.to(met.device), met).cpu()
 
 
 def watched(x: Tensor, meet: Callable[[Tensor], None]) -> Tensor:

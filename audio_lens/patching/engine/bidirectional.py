@@ -8,8 +8,9 @@ its own window.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from audio_lens.models.layers import Attention, Context
 from audio_lens.patching.engine.changes import BlockEntry, Projected
+from audio_lens.patching.engine.ears import sent_from
 from audio_lens.patching.engine.trace import Trace
 
 Window = tuple[int, int]
@@ -40,11 +42,13 @@ class Complement:
         k: Float[Tensor, "t kv e"],
         v: Float[Tensor, "t kv e"],
         allowed: Bool[Tensor, "#t t"] | None,
+        bias: Float[Tensor, "h t t"] | None,
         windows: Sequence[Window],
     ):
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.q = q.transpose(0, 1).to(self.dtype) * attn.scale
         self.allowed, self.group = allowed, attn.group
+        self.bias = None if bias is None else bias.to(self.dtype)
         self.index = {window: i for i, window in enumerate(windows)}
         n_heads, n_queries, e = self.q.shape
         self.peak = self.q.new_empty(n_heads, n_queries, 1)
@@ -66,6 +70,8 @@ class Complement:
 
     def _sum_up(self, head: int, k: Float[Tensor, "t e"], v: Float[Tensor, "t e1"]) -> None:
         scores = self.q[head] @ k.T
+        if self.bias is not None:
+            scores += self.bias[head]
         if self.allowed is not None:
             scores.masked_fill_(~self.allowed, -torch.inf)
         # one peak for all segments: sums against different peaks could not be added
@@ -101,6 +107,8 @@ class Complement:
     ) -> tuple[Float[Tensor, "t h e"], Bool[Tensor, " t"]]:
         """The complement's sums and the window's own."""
         scores = self.q @ k.transpose(-1, -2)
+        if self.bias is not None:
+            scores += self.bias[..., window[0] : window[1]]
         if self.allowed is not None:
             scores.masked_fill_(~self.allowed[:, window[0] : window[1]], -torch.inf)
         # the window may hold a new largest score: what was summed against the old one is rescaled
@@ -125,10 +133,14 @@ class BidirectionalWalk:
         base: the base run.
         windows: the windows that lanes change, clip by clip: their complements are shared.
         n_held: how many windows' complements are held at once; 0 never builds one.
+        leaves: whether what lanes change left the block before, not only enters the next.
     """
 
-    def __init__(self, base: Trace, windows: Sequence[Sequence[Window]], n_held: int):
-        self.base = base
+    def __init__(
+        self, base: Trace, windows: Sequence[Sequence[Window]], n_held: int, leaves: bool = True
+    ):
+        self.base, self.leaves = base, leaves
+        self.sent_early = sent_from(base.model, base.part)[:-1]
         n_positions = base.residuals[0].shape[1]
         self.batches = [_batches(of_clip, n_positions, n_held) for of_clip in windows]
         self._held: tuple[int, Projected] | None = None
@@ -136,21 +148,39 @@ class BidirectionalWalk:
 
     def run(
         self, entries: Sequence[BlockEntry], clips: Int[Tensor, " n"]
-    ) -> tuple[Int[Tensor, " a"], Float[Tensor, "a t d"]]:
-        """The lanes that change anything, and the residual stream leaving the last block."""
+    ) -> tuple[Int[Tensor, " a"], Float[Tensor, "a t sd"]]:
+        """The lanes that change anything, and the streams that are sent on, side by side."""
         # lanes join where their patch enters and then stay: those under way run a block together,
         # and only then do the new ones come, whose first block `_enter` has run
         lanes, resid = clips.new_empty(0), self.base.residuals[0][:0]
+        early = [resid for _ in self.sent_early]
         first = min((e.layer for e in entries), default=self.base.n_layers)
         for layer in range(first, self.base.n_layers + 1):
             if len(lanes) and layer < self.base.n_layers:
                 resid = self.base.block(layer)(resid, self._context(clips[lanes]))
             for entry in entries:
                 if entry.layer == layer and len(entry.lane):
-                    joined, stream = self._enter(entry, clips)
+                    joined, entered, stream = self._enter(entry, clips)
                     lanes = torch.cat([lanes, joined])
                     resid = torch.cat([resid, stream]) if len(resid) else stream
-        return lanes, resid
+                    early = [
+                        torch.cat([sent, self._left(block, layer, clips[joined], entered)])
+                        for block, sent in zip(self.sent_early, early, strict=True)
+                    ]
+            early = [
+                resid if block == layer else sent
+                for block, sent in zip(self.sent_early, early, strict=True)
+            ]
+        return lanes, torch.cat([*early, resid], dim=-1) if early else resid
+
+    def _left(
+        self, block: int, layer: int, clips: Int[Tensor, " n"], entered: Float[Tensor, "n t d"]
+    ) -> Float[Tensor, "n t d"]:
+        """The stream that left a block in lanes that enter another one."""
+        if block >= layer:  # not yet: what stands here is written over when it has
+            return entered
+        is_changed = block == layer - 1 and self.leaves
+        return entered if is_changed else self.base.residuals[block + 1][clips]
 
     def _context(self, clips: Int[Tensor, " n"]) -> Context:
         allowed = self.base.context.allowed
@@ -162,22 +192,26 @@ class BidirectionalWalk:
 
     # ---------------------------------------------------------------- the block that lanes enter
 
-    def _enter(self, entry: BlockEntry, clips: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        """The entry's lanes, and the residual stream behind the block they enter."""
+    def _enter(self, entry: BlockEntry, clips: Int[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The entry's lanes, and the residual stream before and behind the block they enter."""
         lanes, place = entry.lane.unique(return_inverse=True)
         clips = clips[lanes]
         resid = self.base.residuals[entry.layer][clips]
         resid[place, entry.position] = entry.values.to(resid.dtype)
         if entry.layer == self.base.n_layers:
-            return lanes, resid
+            return lanes, resid, resid
         block = self.base.block(entry.layer)
-        if block.attn.is_biased:  # and the bias is another one where the stream is
-            return lanes, block(resid, self._context(clips))
-        z = self._mixed(block.attn, entry, place, clips)
-        return lanes, block.after_attention(resid + block.attn.output(z), self._context(clips))
+        z = self._mixed(block.attn, resid, entry, place, clips)
+        left = block.after_attention(resid + block.attn.output(z), self._context(clips))
+        return lanes, resid, left
 
     def _mixed(
-        self, attn: Attention, entry: BlockEntry, place: Int[Tensor, " m"], clips: Int[Tensor, " n"]
+        self,
+        attn: Attention,
+        resid: Float[Tensor, "n t d"],
+        entry: BlockEntry,
+        place: Int[Tensor, " m"],
+        clips: Int[Tensor, " n"],
     ) -> Float[Tensor, "n t h e"]:
         """``z`` of all rows: by complements where these are worth their price, else in full."""
         # in this block alone all rows outside the window are still the base run's
@@ -195,11 +229,12 @@ class BidirectionalWalk:
                 in_full.append(lane)
             else:
                 own_base, own_new = ([x[at] for x in xs] for xs, at in ((base, clip), (new, own)))
-                complement, window = found
-                z[lane] = self._beside(attn, clip, complement, window, changed, own_base, own_new)
+                bias = functools.partial(self._bias, entry.layer, resid[[lane]], clips[[lane]])
+                z[lane] = self._beside(attn, clip, found, changed, own_base, own_new, bias)
         if in_full:
             chosen = torch.tensor(in_full, device=place.device)
-            in_full = self._in_full(attn, chosen, entry, place, clips, base, new)
+            bias = self._bias(entry.layer, resid[chosen], clips[chosen])
+            in_full = self._in_full(attn, chosen, entry, place, clips, base, new, bias)
             z[chosen] = in_full.to(z.dtype)
         return z
 
@@ -212,6 +247,7 @@ class BidirectionalWalk:
         clips: Int[Tensor, " n"],
         base: Projected,
         new: Projected,
+        bias: Float[Tensor, "c h t t"] | None,
     ) -> Float[Tensor, "c t h e"]:
         """Attention of all rows to all rows."""
         rank = torch.full_like(clips, -1)
@@ -220,26 +256,26 @@ class BidirectionalWalk:
         q, k, v = (held[clips[chosen]] for held in base)
         for held, rows in zip((q, k, v), new, strict=True):
             held[rank[place[here]], entry.position[here]] = rows[here].to(held.dtype)
-        return attn.mix(q, k, v, self._context(clips[chosen]).allowed)
+        return attn.mix(q, k, v, self._context(clips[chosen]).allowed, bias)
 
     def _beside(
         self,
         attn: Attention,
         clip: int,
-        complement: Complement,
-        window: Window,
+        found: tuple[Complement, Window],
         changed: Int[Tensor, " w"],
         base: Sequence[Float[Tensor, "t _ e"]],
         new: Sequence[Float[Tensor, "w _ e"]],
+        bias: Callable[[Tensor], Tensor | None],
     ) -> Float[Tensor, "t h e"]:
         """``z`` of all rows from the complement of the lane's window.
 
         Changed rows have new queries, which ask everywhere, and so do those that found nothing.
         """
-        start, end = window
+        complement, (start, end) = found
         q, k, v = base[0], base[1].clone(), base[2].clone()
         k[changed], v[changed] = new[1].to(k.dtype), new[2].to(v.dtype)
-        z, lost = complement.attend(window, k[start:end], v[start:end])
+        z, lost = complement.attend((start, end), k[start:end], v[start:end])
         lost[changed] = False
         again = lost.nonzero()[:, 0]
         asking = torch.cat([changed, again])
@@ -247,8 +283,24 @@ class BidirectionalWalk:
         if allowed is not None and allowed.shape[2] > 1:
             allowed = allowed[:, :, asking]
         z, q = z.to(q.dtype), torch.cat([new[0].to(q.dtype), q[again]])
-        z[asking] = attn.mix(q[None], k[None], v[None], allowed)[0].to(z.dtype)
+        z[asking] = attn.mix(q[None], k[None], v[None], allowed, bias(asking))[0].to(z.dtype)
         return z
+
+    def _bias(
+        self,
+        layer: int,
+        resid: Float[Tensor, "n t d"],
+        clips: Int[Tensor, " n"],
+        queries: Int[Tensor, " q"] | None = None,
+    ) -> Float[Tensor, "n h q t"] | None:
+        """What a block that reads these streams adds to its scores, of some queries or of all."""
+        block, context = self.base.block(layer), self._context(clips)
+        if not block.attn.is_biased:
+            return None
+        if queries is not None:
+            own = context.need_position_bias[:, queries]
+            resid, context = resid[:, queries], replace(context, position_bias=own)
+        return block.attn.bias(block.reads(resid), context)
 
     # ---------------------------------------------------------------- what lanes share
 
@@ -281,7 +333,10 @@ class BidirectionalWalk:
             q, k, v = (x[clip] for x in self._base_projected(layer))
             allowed = self.base.context.allowed
             own = None if allowed is None else allowed[clip % len(allowed), 0]
-            made = Complement(attn, q, k, v, own, self.batches[clip][number])
+            at = torch.tensor([clip], device=q.device)
+            bias = self._bias(layer, self.base.residuals[layer][at], at)
+            bias = None if bias is None else bias[0]
+            made = Complement(attn, q, k, v, own, bias, self.batches[clip][number])
             self._complement = key, made
         return self._complement[1]
 

@@ -15,6 +15,14 @@ from torch import Tensor
 from audio_lens.inputs import AudioInputs
 from audio_lens.models.layers import KVCache
 from audio_lens.patching.cells import CellTable
+from audio_lens.patching.engine.ears import (
+    ear_context,
+    entering,
+    entrance,
+    given_beside,
+    given_by,
+    sent_onwards,
+)
 from audio_lens.patching.engine.edited import EditedSource
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.routes import FromBase, Route
@@ -23,8 +31,8 @@ from audio_lens.patching.engine.trace import (
     Source,
     blocks_of,
     crosses_of,
-    encoder_context,
     heard,
+    stack_of,
 )
 from audio_lens.shapes import check_shape
 from audio_lens.sites import Site, in_blocks
@@ -104,20 +112,41 @@ class SuffixRoute(FromBase):
         hooks = [site.local_hook for site in self.table.sites]
         if not isinstance(self.source, EditedSource):
             self.source = HeldSource.of(self.source, itertools.product(layers, hooks))
+        self.heard = self.base.heard
+        if self.table.part == "connector" and not self.heard:
+            self.heard = given_beside(self.model, self.base.inputs, "connector")
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
+        if self.table.part == "connector":
+            return self._connector(cells).unflatten(0, (len(cells), self.batch))
         first = min(in_blocks(self.table.cells[cell].layers[0]) for cell in cells)
-        read = self._encoder if self.table.part == "encoder" else self._decoder
+        read = self._decoder if self.table.part == "decoder" else self._ear
         return read(cells, first).unflatten(0, (len(cells), self.batch))
 
-    def _encoder(self, cells: Sequence[int], first: int) -> Float[Tensor, "nb r c"]:
-        trace, n = self.base.trace("encoder"), len(cells)
+    def _ear(self, cells: Sequence[int], first: int) -> Float[Tensor, "nb r c"]:
+        model, part, n = self.model, self.table.part, len(cells)
         inputs = self.base.inputs.repeat(n)
-        context = encoder_context(self.model, inputs)
-        resid = repeat(trace.residuals[first], "c ... -> (n c) ...", n=n)
+        context = ear_context(model, part, inputs)
+        begun = entering(model, part, self.base.trace(part).residuals, first)
+        begun = repeat(begun, "c ... -> (n c) ...", n=n)
+        with model.hooks(Overwrites(self.table, self.source, cells).hooks()):
+            sent = sent_onwards(model, part, begun, context, first)
+        given = self._repeated(n) | {part: given_by(model, part, sent)}
+        return self._read(inputs, model.send_heard(given, inputs), n)
+
+    def _connector(self, cells: Sequence[int]) -> Float[Tensor, "nb r c"]:
+        n = len(cells)
+        inputs = self.base.inputs.repeat(n)
         with self.model.hooks(Overwrites(self.table, self.source, cells).hooks()):
-            resid = trace.stack.run_blocks(resid, context, first, trace.n_layers)
-        hidden = self.model.send_rows(resid, inputs)
+            carried = self.model.send_heard(self._repeated(n), inputs)
+        return self._read(inputs, carried, n)
+
+    def _repeated(self, n: int) -> dict[str, Tensor]:
+        """What ears gave that do not change, for so many cells."""
+        return {name: repeat(x, "c ... -> (n c) ...", n=n) for name, x in self.heard.items()}
+
+    def _read(self, inputs: AudioInputs, hidden: Tensor, n: int) -> Float[Tensor, "nb r c"]:
+        """What is read of so many cells, from what the decoder receives."""
         if self.base.decoder is not None:
             hidden = self._written(inputs, hidden, self.model.enter_decoder(inputs, hidden))
         return self.readout.of_sequences(hidden, self._lane_prompts(n))
@@ -247,11 +276,19 @@ class LateRoute(HookedRoute):
             first: the first block that hooks reach.
         """
         self.first = first
+        if self.table.part in self.model.cfg.ears:
+            self.beside = given_beside(self.model, self.inputs, self.table.part)
         self.residuals = [self._run(self.inputs, self.encoder_out, None, 0, 0)]
         for layer in range(min(first, int(self.table.cells.first_layers.max()))):
-            entering = self.residuals[-1]
-            left = self._run(self.inputs, self.encoder_out, entering, layer, layer + 1)
+            begun = self._entering(layer)
+            left = self._run(self.inputs, self.encoder_out, begun, layer, layer + 1)
             self.residuals.append(left)
+
+    def _entering(self, layer: int) -> Tensor:
+        """What a run from a block on begins with."""
+        if self.table.part == "decoder":
+            return self.residuals[layer]
+        return entering(self.model, self.table.part, self.residuals, layer)
 
     def _run(
         self,
@@ -262,9 +299,33 @@ class LateRoute(HookedRoute):
         stop: int | None = None,
     ) -> Tensor:
         """The part from a block on, up to another or to what it gives."""
-        if self.table.part == "encoder":
+        part = self.table.part
+        if part == "decoder":
+            return self.model.decode(inputs, encoded, resid, start, stop)
+        if part == "encoder":
             return heard(self.model.encode(inputs, resid, start, stop))
-        return self.model.decode(inputs, encoded, resid, start, stop)
+        with self.model.running(inputs):
+            return self._heard_beside(inputs, resid, start, stop)
+
+    def _heard_beside(
+        self,
+        inputs: AudioInputs,
+        resid: Float[Tensor, "b t d"] | None,
+        start: int,
+        stop: int | None,
+    ) -> Tensor:
+        """The same of an ear beside the encoder, which itself gives what it gave once."""
+        model, part = self.model, self.table.part
+        resid = entrance(model, part, inputs) if resid is None else resid
+        context = ear_context(model, part, inputs)
+        until = model.cfg.parts[part].n_layers if stop is None else stop
+        resid = stack_of(model, part).run_blocks(resid, context, start, until)
+        if stop is not None:
+            return resid
+        n = len(inputs.features) // len(self.inputs.features)
+        beside = {name: repeat(x, "c ... -> (n c) ...", n=n) for name, x in self.beside.items()}
+        given = beside | {part: given_by(model, part, resid)}
+        return model.send_heard(given, inputs).to(model.device)
 
     def _logits(self, cells: Sequence[int], hooks: list) -> Float[Tensor, "nb *t v"]:
         n, model = len(cells), self.model
@@ -272,10 +333,10 @@ class LateRoute(HookedRoute):
         inputs, encoded = self.inputs.repeat(n), self.encoder_out
         if encoded is not None:
             encoded = repeat(encoded, "c ... -> (n c) ...", n=n)
-        resid = repeat(self.residuals[start], "b ... -> (n b) ...", n=n)
+        resid = repeat(self._entering(start), "b ... -> (n b) ...", n=n)
         with model.hooks(hooks):
             hidden = self._run(inputs, encoded, resid, start)
-            if self.table.part == "encoder" and model.cfg.decoder is not None:
+            if self.table.part != "decoder" and model.cfg.decoder is not None:
                 hidden = model.decode(inputs, hidden)
             return output_of(model, hidden, inputs)
 

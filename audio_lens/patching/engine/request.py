@@ -87,6 +87,12 @@ class Request:
         return self.model.hook_functions()
 
     @cached_property
+    def parts_run(self) -> list[str]:
+        """The sites' part, if it has blocks, and those behind it that its cells run."""
+        beside = [part for part in self.model.cfg.is_heard_in if part != self.table.part]
+        return [part for part in parts_from(self.model, self.table.part) if part not in beside]
+
+    @cached_property
     def route(self) -> type[FromBase] | type[HookedRoute]:
         """The way in which all cells are computed."""
         if self.hooked or self.model.is_split or self.whole_because:
@@ -95,8 +101,8 @@ class Request:
             return BehindRoute
         is_single = len(self.table.sites) == 1 and self.table.cells.are_of_one_layer
         if is_single and not self.unknown:
-            return _OF_PART[self.table.part]
-        return HookedRoute if self.table.part == "connector" else SuffixRoute
+            return _OF_PART.get(self.table.part, EncoderRoute)
+        return SuffixRoute
 
     @cached_property
     def whole_because(self) -> str:
@@ -111,10 +117,12 @@ class Request:
 
         0 where hooks lie before the blocks, or where nothing can be left out.
         """
-        part = self.table.part
-        if self.whole_because or part not in ("encoder", "decoder"):
+        part, heard_in = self.table.part, self.model.cfg.is_heard_in
+        if self.whole_because or part not in (*heard_in, "decoder"):
             return 0
-        behind = tuple(f"{other}." for other in parts_from(self.model, part)[1:])
+        behind = ("connector.", "decoder.") if part in heard_in else ()
+        if part == "encoder":  # other ears hear after it, in every run
+            behind += tuple(f"{other}." for other in self.model.cfg.ears)
         after = (f"{part}.ln_final", f"{part}.unembed", f"{part}.hook_out", "hook_logits")
         layers = [self.model.cfg.parts[part].n_layers]
         for name in self.hooked:
@@ -127,7 +135,7 @@ class Request:
     @cached_property
     def unknown(self) -> str:
         """What, from the sites on, the engine cannot take apart; empty for nothing."""
-        parts, sites = parts_from(self.model, self.table.part), self.table.sites
+        parts, sites = self.parts_run, self.table.sites
         for part in parts:
             if not is_known(stack_of(self.model, part)):
                 return f"the {part}"

@@ -21,10 +21,12 @@ from audio_lens.patching.cells import CellTable
 from audio_lens.patching.engine.bidirectional import BidirectionalWalk, Complement, Window
 from audio_lens.patching.engine.causal import CausalWalk, LaneRows
 from audio_lens.patching.engine.changes import KEYS, BlockEntry, Changes, LanePatches
+from audio_lens.patching.engine.ears import ear_run, entering, given_beside, given_by
 from audio_lens.patching.engine.key_changes import KeyChanges
 from audio_lens.patching.engine.readout import Readout
 from audio_lens.patching.engine.row_changes import RowChanges, UnitChanges
 from audio_lens.patching.engine.trace import AbsorbedMemory, Source, Trace, heard, keeping
+from audio_lens.patching.engine.work import rows_together
 from audio_lens.shapes import check_shape
 from audio_lens.sites import Site, in_blocks
 
@@ -41,14 +43,16 @@ class Run:
     Attributes:
         encoded: what the decoder received, None without an encoder; the final hidden states where
             there is no decoder.
-        encoder: the encoder's run, for sites in there.
+        ear: the run of the encoder, or of the ear beside it, for sites in there.
+        heard: what ears gave that the sites are not in, as `send_heard` takes it.
         connector: what went into the connector and came out, for sites there.
         decoder: the decoder's run; None where there is none.
     """
 
     inputs: AudioInputs
     encoded: Tensor | None
-    encoder: Trace | None
+    ear: Trace | None
+    heard: Mapping[str, Tensor]
     connector: Mapping[str, Tensor]
     decoder: Trace | None
 
@@ -67,12 +71,18 @@ class Run:
             heard: a run whose audio may be the same, so that the encoder need not run again.
         """
         connector: dict[str, Tensor] = {}
-        encoder = None
+        ear, beside = None, {}
         ends = ("hook_in", "hook_out") if part == "connector" else ()
         with model.hooks([(f"connector.{end}", keeping(connector, end)) for end in ends]):
-            if part == "encoder":
-                encoder = Trace.of_encoder(model, inputs, keep)
-                encoded = model.send_rows(encoder.residuals[-1], inputs)
+            if part in model.cfg.is_heard_in:
+                ear = ear_run(model, part, inputs, keep)
+                beside = given_beside(model, inputs, part)
+                sent = entering(model, part, ear.residuals, ear.n_layers)
+                gave = beside | {part: given_by(model, part, sent)}
+                encoded = model.send_heard(gave, inputs)
+            elif part == "connector" and model.cfg.ears:
+                beside = given_beside(model, inputs, part)
+                encoded = model.send_heard(beside, inputs)
             elif part == "decoder" and heard is not None and inputs.same_audio(heard.inputs):
                 encoded = heard.encoded
             else:
@@ -81,16 +91,16 @@ class Run:
         if model.cfg.decoder is not None:
             own = keep if part == "decoder" else ()
             decoder = Trace.of_decoder(model, inputs, encoded, own)
-        return Run(inputs, encoded, encoder, connector, decoder)
+        return Run(inputs, encoded, ear, beside, connector, decoder)
 
     def trace(self, part: str) -> Trace:
-        """The run of the encoder or of the decoder.
+        """The run of an ear or of the decoder.
 
         Raises:
             ValueError: if it was not kept, or there is no such part.
         """
-        trace = self.encoder if part == "encoder" else self.decoder
-        if trace is None:
+        trace = self.decoder if part == "decoder" else self.ear
+        if trace is None or trace.part != part:
             raise InputError(f"this run holds nothing of the {part}")
         return trace
 
@@ -112,8 +122,8 @@ class Run:
     @property
     def n_bytes(self) -> int:
         """Memory that is held."""
-        traces = [t.n_bytes for t in (self.encoder, self.decoder) if t is not None]
-        others = (self.encoded, *self.connector.values())
+        traces = [t.n_bytes for t in (self.ear, self.decoder) if t is not None]
+        others = (self.encoded, *self.heard.values(), *self.connector.values())
         return sum(traces) + sum(x.nbytes for x in others if x is not None)
 
 
@@ -299,10 +309,12 @@ class ConnectorRoute(_AudioRoute):
         self, x: Float[Tensor, "a t d"], segment: Int[Tensor, " a"]
     ) -> Float[Tensor, "a s d2"]:
         """What the connector makes of its inputs, each of a given segment."""
-        cfg, length = self.model.cfg.need_encoder, self.model.encoder_length(self.base.inputs)
-        overwritten = x.new_zeros(len(x), length, cfg.d_model)
-        with self.model.hooks([("connector.hook_in", lambda _, hook: x)]):
-            return self.model.send_rows(overwritten, self.base.inputs, segment)
+        model, length = self.model, self.model.encoder_length(self.base.inputs)
+        width = model.cfg.need_encoder.d_model * len(model.sent_from)
+        heard = {name: given[segment] for name, given in self.base.heard.items()}
+        heard["encoder"] = x.new_zeros(len(x), length, width)  # overwritten
+        with model.hooks([("connector.hook_in", lambda _, hook: x)]):
+            return model.send_heard(heard, self.base.inputs, segment)
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
         where = self.table.where(cells)[..., : self.differs.shape[1]] & self.differs
@@ -318,18 +330,20 @@ class ConnectorRoute(_AudioRoute):
 
 
 class EncoderRoute(_AudioRoute):
-    """Sites in the blocks of the encoder."""
+    """Sites in the blocks of the encoder, or of an ear beside it."""
 
     what = "encoder blocks from the patched one on, then what lies behind them"
     left_out = "earlier encoder blocks, padding that nothing reads, the text before the audio"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        encoder = self.base.trace("encoder")
-        self.reach = encoder.n_positions
-        self.changes = changes_of(self.table.site, encoder, self.source, self.by_unit)
-        held = int(_COMPLEMENT_SHARE * self.free_bytes // Complement.n_bytes_of_window(encoder))
-        self.encoder_walk = BidirectionalWalk(encoder, self._windows(), held)
+        self.ear = self.base.trace(self.table.part)
+        self.reach = self.ear.n_positions
+        self.changes = changes_of(self.table.site, self.ear, self.source, self.by_unit)
+        held = int(_COMPLEMENT_SHARE * self.free_bytes // Complement.n_bytes_of_window(self.ear))
+        # what is written over a stream as it enters a block is not what left the one before
+        leaves = self.table.site.last != "resid_pre"
+        self.encoder_walk = BidirectionalWalk(self.ear, self._windows(), held, leaves)
 
     def _windows(self) -> list[list[Window]]:
         """The stretches of positions that cells patch, clip by clip."""
@@ -340,14 +354,31 @@ class EncoderRoute(_AudioRoute):
         ]
 
     def run(self, cells: Sequence[int]) -> Float[Tensor, "n b r c"]:
-        entries, clips = self._entries(self.changes, cells, self.reach)
-        active, resid = self.encoder_walk.run(entries, clips)
-        if len(active) == 0:
+        n_rows = self.table.positions.shape[1] * self.reach
+        # the ear is full with some cells, and a decoder that asks it is not
+        most = max(1, rows_together(self.model.device) // n_rows)
+        step = most if self.by_cross_attention else len(cells)
+        starts = range(0, len(cells), step)
+        found = [self._encoded(cells[start : start + step]) for start in starts]
+        cell = torch.cat([one[0] + start for one, start in zip(found, starts, strict=True)])
+        if len(cell) == 0:
             return self._as_base(len(cells)).unflatten(0, (len(cells), self.batch))
+        clip = torch.cat([one[1] for one in found])
+        encoded = [one[2] for one in found if one[2] is not None]
+        encoded = torch.cat(encoded) if len(encoded) > 1 else encoded[0]
+        return self._heard(len(cells), cell, clip, None, encoded)
+
+    def _encoded(self, cells: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cell and clip of every lane that changes anything, and what the decoder receives."""
+        entries, clips = self._entries(self.changes, cells, self.reach)
+        active, sent = self.encoder_walk.run(entries, clips)
         n_clips = len(clips) // len(cells)
         cell, clip = active // n_clips, active % n_clips
-        sent = self.model.send_rows(resid, self.base.inputs, clip)
-        return self._heard(len(cells), cell, clip, None, sent)
+        if len(active) == 0:
+            return cell, clip, None
+        beside = {name: given[clip] for name, given in self.base.heard.items()}
+        gave = beside | {self.table.part: given_by(self.model, self.table.part, sent)}
+        return cell, clip, self.model.send_heard(gave, self.base.inputs, clip)
 
 
 def _bounds(where: Bool[Tensor, " t"]) -> Window:

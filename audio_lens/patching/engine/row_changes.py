@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from fancy_einsum import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -151,13 +152,14 @@ def written_by_each(
     attn: Attention, z: Float[Tensor, "m e"], head: Int[Tensor, " m"]
 ) -> Float[Tensor, "m d"]:
     """What each row's head writes to the residual stream."""
-    W_O = attn.W_O
-    written = z.new_empty(len(z), W_O.shape[-1])
+    heads, counts = head.unique_consecutive(return_counts=True)
+    if len(heads) > 2 * attn.n_heads:  # not in order: many short products
+        order = head.argsort(stable=True)
+        return written_by_each(attn, z[order], head[order])[order.argsort()]
     # head by head: W_O[head] would copy a whole matrix for every row
-    for h in head.unique().tolist():
-        own = head == h
-        written[own] = z[own] @ W_O[h]
-    return written
+    W_O, runs = attn.W_O, zip(heads.tolist(), z.split(counts.tolist()), strict=True)
+    written = [rows @ W_O[h] for h, rows in runs]
+    return torch.cat(written) if written else z.new_empty(0, W_O.shape[-1])
 
 
 def _head_delta(of: Changes, layer: int) -> Float[Tensor, "b t h _"]:

@@ -14,14 +14,12 @@ from audio_lens.errors import InputError
 from audio_lens.patching.engine.hooked import HookedRoute, LateRoute
 from audio_lens.patching.engine.request import Request
 from audio_lens.patching.engine.trace import blocks_of, stack_of
-from audio_lens.patching.engine.work import Costs, Shape
+from audio_lens.patching.engine.work import Costs, Shape, rows_together
 from audio_lens.patching.spec import SweepSpec
 from audio_lens.timeline import Timeline
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
-
-_ROWS_TOGETHER = {"cpu": 1_024, "cuda": 16_384}  # more gain nothing: matrix products are full
 
 
 class Schedule:
@@ -35,7 +33,7 @@ class Schedule:
 
     def __init__(self, request: Request):
         self.model, self.table, spec = request.model, request.table, request.spec
-        self.explicit = request.attn_mode == "explicit" or _holds_bias(self.model)
+        self.explicit = request.attn_mode == "explicit" or _holds_bias(self.model, self.table.part)
         is_whole = request.route is HookedRoute
         one_by_one = 1 if is_whole or request.hooked else None
         self.most = spec.cells_per_forward or one_by_one
@@ -64,7 +62,8 @@ class Schedule:
     def next(self, queue: collections.deque[int], free: float | int) -> list[int]:
         """The next cells of a queue that run together in so many bytes; at least one."""
         most = len(queue) if self.most is None else self.most
-        rows_left = _ROWS_TOGETHER.get(self.model.device.type, 1_024) * self.shrunk
+        heard = self.costs.heard_together * self.costs.rows(0)
+        rows_left = max(rows_together(self.model.device), heard) * self.shrunk
         bytes_left = free * self.shrunk
         cells: list[int] = []
         while queue and len(cells) < most:
@@ -127,9 +126,10 @@ class Schedule:
         return free
 
 
-def _holds_bias(model: HookedAudioTransformer) -> bool:
-    """Whether the encoder adds to its attention scores, which then are as large as patterns."""
-    blocks = [] if model.cfg.encoder is None else blocks_of(stack_of(model, "encoder"))
+def _holds_bias(model: HookedAudioTransformer, part: str) -> bool:
+    """Whether what hears adds to its attention scores, which then are as large as patterns."""
+    parts = {"encoder", part} & set(model.cfg.is_heard_in)
+    blocks = [block for name in parts for block in blocks_of(stack_of(model, name))]
     attentions = [getattr(block, "attn", None) for block in blocks]
     return any(getattr(attn, "is_biased", False) for attn in attentions)
 

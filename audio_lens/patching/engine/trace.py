@@ -6,7 +6,7 @@ activation of a block is computed again when somebody asks, one block at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
@@ -24,6 +24,8 @@ from audio_lens.sites import in_blocks
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
+
+_SPREAD = 1.5  # prompts are read together while one asks at most so many times as often
 
 
 def is_known(stack: Stack) -> bool:
@@ -96,14 +98,6 @@ class Trace:
             for layer in layers:
                 residuals.append(stack.run_blocks(residuals[-1], context, layer, layer + 1))
         return Trace(model, part, context, residuals, kept)
-
-    @staticmethod
-    def of_encoder(
-        model: HookedAudioTransformer, inputs: AudioInputs, keep: Sequence[str] = ()
-    ) -> Trace:
-        """The encoder's run, cut to the positions that can matter."""
-        resid = model.enter_encoder(inputs)[:, : model.encoder_reach(inputs)]
-        return Trace.of(model, "encoder", resid, encoder_context(model, inputs), keep)
 
     @staticmethod
     def of_decoder(
@@ -255,18 +249,6 @@ def heard(encoded: Float[Tensor, "b s d"] | None) -> Float[Tensor, "b s d"]:
     return encoded
 
 
-def encoder_context(model: HookedAudioTransformer, inputs: AudioInputs) -> Context:
-    """What the encoder's blocks need beside the residual stream, cut to what can matter."""
-    reach, context = model.encoder_reach(inputs), model.encoder_context(inputs)
-    allowed, rotary, bias = context.allowed, context.rotary, context.position_bias
-    return replace(
-        context,
-        allowed=None if allowed is None else allowed[..., :reach, :reach],
-        rotary=None if rotary is None else (rotary[0][:, :reach], rotary[1][:, :reach]),
-        position_bias=None if bias is None else bias[:, :reach, :reach],
-    )
-
-
 def keeping(kept: dict[str, Tensor], name: str) -> HookFn:
     """A hook that puts what it sees into a dict, under a name."""
 
@@ -367,12 +349,34 @@ class PackedRows(Context):
         if len(k) == 1:
             return attn.mix(q, k, v, allowed)
         z = torch.empty_like(q)
-        for prompt in self.prompts.unique().tolist():
-            here = self.prompts == prompt
-            own = slice(prompt, prompt + 1)
-            readable = None if allowed is None else allowed[own]
-            z[:, here] = attn.mix(q[:, here], k[own], v[own], readable)
+        for group in self._alike(len(k)):
+            rank = torch.full((len(k),), -1, device=group.device)
+            rank[group] = torch.arange(len(group), device=group.device)
+            rank = rank[self.prompts]
+            order = rank.argsort(stable=True)[int((rank < 0).sum()) :]
+            # prompt by prompt, each with as many places as the one with most rows
+            counts = rank[order].bincount()
+            first, most = counts.cumsum(0) - counts, int(counts.max())
+            index = torch.arange(len(order), device=group.device)
+            place = rank[order] * most + index - first[rank[order]]
+            padded = q.new_zeros(len(group) * most, *q.shape[2:])
+            padded[place] = q[0, order]
+            asked = padded.unflatten(0, (len(group), most))
+            readable = allowed if allowed is None or len(allowed) == 1 else allowed[group]
+            # all of them in order are not picked: that would copy every prompt's memory
+            own = (k, v) if len(group) == len(k) else (k[group], v[group])
+            found = attn.mix(asked, *own, readable)
+            z[0, order] = found.flatten(0, 1)[place].to(z.dtype)
         return z
+
+    def _alike(self, n: int) -> Iterator[Int[Tensor, " g"]]:
+        """The prompts that any rows are of; those with about as many are read together."""
+        counts = self.prompts.bincount(minlength=n).tolist()
+        left = sorted((prompt for prompt in range(n) if counts[prompt]), key=lambda p: -counts[p])
+        while left:
+            group = [p for p in left if counts[p] * _SPREAD >= counts[left[0]]]
+            left = left[len(group) :]
+            yield torch.tensor(sorted(group), device=self.prompts.device)
 
 
 @dataclass

@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from audio_lens.models.layers import PartConfig
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 GIGA = 1e9
+_ROWS_TOGETHER = {"cpu": 1_024, "cuda": 16_384}  # more gain nothing: matrix products are full
+_ASKING_TOGETHER = 16  # fewer tokens than these ask all that is heard at half the speed
+
+
+def rows_together(device: torch.device) -> int:
+    """Positions that run together at most, if not for a single cell."""
+    return _ROWS_TOGETHER.get(device.type, 1_024)
 
 
 def row_flops(cfg: PartConfig, has_memory: bool = False) -> float | int:
@@ -115,6 +124,18 @@ class Costs:
         return self.shape.beside if self.whole else self.shape.behind
 
     @property
+    def _is_heard(self) -> bool:
+        """Whether cells run blocks of the encoder, or of an ear beside it."""
+        return self.part in self.cfg.is_heard_in
+
+    @property
+    def _frames(self) -> int:
+        """Positions of all clips in the ear whose blocks cells run."""
+        if self.part in self.cfg.ears:
+            return self.shape.beside[self.part]
+        return self.shape.clips * self.shape.frames
+
+    @property
     def _is_behind(self) -> bool:
         """Whether cells are of a part behind the decoder, which does not run then."""
         return self.part in self.cfg.further_decoders and not self.whole
@@ -138,9 +159,9 @@ class Costs:
         heard = others + self.shape.prompts * self._decoder_from(0, self.shape.audio_start)
         if self.part == "connector":
             return heard
-        cfg, frames = self.cfg.need_encoder, self.shape.frames
+        cfg, rows = self.cfg.parts[self.part], self._frames
         layers = cfg.n_layers - layer
-        return heard + self.shape.clips * stack_flops(cfg, frames, frames, layers)
+        return heard + stack_flops(cfg, rows, rows / max(1, self.shape.clips), layers)
 
     def rows(self, start: int) -> int:
         """Positions that run for a cell."""
@@ -150,17 +171,28 @@ class Costs:
             return own + sum(shape.beside.values())
         if self._is_behind:
             return shape.beside[self.part]
-        if self.part == "encoder":
-            return shape.clips * shape.frames
+        if self._is_heard:
+            return self._frames
         first = start if self.part == "decoder" else shape.audio_start
         return shape.prompts * max(1, shape.tokens - first)
+
+    @property
+    def heard_together(self) -> int:
+        """Cells whose audio the decoder asks at once, one after the other through the ears.
+
+        A few tokens that read by cross-attention are few rows, and the matrices of a whole decoder
+        are read for them.
+        """
+        if self.whole or not (self._is_heard and self.shape.memory):
+            return 1
+        return max(1, _ASKING_TOGETHER // max(1, self.shape.prompts * self.shape.tokens))
 
     def bytes(self, start: int, explicit: bool) -> int:
         """Memory that a cell takes while it runs."""
         total = 3 * self.shape.logits * self.itemsize
         if self.cfg.decoder is not None and not self._is_behind:
             total += self._decoder_bytes(start, explicit)
-        if self.cfg.encoder is not None and (self.whole or self.part == "encoder"):
+        if self.cfg.encoder is not None and (self.whole or self._is_heard):
             total += self._encoder_bytes(explicit)
         return total + sum(self._part_bytes(part, n, explicit) for part, n in self._others.items())
 
@@ -179,9 +211,11 @@ class Costs:
         return rows * row_bytes(cfg, self.itemsize) + lane + 2 * pairs * self.itemsize
 
     def _encoder_bytes(self, explicit: bool) -> int:
-        """Also of what cross-attention makes of the encoder."""
-        shape, cfg = self.shape, self.cfg.need_encoder
-        total = shape.clips * shape.frames * row_bytes(cfg, self.itemsize)
+        """Of the encoder, or of the ear that runs; also of what cross-attention makes of it."""
+        shape, is_beside = self.shape, self.part in self.cfg.ears and not self.whole
+        cfg = self.cfg.parts[self.part] if is_beside else self.cfg.need_encoder
+        rows = self._frames if is_beside else shape.clips * shape.frames
+        total = rows * row_bytes(cfg, self.itemsize)
         total += shape.prompts * shape.memory * cfg.d_model * 2 * self.itemsize
         heads = 2 * cfg.n_heads if explicit else 0
-        return total + shape.clips * heads * shape.frames**2 * self.itemsize
+        return total + heads * rows**2 // max(1, shape.clips) * self.itemsize
