@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import HookedRoot, HookPoint
+from audio_lens.models.loading.kept import kept_or_made
 from audio_lens.running import alone
 
 Own = TypeVar("Own", bound="Adaptable")
@@ -72,10 +73,16 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The effective weight: with the adapter's product while it is enabled."""
+        """The effective weight: with the adapter's product while it is enabled.
+
+        It is kept until base, adapter or scale change, where no gradient flows through it.
+        """
+        base = self.base.weight
         if not self.enabled:
-            return self.base.weight
-        return LowRank(self.lora_A, self.lora_B, self.scale).added_to(self.base.weight)
+            return base
+        low_rank = LowRank(self.lora_A, self.lora_B, self.scale)
+        parts = (base, self.lora_A, self.lora_B)
+        return kept_or_made(self, parts, self.scale, lambda: low_rank.added_to(base))
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
