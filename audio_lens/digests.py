@@ -75,9 +75,9 @@ def _remembered(tensor: Tensor) -> str:
 
 
 def seen(tensor: Tensor) -> tuple:
-    """Where a tensor lies, its version, and a glance over its numbers: equal while it is as it was.
+    """Where a tensor lies, its version, a glance over its numbers: equal while it is as it was.
 
-    Writes that its version does not tell of (through ``.data`` or numpy) are seen as good as surely.
+    Writes that its version does not tell of, through ``.data`` or numpy, are as good as surely seen.
     """
     return tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.shape, _glance(tensor)
 

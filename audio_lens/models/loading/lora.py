@@ -206,3 +206,18 @@ def attach(model: HookedRoot, low_rank: Mapping[str, LowRank], own: Mapping[str,
     vars(model)["replaced"] = Replaced(model, own)
     model.setup()
     return Lora(model)
+
+
+def detach(model: HookedRoot) -> None:
+    """Take a live adapter off again: the model is what it was before `attach`.
+
+    Raises:
+        LoraError: if the model carries none.
+    """
+    lora = Lora(model)
+    lora.replaced.switch(False)
+    for name, linear in lora.linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear.base)
+    del vars(model)["replaced"]
+    model.setup()
