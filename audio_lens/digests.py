@@ -77,7 +77,7 @@ def _remembered(tensor: Tensor) -> str:
 def seen(tensor: Tensor) -> tuple:
     """Where a tensor lies, its version, a glance over its numbers: equal while it is as it was.
 
-    Writes that its version does not tell of, through ``.data`` or numpy, are as good as surely seen.
+    Writes that its version does not tell of (``.data``, numpy) are as good as surely seen.
     """
     return tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.shape, _glance(tensor)
 

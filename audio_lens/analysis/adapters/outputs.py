@@ -181,9 +181,7 @@ def _of_bench(
 
         return keep
 
-    names = {
-        (spot, half): spots.hook(*spot, half) for spot in spots.linears for half in ("A", "B")
-    }
+    names = {(spot, half): spots.hook(*spot, half) for spot in spots.linears for half in ("A", "B")}
     hooks = [(name, keeper(name)) for name in names.values()]
     with torch.inference_mode(False), torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         loss = -bench.told(model).sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 from audio_lens.analysis.adapters.outputs import SIDES, SMALL, Outputs, Spots, outputs, redrawn
 from audio_lens.arguments import number, whole
 from audio_lens.errors import InputError
-from audio_lens.items import Items, ItemError, method, statistics
+from audio_lens.items import ItemError, Items, method, statistics
 from audio_lens.items.collect import Place
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result
