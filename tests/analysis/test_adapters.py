@@ -49,7 +49,7 @@ def noise_items(count: int = 8, seed: int = 0) -> Items:
     draw = np.random.default_rng(seed)
     return Items(
         Item(
-            draw.normal(size=16_000 + 1600 * (number % 2)).astype(np.float32),
+            draw.uniform(-0.5, 0.5, 16_000 + 1600 * (number % 2)).astype(np.float32),
             answer=f"LABEL_{number % 7}",
             group=f"group {number % 4}",
             sampling_rate=16_000,
@@ -132,7 +132,9 @@ def test_the_classifier_lens_is_the_plain_loop(apply_final_ln: bool) -> None:
     assert set(result.controls) == {"other_item", "no_adapter"}
     right = result.select(metric="right", layer=3).values
     said = [int(cache_of(model, item)[0][1].argmax()) for item in items]
-    assert right.tolist() == [float(f"LABEL_{s}" == i.answer) for s, i in zip(said, items, strict=True)]
+    assert right.tolist() == [
+        float(f"LABEL_{s}" == i.answer) for s, i in zip(said, items, strict=True)
+    ]
 
 
 def test_what_the_lens_cannot_read() -> None:

@@ -27,7 +27,7 @@ from toys import ANSWER, N_CLASSES, QUERY
 pytest.importorskip("peft", reason="adapters need the extra 'lora'")
 BROKEN, RANK = 2, 5
 SWEEP: dict[str, Any] = {"modules": ["fc_out"], "rank": RANK, "size": 4, "progress": False}
-LEARNS = {"steps": 25, "rate": 0.3}
+LEARNS = {"steps": 15, "rate": 0.3}
 
 
 def broken() -> AnsweringToy:
@@ -84,7 +84,7 @@ def test_arms_train_equally_many_parameters(n_layers: int) -> None:
 def swept() -> tuple[AnsweringToy, dict[str, Tensor], Any]:
     toy = broken()
     before = state_of(toy)
-    result = adapters.sweep(toy, answering.items(), seeds=[0, 1, 2], **SWEEP, **LEARNS)
+    result = adapters.sweep(toy, answering.items(), seeds=[0, 1], **SWEEP, **LEARNS)
     return toy, before, result
 
 
@@ -95,10 +95,10 @@ def test_only_the_group_that_holds_the_wrong_block_repairs_it(swept: tuple) -> N
         *("early", "middle", "late", "random", "all_equal", "all", "connector", "none")
     ]
     right = result.mean().select(metric="right")
-    assert right.select(arm="middle").values.tolist() == [1.0] * 3
-    assert right.select(arm="all").values.tolist() == [1.0] * 3
+    assert right.select(arm="middle").values.tolist() == [1.0] * 2
+    assert right.select(arm="all").values.tolist() == [1.0] * 2
     for idle in ("early", "late", "random", "none"):
-        assert right.select(arm=idle).values.tolist() == [0.0] * 3
+        assert right.select(arm=idle).values.tolist() == [0.0] * 2
     assert result.low is not None and (result.low <= result.high).all()
     assert result.report[0].startswith("Most right answers of the groups: middle, 1.00")
     assert "with every seed" in result.report[0]
@@ -251,7 +251,8 @@ def test_an_adapter_is_trained_and_stays_on() -> None:
     assert losses[-1] < losses[0] / 2 and len(toy.lora.linears) == 1
     assert not any(one.requires_grad for name, one in toy.named_parameters() if "lora" not in name)
     adapters.take_off(toy)
-    assert all(torch.equal(one, broken().state_dict()[n]) for n, one in toy.state_dict().items())
+    fresh = broken().state_dict()
+    assert all(torch.equal(one, fresh[name]) for name, one in toy.state_dict().items())
 
 
 # -------------------------------------------------------------------------------- what is refused

@@ -69,12 +69,12 @@ def classifier_lens(
         _check_skippable(model)
     has_answers = all(item.answer is not None for item in items)
     wanted = answer_tokens(model, items) if has_answers else None
-    order = list(statistics.other_item(len(items), seed=seed)) if controls else None
+    order = statistics.other_item(len(items), seed=seed).tolist() if controls else None
     names = [KL, AGREES, *([RIGHT] if has_answers else [])]
     axes = {"metric": names, "layer": list(range(model.cfg.need_encoder.n_layers + 1))}
 
     def result(said: _Said, of: Sequence[int] | None = None, **beside: Result) -> Result:
-        values = said.values(of, None if wanted is None else wanted)
+        values = said.values(of, wanted)
         return found(values, axes, items, by=by, seed=seed, controls=beside)
 
     said, others = beside_none(
@@ -100,7 +100,7 @@ class _Said:
         self, of: Sequence[int] | None, wanted: Tensor | None
     ) -> Float[Tensor, "n metrics streams"]:
         """The metrics; of other items' words, where they are named."""
-        rows = torch.arange(len(self.own)) if of is None else torch.tensor([int(i) for i in of])
+        rows = torch.arange(len(self.own)) if of is None else torch.tensor(list(of))
         truth = self.own[rows][:, None]
         likeliest = self.streams.argmax(-1)
         told = [

@@ -149,7 +149,8 @@ def _told(lost: Float[Tensor, "metrics erased layers"], beside: Mapping[str, Res
     score, right = lost[0], lost[1]
     most = int(score[0].argmax())
     told = [
-        f"Layer {most} contributes most: skipped alone, {right[0, most]:.2f} of the answers go.",
+        f"Layer {most} has the highest score, {score[0, most]:.2f}: skipped alone, "
+        f"{right[0, most]:.2f} of the answers are lost."
     ]
     idle = (score[0].abs() < 0.01).nonzero().flatten().tolist()
     if idle:
