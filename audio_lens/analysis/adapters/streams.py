@@ -33,7 +33,7 @@ def part_to_read(model: HookedAudioTransformer, part: str | None) -> str:
 
 def stages_of(model: HookedAudioTransformer, part: str) -> list[str]:
     """The stage of every block that the next one reads."""
-    return [str(block.last_stage) for block in model.get_submodule(f"{part}.blocks")]
+    return [str(block.last_stage) for block in model.part(part).blocks]
 
 
 @torch.no_grad()
