@@ -67,19 +67,12 @@ def _remembered(tensor: Tensor) -> str:
     """
     if tensor.nbytes <= _SMALL:
         return of_tensor(tensor)
-    state, held = seen(tensor), _known.get(tensor)
-    if held is None or held[0] != state:
-        held = (state, of_tensor(tensor))
+    seen = (tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.shape, _glance(tensor))
+    held = _known.get(tensor)
+    if held is None or held[0] != seen:
+        held = (seen, of_tensor(tensor))
         _known[tensor] = held
     return held[1]
-
-
-def seen(tensor: Tensor) -> tuple:
-    """Where a tensor lies, its version, a glance over its numbers: equal while it is as it was.
-
-    Writes that its version does not tell of (``.data``, numpy) are as good as surely seen.
-    """
-    return tensor.data_ptr(), _version(tensor), tensor.dtype, tensor.shape, _glance(tensor)
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from audio_lens.models.loading import kept
 from audio_lens.models.loading.lora import LoraLinear, LowRank
 
-D_IN, D_OUT, RANK = 24, 16, 3
+D_IN, D_OUT, RANK = 24, 12, 3
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,12 @@ def nothing_kept() -> Iterator[None]:
     kept._kept.clear()
 
 
-def linear(seed: int = 0, dtype: torch.dtype = torch.float64) -> LoraLinear:
+def linear(seed: int = 0, d_in: int = D_IN) -> LoraLinear:
     draw = torch.Generator().manual_seed(seed)
-    base = nn.Linear(D_IN, D_OUT, dtype=dtype)
+    base = nn.Linear(d_in, D_OUT, dtype=torch.float64)
     down, up = (
         torch.randn(*shape, generator=draw, dtype=torch.float32).to(torch.float64)
-        for shape in ((RANK, D_IN), (D_OUT, RANK))
+        for shape in ((RANK, d_in), (D_OUT, RANK))
     )
     return LoraLinear(base.requires_grad_(False), LowRank(down, up, 0.5))
 
@@ -63,7 +63,7 @@ def test_it_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def step(one: LoraLinear) -> None:
     """A step of training, in place."""
     optimizer = torch.optim.Adam([one.lora_A, one.lora_B], 0.1)
-    one(torch.ones(2, D_IN, dtype=torch.float64)).square().sum().backward()
+    one(torch.ones(2, one.in_features, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
 
 
@@ -75,12 +75,16 @@ def swapped_rows(one: LoraLinear) -> None:
     one.base.weight.data.copy_(one.base.weight.data.flip(0))
 
 
+def swapped_columns(one: LoraLinear) -> None:
+    one.base.weight.data.copy_(one.base.weight.data.flip(1))
+
+
 def through_numpy(one: LoraLinear) -> None:
     one.lora_A.detach().numpy()[0, 0] += 1.0
 
 
 def loaded(one: LoraLinear) -> None:
-    one.load_state_dict(linear(1).state_dict())
+    one.load_state_dict(linear(1, one.in_features).state_dict())
 
 
 def new_parameter(one: LoraLinear) -> None:
@@ -88,7 +92,7 @@ def new_parameter(one: LoraLinear) -> None:
 
 
 def new_base(one: LoraLinear) -> None:
-    one.base = nn.Linear(D_IN, D_OUT, dtype=torch.float64).requires_grad_(False)
+    one.base = nn.Linear(one.in_features, D_OUT, dtype=torch.float64).requires_grad_(False)
 
 
 def new_scale(one: LoraLinear) -> None:
@@ -101,14 +105,15 @@ def in_place(one: LoraLinear) -> None:
 
 
 CHANGES = (
-    *(step, through_data, swapped_rows, through_numpy, loaded),
+    *(step, through_data, swapped_rows, swapped_columns, through_numpy, loaded),
     *(new_parameter, new_base, new_scale, in_place),
 )
 
 
+@pytest.mark.parametrize("d_in", [D_IN, 7], ids=["in words", "odd"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_no_change_is_missed(change: Callable[[LoraLinear], None]) -> None:
-    one = linear()
+def test_no_change_is_missed(change: Callable[[LoraLinear], None], d_in: int) -> None:
+    one = linear(d_in=d_in)
     with torch.no_grad():
         before = one.weight
     change(one)
@@ -188,6 +193,7 @@ def test_moves_and_copies() -> None:
         assert torch.equal(one.weight, plain(one))
         one.to(torch.float32)
         assert one.weight.dtype == torch.float32
+        assert one.to("meta").weight.is_meta
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,8 +81,8 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             return base
         low_rank = LowRank(self.lora_A, self.lora_B, self.scale)
-        parts = (base, self.lora_A, self.lora_B)
-        return kept_or_made(self, parts, self.scale, lambda: low_rank.added_to(base))
+        halves = self.lora_A, self.lora_B
+        return kept_or_made(self, base, halves, self.scale, lambda: low_rank.added_to(base))
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
