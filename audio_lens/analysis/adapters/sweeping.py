@@ -51,7 +51,6 @@ from audio_lens.errors import AudioLensError, InputError
 from audio_lens.items import Items, found, method, statistics
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.progress import track
-from audio_lens.provenance import weights_hash
 from audio_lens.results import Result
 from audio_lens.running import evaluating
 
@@ -152,7 +151,7 @@ def sweep(
     parts = {"train": train, "test": test, **({} if retained is None else {RETAINED: retained})}
     answers = {name: answers_of(model, one) for name, one in parts.items()}
     settings = {
-        "model": weights_hash(model),
+        "weights": of_state(model),
         "items": [one.digest() for one in parts.values()],
         **{"part": part, "modules": list(modules), "rank": rank, "scale": scale, "steps": steps},
         **{"rate": rate, "size": size, "groups": {n: list(x) for n, x in chosen.groups.items()}},
