@@ -48,4 +48,4 @@ def _sweep_of(items: Items, seed: int) -> dict[str, Any]:
     """Arguments of the sweep: items without groups are split as they come."""
     groups = {item.group for item in items}
     split = "group" if len(groups) > 1 and None not in groups else "id"
-    return {"split": split, "seeds": range(seed, seed + SEEDS), "steps": STEPS}
+    return {"split": split, "seeds": list(range(seed, seed + SEEDS)), "steps": STEPS}

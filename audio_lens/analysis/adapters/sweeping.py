@@ -38,6 +38,7 @@ from audio_lens.analysis.adapters.training import (
     part_of,
 )
 from audio_lens.analysis.adapters.wearing import (
+    check_connector,
     has_connector,
     held,
     own_connector,
@@ -182,10 +183,8 @@ def _arms(
         if not names or len(set(names)) < len(names):
             raise InputError(f"arms= names one or more, each once, got {names}")
         arms.check(names)
-        if CONNECTOR in names and not has_connector(model):
-            raise InputError(
-                f"{model.cfg.family} has no connector with weights: leave out the arm 'connector'"
-            )
+        if CONNECTOR in names:
+            check_connector(model)
         return names, {}
     left_out = {}
     if not arms.has_random():
