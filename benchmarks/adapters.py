@@ -54,8 +54,8 @@ def table_of(result: Result) -> Table:
 
 
 def main(
-    items: Annotated[int, typer.Option(help="how many items")] = 96,
-    steps: Annotated[int, typer.Option(help="of training")] = 40,
+    items: Annotated[int, typer.Option(help="how many items")] = 64,
+    steps: Annotated[int, typer.Option(help="of training")] = 25,
     to: Annotated[Path | None, typer.Option(help="a folder to go on from")] = None,
 ) -> None:
     torch.set_num_threads(1)

@@ -29,7 +29,11 @@ def told(
         groups: which arms are groups of blocks.
         left_out: arms that did not run, with why.
     """
-    notes = [*_best({name: rights(runs[name]) for name in groups if name in runs})]
+    compared = {name: runs[name] for name in groups if name in runs}
+    notes = _best("Most right answers", {name: rights(own) for name, own in compared.items()})
+    if not notes:  # right answers do not tell groups apart
+        levels = {name: _means(own, 1) for name, own in compared.items()}
+        notes = _best("As many right answers; highest log-probability", levels)
     notes += [_arm(name, row, layers[name]) for name, row in runs.items()]
     if lost := [name for name, row in runs.items() if any(map(_diverged, row))]:
         notes.append(f"Training diverged in {', '.join(lost)}: no values there; lower rate=.")
@@ -39,14 +43,18 @@ def told(
 
 def rights(runs: Sequence[Trained]) -> list[float]:
     """The share of right answers with every seed, NaN left out."""
-    means = [run.values[:, 0].mean().item() for run in runs]
+    return _means(runs, 0)
+
+
+def _means(runs: Sequence[Trained], metric: int) -> list[float]:
+    means = [run.values[:, metric].mean().item() for run in runs]
     return [one for one in means if math.isfinite(one)]
 
 
-def _best(shares: Mapping[str, Sequence[float]]) -> list[str]:
-    """Which group is ahead, and whether that is so with every seed."""
+def _best(what: str, shares: Mapping[str, Sequence[float]]) -> list[str]:
+    """Which group is ahead, and whether that is so with every seed; nothing where none is."""
     means = {name: sum(own) / len(own) for name, own in shares.items() if own}
-    if len(means) < 2:
+    if len(means) < 2 or len(set(means.values())) < 2:
         return []
     best = max(means, key=means.__getitem__)
     others = [name for name in means if name != best]
@@ -57,7 +65,7 @@ def _best(shares: Mapping[str, Sequence[float]]) -> list[str]:
         else "but seeds overlap, so that the order of groups may be chance"
     )
     of = ", ".join(f"{name} {means[name]:.2f}" for name in others)
-    return [f"Most right answers of the groups: {best}, {means[best]:.2f} ({of}), {how}."]
+    return [f"{what} of the groups: {best}, {means[best]:.2f} ({of}), {how}."]
 
 
 def _arm(name: str, runs: Sequence[Trained], layers: Sequence[int]) -> str:
