@@ -211,6 +211,11 @@ def _depths(along: Sequence[int]) -> list[float]:
 # -------------------------------------------------------------------------------- values
 
 
+def cka_by_item(x: Float[Tensor, "n d"], y: Float[Tensor, "n e"]) -> Float[Tensor, " n"]:
+    """Unbiased linear CKA of the same items in two spaces, plus every item's influence."""
+    return _cka_by_item([x], [y])[:, 0, 0]
+
+
 def _cka_by_item(
     x: Sequence[Float[Tensor, "n d"]], y: Sequence[Float[Tensor, "n e"]]
 ) -> Float[Tensor, "n layers others"]:

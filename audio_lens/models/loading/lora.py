@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from audio_lens.errors import AudioLensError
 from audio_lens.hooks import HookedRoot, HookPoint
+from audio_lens.models.loading.kept import kept_or_made
 from audio_lens.running import alone
 
 Own = TypeVar("Own", bound="Adaptable")
@@ -72,10 +73,16 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """The effective weight: with the adapter's product while it is enabled."""
+        """The effective weight: with the adapter's product while it is enabled.
+
+        It is kept until base, adapter or scale change, where no gradient flows through it.
+        """
+        base = self.base.weight
         if not self.enabled:
-            return self.base.weight
-        return LowRank(self.lora_A, self.lora_B, self.scale).added_to(self.base.weight)
+            return base
+        low_rank = LowRank(self.lora_A, self.lora_B, self.scale)
+        halves = self.lora_A, self.lora_B
+        return kept_or_made(self, base, halves, self.scale, lambda: low_rank.added_to(base))
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
@@ -199,3 +206,18 @@ def attach(model: HookedRoot, low_rank: Mapping[str, LowRank], own: Mapping[str,
     vars(model)["replaced"] = Replaced(model, own)
     model.setup()
     return Lora(model)
+
+
+def detach(model: HookedRoot) -> None:
+    """Take a live adapter off again: the model is what it was before `attach`.
+
+    Raises:
+        LoraError: if the model carries none.
+    """
+    lora = Lora(model)
+    lora.replaced.switch(False)
+    for name, linear in lora.linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear.base)
+    del vars(model)["replaced"]
+    model.setup()
