@@ -63,7 +63,7 @@ def read(
 def _decoded(
     source: Path | io.BytesIO, name: str, sampling_rate: int, longest_s: float
 ) -> Float[np.ndarray, " samples"]:
-    _check_rate(sampling_rate)
+    check_rate(sampling_rate)
     samples, rate = decoded(source, name, longest_s)
     return resample(_checked(samples, name), rate, sampling_rate)
 
@@ -96,7 +96,12 @@ def _path(path: str | Path) -> Path:
         raise AudioError(str(error)) from error
 
 
-def _check_rate(value: Any) -> None:
+def check_rate(value: Any) -> None:
+    """Raise unless a value can be a sampling rate.
+
+    Raises:
+        AudioError: saying what it is and could be.
+    """
     is_whole = _is_number(value) and 0 < value <= MOST_HZ and value % 1 == 0
     if not is_whole:
         raise AudioError(
@@ -113,8 +118,8 @@ def resample(
     Raises:
         AudioError: if the signal is too short to leave a sample, too long, or a rate is none.
     """
-    _check_rate(from_hz)
-    _check_rate(to_hz)
+    check_rate(from_hz)
+    check_rate(to_hz)
     samples = samples.astype(np.float32, copy=False)
     if from_hz == to_hz:
         return samples
@@ -211,7 +216,7 @@ def load(
             "samples without a sampling rate: pass sampling_rate= (Hz) of the array; "
             f"it is resampled to {sampling_rate} Hz where they differ"
         )
-    _check_rate(source_rate)
+    check_rate(source_rate)
     seconds = max(source.shape, default=0) / source_rate
     if seconds > min(longest_s, LONGEST_S) + 1 / source_rate:
         raise too_long("the clip", seconds, longest_s)

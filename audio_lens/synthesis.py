@@ -16,7 +16,7 @@ import soundfile
 from jaxtyping import Float
 
 from audio_lens import arguments, espeak
-from audio_lens.audio import read
+from audio_lens.audio import check_rate, read
 from audio_lens.errors import AudioLensError, InputError
 from audio_lens.timeline import Span
 
@@ -75,10 +75,12 @@ def speak(
 
     Raises:
         SynthesisError: if espeak-ng is not installed, or does not have the voice or variant.
+        AudioError: a sampling rate that is no positive number.
         ValueError: an empty text, or a speed or pitch that it does not know.
     """
     for name, given in {"text": text, "voice": voice}.items():
         arguments.text(name, given)
+    check_rate(sampling_rate)
     if speed not in SPEEDS or pitch not in PITCHES:
         raise InputError(f"speed must lie in 80 to 450 and pitch in 0 to 99: {speed}, {pitch}")
     if not text.strip():
