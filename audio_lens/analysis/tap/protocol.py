@@ -1,0 +1,447 @@
+"""Temporal Attribution Patching, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audio_lens import metrics as measures
+from audio_lens.analysis import subspaces
+from audio_lens.analysis.fusion.recovery import metrics_of_part
+from audio_lens.analysis.tap import agreement, choose, confirm, pairing, place, search
+from audio_lens.analysis.tap.claims import claims_of
+from audio_lens.analysis.tap.nodes import (
+    CONNECTOR,
+    HEAD,
+    KINDS,
+    NEURON,
+    WINDOW,
+    Kind,
+    Node,
+    Windows,
+    kinds_of,
+)
+from audio_lens.analysis.tap.pairing import OWN, Corruptions
+from audio_lens.analysis.tap.readable import readable
+from audio_lens.analysis.tap.report import MAP, Report
+from audio_lens.analysis.tap.stages import Part, Stages
+from audio_lens.arguments import whole
+from audio_lens.errors import AudioLensError, InputError
+from audio_lens.identity import NoIdentityError, identity_of
+from audio_lens.items import Items, Pairs
+from audio_lens.models import HookedAudioTransformer
+from audio_lens.patching.engine.checkpoint import CheckpointError
+from audio_lens.progress import track
+from audio_lens.provenance import of_model, weights_hash
+
+GRADIENT = "logit_diff"  # the metric of estimates, where there is such: linear in the logits
+MAPS = {WINDOW: MAP, HEAD: "map_heads", CONNECTOR: "map_connector"}
+LOCATING = ("pairs", "search", "choice", "map", "confirm", "claims")
+FOLLOWING = ("hand_over", "subspace", "transfer", "scrubbing", "readable")
+STAGES = (*LOCATING, *FOLLOWING)
+
+
+def tap(
+    model: HookedAudioTransformer,
+    pairs: Pairs[Items],
+    *,
+    corruptions: Corruptions = None,
+    metrics: Any = None,
+    k: int | None = None,
+    windows: Windows = 0.2,
+    part: str | None = None,
+    kinds: Sequence[str] = KINDS,
+    rank: int = 16,
+    stages: Sequence[str] = STAGES,
+    checkpoint: str | Path | None = None,
+    size: int = 32,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Report:
+    """Where, when and in which directions is the answer carried: claims that can be attacked.
+
+    One protocol. Pairs whose roles hold are split, no group (speaker) on both sides. On the first
+    part attribution patching estimates every node and the number of nodes to confirm is chosen; on
+    the second they are patched exactly, both ways, under every corruption and in every metric,
+    beside their controls. What is confirmed is then followed: hand-over, subspace, transfer between
+    groups, causal scrubbing, and what probes read there.
+
+    Args:
+        model: any model whose answers are tokens or classes.
+        pairs: clean and corrupted, with ``answer`` and ``against``; the clips must differ.
+        corruptions: beside the pairs' own counterparts; see `pairing.families`.
+        metrics: two or more by name; None takes the log-probability and the logit difference of the
+            answers. Estimates are of "logit_diff" or else of the first.
+        k: how many nodes of every kind to confirm; None chooses on the pairs that are searched.
+        windows: width in seconds, or width and stride.
+        part: whose blocks; None takes the decoder where audio lies at its positions, and else the
+            encoder.
+        kinds: of "window" (the residual stream at some seconds), "head", "neuron", "connector".
+        rank: how many directions the confirmed place may need.
+        stages: which to run, from the first on: ``tap.LOCATING`` ends with the claims.
+        checkpoint: a file that keeps every stage that is done; the same call goes on from there.
+        size: of the batches.
+        seed: of all that is drawn.
+        progress: a bar over the stages, as in `patching.sweep`.
+
+    Raises:
+        InputError: fewer than two corruptions or metrics, or arguments that do not fit the model.
+        ItemError: answers that are not one token, or pairs that sound alike on both sides.
+        CheckpointError: a file of another study, or metrics that nobody can know again.
+    """
+    if not isinstance(pairs, Pairs):
+        raise InputError(f"tap takes pairs (items.pairs(...)), got {type(pairs).__name__}")
+    if list(stages) != list(STAGES[: len(stages)]) or len(stages) < len(LOCATING):
+        raise InputError(f"stages are the first ones of {', '.join(STAGES)}, up to claims at least")
+    whole("rank", rank, least=1)
+    whole("size", size, least=1)
+    whole("seed", seed, least=0)
+    if k is not None:
+        whole("k", k, least=1)
+    study = Study(
+        model=model,
+        families=pairing.families(pairs, corruptions),
+        metrics=_metrics(model, pairs, metrics),
+        kinds=kinds_of(model, pairs.clean, windows, part, kinds),
+        k=k,
+        rank=rank,
+        size=size,
+        seed=seed,
+    )
+    asked = {
+        **{"corruptions": ", ".join(study.families), "metrics": ", ".join(study.metrics)},
+        **{"k": str(k), "windows": str(windows), "part": str(part), "kinds": ", ".join(kinds)},
+        **{"rank": str(rank), "size": str(size), "seed": str(seed)},
+    }
+    identity = {} if checkpoint is None else study.identity(asked, metrics)
+    kept = Stages(identity, None if checkpoint is None else Path(checkpoint))
+    parts = study.run(kept, stages, progress)
+    meta = of_model(model) | {"items_hash": _digest(pairs), "seed": str(seed)}
+    return Report(parts, meta, asked)
+
+
+def _digest(pairs: Pairs[Items]) -> str:
+    return f"{pairs.clean.digest()} {pairs.corrupted.digest()}"
+
+
+def _metrics(model: HookedAudioTransformer, pairs: Pairs[Items], given: Any) -> dict[str, Any]:
+    found = pairs.clean.metrics(model) if given is None else measures.named(given)
+    if len(found) < 2:
+        raise InputError(
+            "the protocol asks for two metrics or more, as no claim may rest on one: give items "
+            "`against`, or metrics={'name': ..., 'other': ...}"
+        )
+    return dict(found)
+
+
+@dataclass(eq=False)
+class Study:
+    """The stages over some pairs.
+
+    Attributes:
+        families: the pairs under every corruption, their own counterparts first.
+        metrics: of all pairs.
+    """
+
+    model: HookedAudioTransformer
+    families: dict[str, Pairs[Items]]
+    metrics: dict[str, Any]
+    kinds: list[Kind]
+    k: int | None = None
+    rank: int = 16
+    size: int = 32
+    seed: int = 0
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def gradient(self) -> str:
+        """The metric of estimates."""
+        return GRADIENT if GRADIENT in self.metrics else next(iter(self.metrics))
+
+    def identity(self, asked: Mapping[str, str], metrics: Any) -> dict[str, str]:
+        """What makes this study no other.
+
+        Raises:
+            CheckpointError: a metric that nobody can know again.
+        """
+        try:
+            measured = "items'" if metrics is None else identity_of(self.metrics)
+        except NoIdentityError as error:
+            raise CheckpointError(f"checkpoint=: {error}") from error
+        clips = {name: _digest(one) for name, one in self.families.items()}
+        return {
+            "weights": weights_hash(self.model),
+            "items": "; ".join(f"{name}: {digest}" for name, digest in clips.items()),
+            "metric": measured,
+            **asked,
+        }
+
+    def run(
+        self, kept: Stages, stages: Sequence[str], progress: bool | None = False
+    ) -> dict[str, Part]:
+        """All stages, as far as there is something to look at."""
+        made: dict[str, Callable[[], Part]] = {name: getattr(self, f"_{name}") for name in stages}
+        with track("tap", len(stages), "stages", show=progress) as advance:
+            for number, name in enumerate(stages, start=1):
+                self.parts[name] = kept.done(name, made[name])
+                advance(1, number)
+                if not self.parts["pairs"].facts["hold"]:
+                    break
+        return dict(self.parts)
+
+    # ---------------------------------------------------------------- which pairs
+
+    def _pairs(self) -> Part:
+        roles = pairing.roles_of(self.model, self.families[OWN], self.size)
+        facts: dict[str, Any] = {
+            "hold": roles.hold,
+            "notes": [f"Of {self._n_given} pairs {roles}."],
+        }
+        facts |= {"n_kept": 0 if roles.kept is None else len(roles.kept)}
+        facts |= {"dropped": roles.dropped.counts}
+        if roles.kept is None or not roles.hold:
+            return Part(facts=facts | {"hold": False})
+        searched, confirmed = pairing.parts_of(roles.kept, self.seed)
+        kept = {OWN: _names(confirmed)}
+        for name, pairs in self.families.items():
+            if name == OWN:
+                continue
+            family, left = pairing.kept_or_none(self.model, _of(pairs, kept[OWN]), self.size)
+            kept[name] = [] if family is None else _names(family)
+            facts["notes"].append(
+                f"Corrupted by {name}, {len(kept[name])} of the {len(confirmed)} pairs that are "
+                f"confirmed on are left ({left})."
+            )
+        facts["notes"].append(
+            f"{len(searched)} pairs are searched, {len(confirmed)} others are confirmed on."
+        )
+        return Part(facts=facts | {"searched": _names(searched), "confirmed": kept})
+
+    @property
+    def _n_given(self) -> int:
+        return len(self.families[OWN])
+
+    @cached_property
+    def searched(self) -> Pairs[Items]:
+        """The pairs that are looked at first."""
+        return _of(self.families[OWN], self.parts["pairs"].facts["searched"])
+
+    @cached_property
+    def confirmed(self) -> dict[str, Pairs[Items]]:
+        """The others, by corruption; without corruptions that leave none."""
+        held = self.parts["pairs"].facts["confirmed"]
+        return {name: _of(self.families[name], names) for name, names in held.items() if names}
+
+    def _measured(self, part: Pairs[Items], only: str | None = None) -> dict[str, Any]:
+        """The metrics of some pairs."""
+        every = metrics_of_part(self.metrics, self.families[OWN], part)
+        return every if only is None else {only: every[only]}
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"size": self.size, "seed": self.seed, "progress": False}
+
+    # ---------------------------------------------------------------- where
+
+    def _search(self) -> Part:
+        pairs, metric = self.searched, self._measured(self.searched, self.gradient)[self.gradient]
+        found = search.estimates(
+            self.model, pairs, self.kinds, metric, size=self.size, progress=False
+        )
+        results = {
+            f"estimate_{kind.name}": search.as_result(kind, found, _names(pairs), self.gradient)
+            for kind in self.kinds
+        }
+        return Part(results)
+
+    def _ranking(self) -> dict[str, list[Node]]:
+        most = choose.MOST if self.k is None else self.k
+        return {kind.name: search.ranked(kind, self._estimated(kind), most) for kind in self.kinds}
+
+    def _estimated(self, kind: Kind) -> Any:
+        return self.parts["search"].results[f"estimate_{kind.name}"].mean().values
+
+    def _choice(self) -> Part:
+        ranking = self._ranking()
+        curves = choose.choice(
+            self.model,
+            self.searched,
+            self.kinds,
+            ranking,
+            self._measured(self.searched, self.gradient),
+            **self._how,
+        )
+        chosen = {
+            name: choose.chosen_k(curve) if self.k is None else len(ranking[name])
+            for name, curve in curves.items()
+        }
+        told = ", ".join(f"{count} of kind {name}" for name, count in chosen.items())
+        how = "chosen on the pairs that are searched" if self.k is None else "as asked"
+        results = {f"choice_{name}": curve for name, curve in curves.items()}
+        return Part(results, {"k": chosen, "notes": [f"Tested are {told}: {how}."]})
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """The nodes that are tested."""
+        chosen, ranking = self.parts["choice"].facts["k"], self._ranking()
+        return [node for name, count in chosen.items() for node in ranking[name][:count]]
+
+    def _map(self) -> Part:
+        pairs = self.confirmed[OWN]
+        results = {
+            MAPS[kind.name]: confirm.exact_map(
+                self.model, pairs, kind, self._measured(pairs), size=self.size, progress=False
+            )
+            for kind in self.kinds
+            if kind.name != NEURON
+        }
+        return Part(results)
+
+    def _confirm(self) -> Part:
+        others = [
+            node
+            for kind in self.kinds
+            for node in choose.matched(
+                kind, [x for x in self.nodes if x.kind == kind.name], self.seed
+            )
+        ]
+        results = {
+            f"confirmed_{name}": confirm.tested(
+                self.model, pairs, self.nodes, others, self._measured(pairs), **self._how
+            )
+            for name, pairs in self.confirmed.items()
+        }
+        return Part(results)
+
+    def _claims(self) -> Part:
+        held = self.parts["confirm"].results
+        found = {name: held[f"confirmed_{name}"] for name in self.confirmed}
+        estimated = {
+            node: score
+            for kind in self.kinds
+            for node, score in search.score_of(kind, self._estimated(kind)).items()
+        }
+        claims = claims_of(self.nodes, estimated, found, self.seed)
+        lost = [name for name in self.families if name not in found]
+        if lost:
+            why = f"no pair is left to test on when corrupted by {', '.join(lost)}"
+            claims = [one.refused(why) for one in claims]
+        at = place.Place.of(claims)
+        n = sum(one.is_confirmed for one in claims)
+        notes = [f"{n} of {len(claims)} nodes are confirmed."]
+        notes += [] if at is None else [f"Followed is {at}."]
+        facts = {"claims": [one.to_dict() for one in claims], "agreement": self._agreement(claims)}
+        return Part(facts=facts | {"place": None if at is None else str(at), "notes": notes})
+
+    def _agreement(self, claims: Sequence[Any]) -> dict[str, Any]:
+        told = {}
+        for kind in self.kinds:
+            own = [one for one in claims if one.kind == kind.name]
+            if kind.name == NEURON:
+                told[kind.name] = agreement.of_claims(own)
+                continue
+            told[kind.name] = agreement.of_grid(
+                self.parts["search"].results[f"estimate_{kind.name}"],
+                self.parts["map"].results[MAPS[kind.name]],
+                self.gradient,
+                len(own),
+            )
+        return told
+
+    # ---------------------------------------------------------------- what is confirmed, followed
+
+    @cached_property
+    def place(self) -> place.Place | None:
+        """The confirmed windows that are followed."""
+        return place.Place.of(Report(self.parts).claims)
+
+    def _hand_over(self) -> Part:
+        pairs = self.confirmed[OWN]
+        metric = self._measured(pairs, self.gradient)[self.gradient]
+        return self._as_far(
+            "hand-over",
+            lambda: Part(
+                place.handed_over(self.model, pairs, metric, seed=self.seed, progress=False)
+            ),
+        )
+
+    def _subspace(self) -> Part:
+        def made(at: place.Place) -> Part:
+            pairs = self.confirmed[OWN]
+            results, few = place.in_subspace(
+                self.model,
+                self.searched,
+                pairs,
+                at,
+                self._measured(pairs),
+                self.rank,
+                **self._how,
+            )
+            results["directions"] = place.written(few)
+            return Part(results, {"rank": few.rank, "notes": results["saturation"].report[:2]})
+
+        return self._at_place("subspace", made)
+
+    def _transfer(self) -> Part:
+        def made(at: place.Place) -> Part:
+            both = _of(self.families[OWN], [*_names(self.searched), *_names(self.confirmed[OWN])])
+            rank = int(self.parts["subspace"].facts["rank"])
+            result = subspaces.transfer(
+                self.model,
+                both,
+                at.site,
+                at.where,
+                layer=at.layer,
+                rank=rank,
+                metric=self._measured(both),
+                **self._how,
+            )
+            return Part({"transfer": result}, {"notes": result.report})
+
+        return self._at_place("transfer", made)
+
+    def _scrubbing(self) -> Part:
+        def made(at: place.Place) -> Part:
+            held = self.parts["subspace"].results.get("directions")
+            basis = None if held is None else held.values.float()
+            results = place.scrubbed(self.model, self.confirmed[OWN], at, basis, **self._how)
+            return Part(results, {"notes": [one.report[0] for one in results.values()]})
+
+        return self._at_place("scrubbing", made)
+
+    def _readable(self) -> Part:
+        def made(at: place.Place) -> Part:
+            names = [*_names(self.searched), *_names(self.confirmed[OWN])]
+            items = _of(self.families[OWN], names).clean
+            results = readable(self.model, items, at, **self._how)
+            return Part(results, {"notes": [one.report[0] for one in results.values()]})
+
+        return self._at_place("readable", made)
+
+    def _at_place(self, what: str, make: Callable[[place.Place], Part]) -> Part:
+        at = self.place
+        if at is None:
+            return Part(facts={"notes": [f"{what} is left out: no window is confirmed."]})
+        return self._as_far(what, lambda: make(at))
+
+    def _as_far(self, what: str, make: Callable[[], Part]) -> Part:
+        """A stage that some pairs or models do not allow; what it lacks is said."""
+        try:
+            return make()
+        except AudioLensError as error:
+            return Part(facts={"notes": [f"{what} is left out: {place.told_why(error)}"]})
+
+
+def _names(pairs: Pairs[Items]) -> list[str]:
+    return [item.id for item in pairs.clean]
+
+
+def _of(pairs: Pairs[Items], names: Sequence[str]) -> Pairs[Items]:
+    """The pairs of these names, in the order of the pairs."""
+    wanted = set(names)
+    return pairs[np.array([item.id in wanted for item in pairs.clean])]
