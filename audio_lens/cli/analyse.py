@@ -234,7 +234,9 @@ class Study:
 
         told = {"title": self.title, "question": self.method.summary}
         writers = {} if save is None else {"report": partial(whole.save, save)}
-        return writers if html is None else {**writers, "html": partial(tap_page, whole, html, **told)}
+        return (
+            writers if html is None else {**writers, "html": partial(tap_page, whole, html, **told)}
+        )
 
     def give(
         self, save: Path | None, html: Path | None, as_json: bool, made_with: Mapping[str, Any]

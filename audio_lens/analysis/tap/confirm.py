@@ -21,6 +21,7 @@ from audio_lens.analysis.tap.exact import (
     Patch,
     exact,
 )
+from audio_lens.analysis.tap.grids import Grid
 from audio_lens.analysis.tap.nodes import Kind, Node
 from audio_lens.items import Items, Pairs, found, statistics
 from audio_lens.models import HookedAudioTransformer
@@ -31,26 +32,14 @@ BROUGHT = (OTHER, NORM)  # sources that must not bring the answer; removing it t
 LEVELS = ("logit_diff", "log_prob", "prob")  # metrics whose destroyed level is known
 
 
-def exact_map(
-    model: HookedAudioTransformer,
-    pairs: Pairs[Items],
-    kind: Kind,
-    metric: Any,
-    *,
-    size: int,
-    progress: bool | None = None,
-) -> Result:
+def exact_map(pairs: Pairs[Items], kind: Kind, measured: Grid, metrics: Sequence[str]) -> Result:
     """The exact effect of every node of a kind, in both directions: shares of the gap."""
-    nodes = kind.nodes
-    patches = [Patch((node,), direction) for direction in DIRECTIONS for node in nodes]
-    told = exact(model, pairs, patches, metric, size=size, progress=progress)
-    shape = (2, *kind.shape)
-    axes = {"metric": told.metrics, "direction": list(DIRECTIONS), **kind.coords}
+    axes = {"metric": list(metrics), "direction": list(DIRECTIONS), **kind.coords}
     result = found(
-        told.effects.unflatten(-1, shape),
+        measured.effects,
         axes,
         list(pairs.clean),
-        denominators=told.gap,
+        denominators=measured.gap,
         dropped=pairs.dropped.counts,
     )
     result.meta |= {"title": f"exact effect of {kind.site}", "value": "share of the gap"}

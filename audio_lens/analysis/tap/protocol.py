@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from audio_lens import metrics as measures
+from audio_lens import patching
 from audio_lens.analysis import subspaces
 from audio_lens.analysis.fusion.recovery import metrics_of_part
 from audio_lens.analysis.tap import agreement, choose, confirm, pairing, place, search
 from audio_lens.analysis.tap.claims import claims_of
+from audio_lens.analysis.tap.grids import grid
 from audio_lens.analysis.tap.nodes import (
     CONNECTOR,
     HEAD,
@@ -59,7 +61,7 @@ def tap(
     rank: int = 16,
     stages: Sequence[str] = STAGES,
     checkpoint: str | Path | None = None,
-    size: int = 32,
+    size: int = 64,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Report:
@@ -154,7 +156,7 @@ class Study:
     kinds: list[Kind]
     k: int | None = None
     rank: int = 16
-    size: int = 32
+    size: int = 64
     seed: int = 0
     parts: dict[str, Part] = field(default_factory=dict)
 
@@ -200,7 +202,7 @@ class Study:
         roles = pairing.roles_of(self.model, self.families[OWN], self.size)
         facts: dict[str, Any] = {
             "hold": roles.hold,
-            "notes": [f"Of {self._n_given} pairs {roles}."],
+            "notes": [f"Of {len(self.families[OWN])} pairs {roles}."],
         }
         facts |= {"n_kept": 0 if roles.kept is None else len(roles.kept)}
         facts |= {"dropped": roles.dropped.counts}
@@ -221,10 +223,6 @@ class Study:
             f"{len(searched)} pairs are searched, {len(confirmed)} others are confirmed on."
         )
         return Part(facts=facts | {"searched": _names(searched), "confirmed": kept})
-
-    @property
-    def _n_given(self) -> int:
-        return len(self.families[OWN])
 
     @cached_property
     def searched(self) -> Pairs[Items]:
@@ -249,12 +247,15 @@ class Study:
     # ---------------------------------------------------------------- where
 
     def _search(self) -> Part:
-        pairs, metric = self.searched, self._measured(self.searched, self.gradient)[self.gradient]
-        found = search.estimates(
-            self.model, pairs, self.kinds, metric, size=self.size, progress=False
-        )
+        pairs = self.searched
+        metric = self._measured(pairs, self.gradient)
         results = {
-            f"estimate_{kind.name}": search.as_result(kind, found, _names(pairs), self.gradient)
+            f"estimate_{kind.name}": search.as_result(
+                kind,
+                grid(patching.attribute, self.model, pairs, kind, metric, self.size),
+                _names(pairs),
+                self.gradient,
+            )
             for kind in self.kinds
         }
         return Part(results)
@@ -293,9 +294,13 @@ class Study:
 
     def _map(self) -> Part:
         pairs = self.confirmed[OWN]
+        metric = self._measured(pairs)
         results = {
             MAPS[kind.name]: confirm.exact_map(
-                self.model, pairs, kind, self._measured(pairs), size=self.size, progress=False
+                pairs,
+                kind,
+                grid(patching.sweep, self.model, pairs, kind, metric, self.size),
+                list(metric),
             )
             for kind in self.kinds
             if kind.name != NEURON
