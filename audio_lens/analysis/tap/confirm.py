@@ -77,7 +77,7 @@ def tested(
     told = exact(model, pairs, asked, metric, size=size, seed=seed, progress=progress)
     n, m = len(nodes), len(others)
     own, random, brought, same = told.effects.split([2 * n, 2 * m, len(BROUGHT) * n, 2], dim=-1)
-    return _result(
+    return of_effects(
         told,
         pairs,
         [str(node) for node in nodes],
@@ -108,9 +108,14 @@ def _denoising(effects: Float[Tensor, "b m nodes"]) -> Float[Tensor, "b m direct
     return torch.stack([effects, torch.full_like(effects, torch.nan)], dim=2)
 
 
-def _result(
+def of_effects(
     told: Exact, pairs: Pairs[Items], names: list[str], effects: Mapping[str, Tensor]
 ) -> Result:
+    """Effects of nodes and of their controls as one result; see `tested`.
+
+    Args:
+        effects: n m directions nodes, by control; "" for the nodes' own.
+    """
     items, gap = list(pairs.clean), told.gap
     axes: dict[str, Sequence[Any]] = {"metric": told.metrics}
     placed = axes | {"direction": list(DIRECTIONS), "node": names}

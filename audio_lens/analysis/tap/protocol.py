@@ -39,7 +39,7 @@ from audio_lens.items import Items, Pairs
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching.engine.checkpoint import CheckpointError
 from audio_lens.progress import track
-from audio_lens.provenance import of_model, weights_hash
+from audio_lens.provenance import of_model, versions, weights_hash
 
 GRADIENT = "logit_diff"  # the metric of estimates, where there is such: linear in the logits
 MAPS = {WINDOW: MAP, HEAD: "map_heads", CONNECTOR: "map_connector"}
@@ -180,6 +180,7 @@ class Study:
             "weights": weights_hash(self.model),
             "items": "; ".join(f"{name}: {digest}" for name, digest in clips.items()),
             "metric": measured,
+            "audio_lens": versions()["audio_lens"],
             **asked,
         }
 
@@ -269,6 +270,11 @@ class Study:
 
     def _choice(self) -> Part:
         ranking = self._ranking()
+        if not any(ranking.values()):
+            raise InputError(
+                "no layer has two nodes of one kind, of which one could be compared with the other:"
+                " take narrower windows or more kinds"
+            )
         curves = choose.choice(
             self.model,
             self.searched,
