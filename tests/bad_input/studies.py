@@ -32,7 +32,7 @@ STUDIES = {
         metrics={"one": _pairs().clean.metrics(model())["log_prob"]}
     ),
     "tap of pairs that differ in text alone": lambda: tap.tap(
-        model(), demo_items()[:4].pairs(TextSwap({"The": "A"}))
+        model(), demo_items()[:4].pairs(TextSwap("The transcript", "A transcript"))
     ),
     "tap k=0": lambda: _tap(k=0),
     "tap rank=0": lambda: _tap(rank=0),

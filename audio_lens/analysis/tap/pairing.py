@@ -20,7 +20,7 @@ from audio_lens.timeline import Span
 OWN, SILENCE = "counterpart", "silence"
 LIKE_CHANCE = 0.001  # of the sign test of roles, from which on they do not hold
 TINY = 1e-4  # of the largest sample, from which on two clips differ
-Corruptions = Mapping[str, Any] | Sequence[Any] | None
+Corruptions = Any  # one, several in order or by name, or None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from audio_lens.analysis.tap.nodes import (
     kinds_of,
 )
 from audio_lens.analysis.tap.pairing import OWN, Corruptions
-from audio_lens.analysis.tap.readable import readable
+from audio_lens.analysis.tap.readable import compared, probed
 from audio_lens.analysis.tap.report import MAP, Report
 from audio_lens.analysis.tap.stages import Part, Stages
 from audio_lens.arguments import whole
@@ -40,6 +40,7 @@ from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching.engine.checkpoint import CheckpointError
 from audio_lens.progress import track
 from audio_lens.provenance import of_model, versions, weights_hash
+from audio_lens.results import Result
 
 GRADIENT = "logit_diff"  # the metric of estimates, where there is such: linear in the logits
 MAPS = {WINDOW: MAP, HEAD: "map_heads", CONNECTOR: "map_connector"}
@@ -426,13 +427,18 @@ class Study:
         return self._at_place("scrubbing", made)
 
     def _readable(self) -> Part:
-        def made(at: place.Place) -> Part:
-            names = [*_names(self.searched), *_names(self.confirmed[OWN])]
-            items = _of(self.families[OWN], names).clean
-            results = readable(self.model, items, at, **self._how)
-            return Part(results, {"notes": [one.report[0] for one in results.values()]})
+        names = [*_names(self.searched), *_names(self.confirmed[OWN])]
+        items = _of(self.families[OWN], names).clean
+        parts = [
+            self._at_place(name, lambda at, how=how, name=name: self._read(how, name, items, at))
+            for name, how in {"probes": probed, "similarity": compared}.items()
+        ]
+        results = {name: one for part in parts for name, one in part.results.items()}
+        return Part(results, {"notes": [x for part in parts for x in part.facts["notes"]]})
 
-        return self._at_place("readable", made)
+    def _read(self, how: Callable[..., Result], name: str, items: Items, at: place.Place) -> Part:
+        result = how(self.model, items, at, **self._how)
+        return Part({name: result}, {"notes": result.report[:1]})
 
     def _at_place(self, what: str, make: Callable[[place.Place], Part]) -> Part:
         at = self.place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from audio_lens.analysis import probes, similarity
 from audio_lens.analysis.tap.place import Place
 from audio_lens.items import Items
@@ -11,18 +13,11 @@ from audio_lens.results import Result
 LABEL = "answer"
 
 
-def readable(
-    model: HookedAudioTransformer,
-    items: Items,
-    place: Place,
-    *,
-    size: int,
-    seed: int,
-    progress: bool | None,
-) -> dict[str, Result]:
-    """Probes of the answer at the confirmed windows, layer by layer, and how alike layers are."""
-    beside = {"site": place.site, "where": place.where, "size": size, "seed": seed}
-    return {
-        "probes": probes.layers(model, items, LABEL, progress=progress, **beside),
-        "similarity": similarity.layers(model, items, progress=progress, **beside),
-    }
+def probed(model: HookedAudioTransformer, items: Items, place: Place, **how: Any) -> Result:
+    """Probes of the answer at the confirmed windows, layer by layer."""
+    return probes.layers(model, items, LABEL, site=place.site, where=place.where, **how)
+
+
+def compared(model: HookedAudioTransformer, items: Items, place: Place, **how: Any) -> Result:
+    """How alike the layers are at the confirmed windows."""
+    return similarity.layers(model, items, site=place.site, where=place.where, **how)

@@ -35,9 +35,15 @@ class Part:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def packed(parts: Mapping[str, Part], head: Mapping[str, Any]) -> bytes:
-    """All parts as one file: a zip of JSON and netCDF, nothing compressed."""
-    memory = io.BytesIO()
+def packed(
+    parts: Mapping[str, Part], head: Mapping[str, Any], known: dict[str, bytes] | None = None
+) -> bytes:
+    """All parts as one file: a zip of JSON and netCDF, nothing compressed.
+
+    Args:
+        known: results that were written before, by their places; new ones are added.
+    """
+    memory, written = io.BytesIO(), {} if known is None else known
     told = {
         name: {"facts": part.facts, "results": list(part.results)} for name, part in parts.items()
     }
@@ -45,8 +51,10 @@ def packed(parts: Mapping[str, Part], head: Mapping[str, Any]) -> bytes:
         file.writestr(HEAD, json.dumps({"format": FORMAT, **head, "stages": told}))
         for stage, part in parts.items():
             for name, result in part.results.items():
-                saved = result.save(Path(folder) / "result.nc")
-                file.writestr(_place(stage, name), saved.read_bytes())
+                place = _place(stage, name)
+                if place not in written:
+                    written[place] = result.save(Path(folder) / "result.nc").read_bytes()
+                file.writestr(place, written[place])
     return memory.getvalue()
 
 
@@ -104,6 +112,7 @@ class Stages:
     path: Path | None = None
     parts: dict[str, Part] = field(default_factory=dict)
     failure: str = ""
+    _written: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -136,7 +145,9 @@ class Stages:
             return
         try:
             with files.locked(self.path):
-                files.write(self.path, packed(self.parts, {"identity": self.identity}))
+                files.write(
+                    self.path, packed(self.parts, {"identity": self.identity}, self._written)
+                )
             self.failure = ""
         except files.OutputError as error:
             if not self.failure:
