@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from audio_lens.places import Where
 from audio_lens.results import Result
 from audio_lens.timeline import Span
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 2, 4, 8, 16, 32)
 FEATURE = "answer"
 DRAWS = 2
+SHOWN = 8  # groups that a note names
 
 
 @dataclass(frozen=True)
@@ -85,41 +86,85 @@ def handed_over(
         for one, other in zip(pairs.clean, pairs.corrupted, strict=True)
     )
     moved = grounding.residence(
-        model, items, metric=metric, streams=("audio",), seed=seed, progress=progress
+        model,
+        items,
+        metric=metric,
+        streams=("audio",),
+        controls=("other_item",),
+        seed=seed,
+        progress=progress,
     )
     return {"residence": moved, "hand_over": grounding.handed_over(moved, seed=seed)}
 
 
 def in_subspace(
     model: HookedAudioTransformer,
-    searched: Pairs[Items],
-    confirmed: Pairs[Items],
+    parts: tuple[Pairs[Items], Pairs[Items]],
     place: Place,
-    metric: Any,
+    metrics: tuple[Any, Any],
     rank: int,
     *,
     size: int,
     seed: int,
     progress: bool | None,
 ) -> tuple[dict[str, Result], Subspace]:
-    """The subspace of the pairs' differences: fitted on those searched, tested on the others.
+    """The subspace of the pairs' differences, fitted on one part and tested on the other.
+
+    Args:
+        parts: the pairs that were searched, and those that are confirmed on.
+        metrics: of each part.
 
     Returns:
-        "saturation", its curve; "subspace", whether ``rank`` directions are enough and needed.
+        "saturation", the curve of what was fitted on the pairs searched, tested on the others;
+        "transfer_back", the other way round, of ``rank`` directions; "subspace", whether as many
+        are enough and needed. And these directions.
     """
     where, beside = place.where, {"seed": seed, "size": size, "progress": progress}
-    news = subspaces.differences(
-        model, searched, place.site, where, layer=place.layer, progress=progress
-    )
-    found = subspaces.basis(news, site=place.site, layer=place.layer)
-    rank = min(rank, found.rank)
-    ks = sorted({k for k in RANKS if k <= found.rank} | {rank})
-    few = found.first(rank)
-    own: dict[str, Any] = {"metric": metric, **beside}
+    searched, confirmed = (_fitted(model, pairs, place, progress) for pairs in parts)
+    rank = min(rank, searched.rank, confirmed.rank)
+    ks = sorted({k for k in RANKS if k <= searched.rank} | {rank})
+    few = searched.first(rank)
+    spot = (model, parts[1], place.site, where)
     return {
-        "saturation": subspaces.curve(model, confirmed, place.site, where, found, ks, **own),
-        "subspace": subspaces.effects(model, confirmed, place.site, where, few, **own),
+        "saturation": subspaces.curve(*spot, searched, ks, metric=metrics[1], **beside),
+        "transfer_back": subspaces.curve(
+            *(model, parts[0], place.site, where),
+            *(confirmed, [rank]),
+            metric=metrics[0],
+            controls=("random_direction", "complement"),
+            **beside,
+        ),
+        "subspace": subspaces.effects(*spot, few, metric=metrics[1], **beside),
     }, few
+
+
+def _fitted(
+    model: HookedAudioTransformer, pairs: Pairs[Items], place: Place, progress: bool | None
+) -> Subspace:
+    news = subspaces.differences(
+        model, pairs, place.site, place.where, layer=place.layer, progress=progress
+    )
+    return subspaces.basis(news, site=place.site, layer=place.layer)
+
+
+def transferred(
+    results: Mapping[str, Result], rank: int, searched: Pairs[Items], confirmed: Pairs[Items]
+) -> list[str]:
+    """What the subspace brings to those that it was not fitted on, in words."""
+    names = [
+        ", ".join(sorted({str(x.group) for x in part.clean})) for part in (searched, confirmed)
+    ]
+    ways = ("saturation", *names), ("transfer_back", *names[::-1])
+    said = []
+    for name, fitted, tested in ways:
+        one = results[name].select(rank=rank).mean()
+        told = ", ".join(
+            f"{float(one.values[i]):.2f} of {metric} (random ones "
+            f"{float(one.controls['random_direction'].values[i]):.2f})"
+            for i, metric in enumerate(one.coords["metric"])
+        )
+        said.append(f"{rank} directions fitted on {fitted} bring, on {tested}, {told}.")
+    return said
 
 
 def scrubbed(

@@ -12,7 +12,6 @@ import numpy as np
 
 from audio_lens import metrics as measures
 from audio_lens import patching
-from audio_lens.analysis import subspaces
 from audio_lens.analysis.fusion.recovery import metrics_of_part
 from audio_lens.analysis.tap import agreement, choose, confirm, pairing, place, search
 from audio_lens.analysis.tap.claims import claims_of
@@ -45,7 +44,7 @@ from audio_lens.results import Result
 GRADIENT = "logit_diff"  # the metric of estimates, where there is such: linear in the logits
 MAPS = {WINDOW: MAP, HEAD: "map_heads", CONNECTOR: "map_connector"}
 LOCATING = ("pairs", "search", "choice", "map", "confirm", "claims")
-FOLLOWING = ("hand_over", "subspace", "transfer", "scrubbing", "readable")
+FOLLOWING = ("hand_over", "subspace", "scrubbing", "readable")
 STAGES = (*LOCATING, *FOLLOWING)
 
 
@@ -384,38 +383,19 @@ class Study:
 
     def _subspace(self) -> Part:
         def made(at: place.Place) -> Part:
-            pairs = self.confirmed[OWN]
             results, few = place.in_subspace(
                 self.model,
-                self.searched,
-                pairs,
+                (self.searched, self.confirmed[OWN]),
                 at,
-                self._measured(pairs),
+                tuple(map(self._measured, (self.searched, self.confirmed[OWN]))),
                 self.rank,
                 **self._how,
             )
+            notes = place.transferred(results, few.rank, self.searched, self.confirmed[OWN])
             results["directions"] = place.written(few)
-            return Part(results, {"rank": few.rank, "notes": results["saturation"].report[:2]})
+            return Part(results, {"rank": few.rank, "notes": notes})
 
         return self._at_place("subspace", made)
-
-    def _transfer(self) -> Part:
-        def made(at: place.Place) -> Part:
-            both = _of(self.families[OWN], [*_names(self.searched), *_names(self.confirmed[OWN])])
-            rank = int(self.parts["subspace"].facts["rank"])
-            result = subspaces.transfer(
-                self.model,
-                both,
-                at.site,
-                at.where,
-                layer=at.layer,
-                rank=rank,
-                metric=self._measured(both),
-                **self._how,
-            )
-            return Part({"transfer": result}, {"notes": result.report})
-
-        return self._at_place("transfer", made)
 
     def _scrubbing(self) -> Part:
         def made(at: place.Place) -> Part:
