@@ -19,7 +19,7 @@ from audio_lens.timeline import Span
 
 WINDOW, HEAD, NEURON, CONNECTOR = "window", "head", "neuron", "connector"
 KINDS = (WINDOW, HEAD, NEURON, CONNECTOR)
-Windows = float | int | tuple[float | int, float | int]
+Windows = float | int | tuple[float | int, ...]
 
 
 @dataclass(frozen=True)
