@@ -350,7 +350,7 @@ def test_unseen_speakers_end_to_end(embedded, tmp_path):
         one = report[name].select(metric="log_prob", rank=16).mean()
         assert one.values >= 0.9 and one.controls["random_direction"].values <= 0.15
     for one in report.confirmed:
-        assert abs(one.controls["random_sites"]) < 0.05 and one.controls["identity"] == 0
+        assert abs(one.controls["random_sites"]) < 0.05 and abs(one.controls["identity"]) < 1e-3
         assert one.controls["other_item"] < one.interval[0]
     assert {"scrubbing", "probes", "similarity"} <= set(report)
     tap.Report.load(report.save(tmp_path / "tap.zip"))

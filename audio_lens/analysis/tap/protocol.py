@@ -374,12 +374,12 @@ class Study:
     def _hand_over(self) -> Part:
         pairs = self.confirmed[OWN]
         metric = self._measured(pairs, self.gradient)[self.gradient]
-        return self._as_far(
-            "hand-over",
-            lambda: Part(
-                place.handed_over(self.model, pairs, metric, seed=self.seed, progress=False)
-            ),
-        )
+
+        def made() -> Part:
+            results = place.handed_over(self.model, pairs, metric, seed=self.seed, progress=False)
+            return Part(results, {"notes": results["hand_over"].report[:1]})
+
+        return self._as_far("hand-over", made)
 
     def _subspace(self) -> Part:
         def made(at: place.Place) -> Part:
