@@ -160,6 +160,12 @@ def test_where_clips_differ_is_silenced_unless_told_otherwise():
     assert list(made) == ["counterpart", "silence"]
     heard = made["silence"].corrupted[0].clip["array"]
     assert not heard[310:490].any() and heard[:300].all() and heard[500:].all()
+    same = items[0].replaced(id="same")
+    two = Items([items[0], same])
+    assert pairing.differing(two.pairs([items[0].replaced(audio=other), same])) == [
+        Span(0.3, 0.5),
+        None,
+    ]
     with pytest.raises(ItemError, match="sound alike"):
         pairing.differing(items.pairs([items[0]]))
     for odd, why in (([], "two corruptions"), ([3], "corruption '1'"), ({"counterpart": 1}, "two")):

@@ -143,23 +143,19 @@ def _name(how: Any, number: int) -> str:
     return f"{type(how).__name__.lower()} {number}" if isinstance(how, Corruption) else str(number)
 
 
-def differing(pairs: Pairs[Items]) -> list[Span]:
+def differing(pairs: Pairs[Items]) -> list[Span | None]:
     """The seconds from the first to the last sample in which the two clips of a pair differ.
 
+    None where they sound alike: such a pair is then left out, as one whose sides do not differ.
+
     Raises:
-        ItemError: naming pairs whose clips are heard alike.
+        ItemError: if all do.
     """
-    found, alike = [], []
-    for one, other in zip(pairs.clean, pairs.corrupted, strict=True):
-        span = _apart(one, other)
-        if span is None:
-            alike.append(one.name)
-        else:
-            found.append(span)
-    if alike:
+    found = [_apart(one, other) for one, other in zip(pairs.clean, pairs.corrupted, strict=True)]
+    if all(span is None for span in found):
         raise ItemError(
-            f"{len(alike)} pairs sound alike on both sides, such as {alike[0]}: windows of seconds "
-            "are searched for what a change of the clip does; give pairs that differ in sound"
+            "the clips of all pairs sound alike on both sides: windows of seconds are searched for "
+            "what a change of the clip does; give pairs that differ in sound"
         )
     return found
 
