@@ -13,7 +13,7 @@ import torch
 from analysis.said import said_items
 from audio_lens import Item, Items, patching
 from audio_lens.analysis import tap
-from audio_lens.analysis.tap import claims, confirm, grids, nodes, pairing, protocol, stages
+from audio_lens.analysis.tap import claims, confirm, grids, nodes, pairing, stages, work
 from audio_lens.analysis.tap.choose import chosen_k
 from audio_lens.analysis.tap.exact import Exact, Patch, exact
 from audio_lens.analysis.tap.nodes import Node
@@ -241,7 +241,7 @@ def test_the_planted_place_and_head_are_confirmed_and_nothing_else(toy, pairs, t
 
     with pytest.MonkeyPatch.context() as patch:  # killed and started again
         for name in tap.LOCATING:
-            patch.setattr(protocol.Study, f"_{name}", never)
+            patch.setattr(work.Study, f"_{name}", never)
         assert str(located(toy, pairs, k=3, checkpoint=path)) == str(report)
     with pytest.raises(CheckpointError, match="seed differ"):
         located(toy, pairs, k=3, checkpoint=path, seed=1)
