@@ -244,7 +244,7 @@ class Study:
         """Write and print what was found."""
         written, failures = shared.write_each(self.writers(save, html))
         if as_json:
-            shared.print_json(self.as_data() | made_with | {"written": written})
+            shared.print_json({**self.as_data(), **made_with, "written": written})
         else:
             _print_study(self)
             for kind, path in written.items():

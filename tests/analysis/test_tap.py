@@ -168,7 +168,11 @@ def test_where_clips_differ_is_silenced_unless_told_otherwise():
     ]
     with pytest.raises(ItemError, match="sound alike"):
         pairing.differing(items.pairs([items[0]]))
-    for odd, why in (([], "two corruptions"), ([3], "corruption '1'"), ({"counterpart": 1}, "two")):
+    for odd, why in (
+        ([], "two corruptions"),
+        ([3], "corruption '1'"),
+        ({"counterpart": 1}, "another name"),
+    ):
         with pytest.raises(InputError, match=why):
             pairing.families(pairs, odd)
 

@@ -116,7 +116,11 @@ def families(pairs: Pairs[Items], corruptions: Corruptions) -> dict[str, Pairs[I
         named = {_name(one, number): one for number, one in enumerate(listed, start=1)}
     else:
         named = dict(corruptions)
-    if not named or OWN in named:
+    if OWN in named:
+        raise InputError(
+            f"{OWN!r} is what the pairs' own corruption is called: give yours another name"
+        )
+    if not named:
         raise InputError(
             "the protocol asks for two corruptions or more: the counterparts that the pairs have, "
             f"called {OWN!r}, and at least one beside them; None silences where the clips differ"
@@ -136,7 +140,8 @@ def _pairs_by(pairs: Pairs[Items], how: Any, name: str) -> Pairs[Items]:
             f"corruption {name!r} is one of audio_lens.corruptions, a function of the item that "
             f"gives one, or pairs; got {how!r}"
         )
-    return pairs.clean.pairs(how)
+    made: Any = how
+    return pairs.clean.pairs(made)
 
 
 def _name(how: Any, number: int) -> str:

@@ -12,10 +12,8 @@ from audio_lens.analysis.tap.grids import Grid
 from audio_lens.analysis.tap.nodes import NEURON, Kind, Node
 from audio_lens.results import Result
 
-Scores = Float[Tensor, "directions ..."]
 
-
-def ranked(kind: Kind, scores: Scores, most: int) -> list[Node]:
+def ranked(kind: Kind, scores: Float[Tensor, "directions ..."], most: int) -> list[Node]:
     """The nodes of the largest |score|, both directions averaged, strongest first.
 
     A layer gives half of its nodes at most, so that as many are left to be compared with.
@@ -35,7 +33,7 @@ def ranked(kind: Kind, scores: Scores, most: int) -> list[Node]:
     return found
 
 
-def score_of(kind: Kind, scores: Scores) -> Mapping[Node, float]:
+def score_of(kind: Kind, scores: Float[Tensor, "directions ..."]) -> Mapping[Node, float]:
     """The mean score of every node."""
     return dict(zip(kind.nodes, scores.mean(0).flatten().tolist(), strict=True))
 
