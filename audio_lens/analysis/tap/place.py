@@ -24,7 +24,7 @@ from audio_lens.timeline import Span
 
 RANKS = (1, 2, 4, 8, 16, 32)
 FEATURE = "answer"
-DRAWS = 2
+DRAWS = 1
 SHOWN = 8  # groups that a note names
 
 

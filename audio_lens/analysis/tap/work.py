@@ -15,9 +15,7 @@ from audio_lens.analysis.tap import agreement, choose, confirm, pairing, place, 
 from audio_lens.analysis.tap.claims import claims_of
 from audio_lens.analysis.tap.grids import grid
 from audio_lens.analysis.tap.nodes import (
-    CONNECTOR,
     HEAD,
-    NEURON,
     WINDOW,
     Kind,
     Node,
@@ -36,7 +34,7 @@ from audio_lens.provenance import versions, weights_hash
 from audio_lens.results import Result
 
 GRADIENT = "logit_diff"  # the metric of estimates, where there is such: linear in the logits
-MAPS = {WINDOW: MAP, HEAD: "map_heads", CONNECTOR: "map_connector"}
+MAPS = {WINDOW: MAP, HEAD: "map_heads"}  # connector windows enter the first block as they are
 LOCATING = ("pairs", "search", "choice", "map", "confirm", "claims")
 FOLLOWING = ("hand_over", "subspace", "scrubbing", "readable")
 STAGES = (*LOCATING, *FOLLOWING)
@@ -210,7 +208,7 @@ class Study:
                 list(metric),
             )
             for kind in self.kinds
-            if kind.name != NEURON
+            if kind.name in MAPS
         }
         return Part(results)
 
@@ -254,7 +252,7 @@ class Study:
         told = {}
         for kind in self.kinds:
             own = [one for one in claims if one.kind == kind.name]
-            if kind.name == NEURON:
+            if kind.name not in MAPS:
                 told[kind.name] = agreement.of_claims(own)
                 continue
             told[kind.name] = agreement.of_grid(
