@@ -26,7 +26,7 @@ CONTROLS = {"other_item": 0.1, "random_sites": 0.0}
 def claim(verdict: str, why: str = "") -> Claim:
     place = {"kind": "window", "site": "decoder.resid_pre", "layer": 3, "head": None}
     place |= {"neuron": None, "start_s": 0.8, "end_s": 1.0}
-    trial = Trial("counterpart", "log_prob", "denoise", 0.7, 0.6, 0.8, CONTROLS, {}, why)
+    trial = Trial("counterpart", "log_prob", "denoise", 0.7, 0.6, 0.8, CONTROLS, {}, why=why)
     found = {"estimate": 0.3, "effect": 0.7, "interval": (0.6, 0.8), "controls": CONTROLS}
     return Claim(**place, **found, verdict=verdict, why=why, trials=(trial,))
 

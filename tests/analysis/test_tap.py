@@ -82,6 +82,7 @@ def test_what_leads_its_controls_in_every_trial_is_confirmed():
     assert one.effect == pytest.approx(0.6, abs=0.05) and one.interval[0] < one.effect
     assert one.controls["other_item"] == pytest.approx(0.3, abs=0.05)
     assert one.controls["destroyed"] == 0.0  # of log_prob, the first metric
+    assert sum(trial.is_demanded for trial in one.trials) == 6
     assert {trial.name for trial in one.trials} == {
         f"{corruption}, {metric}, {direction}"
         for corruption in ("counterpart", "silence")

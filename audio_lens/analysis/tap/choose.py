@@ -15,7 +15,7 @@ from audio_lens.items import Items, Pairs, found, statistics
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result
 
-MOST = 6  # nodes of a kind: each is a test, and all tests are corrected for each other
+MOST = 8  # nodes of a kind: each is a test, and all tests are corrected for each other
 PLATEAU = 0.9  # of the largest recovery beyond that of random nodes
 RANDOM = "random_sites"
 

@@ -1,7 +1,10 @@
 """Stage 5: which nodes are confirmed. The rule, and what each claim rests on.
 
-A node is confirmed if, under every corruption, in every metric and in both directions, its effect
-and its lead over each control lie above 0 with their whole interval, and the effect is no trifle.
+A node is confirmed if, in every metric, its effect and its lead over each control lie above 0 with
+their whole interval: putting the clean run's activations into the corrupted one under every
+corruption, where the effect must be no trifle either, and putting the corrupted run's into the
+clean one under the pairs' own counterparts. (A corruption that only takes the word away leaves
+every other place that says it: what such a one does to the clean run is told, and not asked for.)
 As all of these must hold at once, they need no correction among themselves (an intersection-union
 test); the nodes do, and their intervals are of level 1 - 0.05 / number of nodes (Bonferroni).
 """
@@ -25,7 +28,7 @@ from audio_lens.results.labels import in_words
 
 CONFIRMED, REFUSED = "confirmed", "refused"
 ERROR = 0.05  # of one false claim or more among all nodes
-LEAST = 0.05  # of the gap: what is smaller is refused, however sure
+LEAST = 0.05  # of the gap: what brings back less is refused, however sure
 SAME = 1e-3  # of the gap: an identity patch that does more is an error of the engine
 RESAMPLES = 5000
 DEMANDED = {DENOISE: (*BROUGHT, RANDOM)}  # of the other direction random nodes alone
@@ -39,7 +42,8 @@ class Trial:
         effect, low, high: share of the gap, with its interval.
         controls: theirs.
         leads: the lower end of the lead over each control that must be beaten.
-        why: what is wrong; empty where the trial is passed.
+        is_demanded: whether the node is refused if it fails here.
+        why: what is wrong, if it does; empty where the trial is passed.
     """
 
     corruption: str
@@ -50,6 +54,7 @@ class Trial:
     high: float
     controls: dict[str, float]
     leads: dict[str, float]
+    is_demanded: bool = True
     why: str = ""
 
     @property
@@ -97,8 +102,9 @@ class Claim:
 
     @property
     def weakest(self) -> Trial:
-        """The trial with the smallest effect."""
-        return min(self.trials, key=lambda trial: trial.effect)
+        """The trial with the smallest effect, of those that are demanded."""
+        asked = [trial for trial in self.trials if trial.is_demanded]
+        return min(asked, key=lambda trial: trial.effect)
 
     @property
     def place(self) -> str:
@@ -137,13 +143,14 @@ def claims_of(
     level = 1 - ERROR / max(1, len(nodes))
     trials: list[list[Trial]] = [[] for _ in nodes]
     for corruption, result in found.items():
-        for number, trial in _trials(corruption, result, level, seed):
+        both = corruption == next(iter(found))
+        for number, trial in _trials(corruption, result, both, level, seed):
             trials[number].append(trial)
     return [_claim(node, estimated[node], own) for node, own in zip(nodes, trials, strict=True)]
 
 
 def _claim(node: Node, estimate: float, trials: Sequence[Trial]) -> Claim:
-    wrong = [f"{trial.name}: {trial.why}" for trial in trials if trial.why]
+    wrong = [f"{x.name}: {x.why}" for x in trials if x.why and x.is_demanded]
     first = trials[0]
     return Claim(
         kind=node.kind,
@@ -164,9 +171,13 @@ def _claim(node: Node, estimate: float, trials: Sequence[Trial]) -> Claim:
 
 
 def _trials(
-    corruption: str, result: Result, level: float, seed: int
+    corruption: str, result: Result, both: bool, level: float, seed: int
 ) -> Iterator[tuple[int, Trial]]:
-    """The trials of every node under one corruption."""
+    """The trials of every node under one corruption.
+
+    Args:
+        both: whether both directions are demanded.
+    """
     gap = result.controls[GAP].values  # metric n
     nodes = range(len(result.coords["node"]))
     for m, metric in enumerate(result.coords["metric"]):
@@ -193,6 +204,7 @@ def _trials(
                     *(float(x[i]) for x in (own.value, own.low, own.high)),
                     controls,
                     {n: float(x[i]) for n, x in leads.items()},
+                    is_demanded=both or direction == DENOISE,
                 )
                 yield i, _judged(trial, float(apart.low))
 
@@ -219,6 +231,6 @@ def _why(trial: Trial, gap: float) -> str:
     for name, low in trial.leads.items():
         if not low > 0:
             return f"no lead over {name} ({trial.controls[name]:.2f}) for sure: from {low:.2f} on"
-    if trial.effect < LEAST:
+    if trial.direction == DENOISE and trial.effect < LEAST:
         return f"the effect {trial.effect:.3f} is below {LEAST:g}"
     return ""
