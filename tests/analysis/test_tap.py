@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,6 +366,46 @@ def test_unseen_speakers_end_to_end(embedded, tmp_path):
         assert one.controls["other_item"] < one.interval[0]
     assert {"scrubbing", "probes", "similarity"} <= set(report)
     tap.Report.load(report.save(tmp_path / "tap.zip"))
+
+    nodes_of = [node for name in report.k for node in asked(report, embedded, name)]
+    for seed in range(20):  # sides in random order, and the gate of roles left open
+        turned = {
+            name.removeprefix("confirmed_"): with_sides_turned(report[name], seed)
+            for name in report
+            if name.startswith("confirmed_")
+        }
+        some = claims.claims_of(nodes_of, dict.fromkeys(nodes_of, 0.0), turned, seed)
+        assert not any(one.is_confirmed for one in some)
+
+
+def asked(report: tap.Report, model, kind: str) -> list[Node]:
+    """The nodes of a kind that a report tested."""
+    (grid,) = nodes.kinds_of(model, spoken_items(3), 0.2, None, (kind,))
+    named = {str(node): node for node in grid.nodes}
+    return [named[x] for x in report["confirmed_counterpart"].coords["node"] if x in named]
+
+
+def with_sides_turned(result: Result, seed: int) -> Result:
+    """The effects that half of the pairs would show with their sides exchanged.
+
+    What was put into the clean run is then put into the corrupted one, towards the same metric of
+    the other sign. What was not measured that way is left out.
+    """
+    turned = torch.zeros(len(result.coords["stimulus"]), dtype=torch.bool)
+    half = np.random.default_rng(seed).permutation(len(turned))[: len(turned) // 2]
+    turned[half] = True
+
+    def exchanged(values: torch.Tensor) -> torch.Tensor:  # metric stimulus direction node
+        return torch.where(turned[:, None, None], values.flip(2), values)
+
+    controls = {}
+    for name, one in result.controls.items():
+        if name == "gap":
+            one = replace(one, values=torch.where(turned, -one.values, one.values))
+        elif name != "destroyed":
+            one = replace(one, values=exchanged(one.values))
+        controls[name] = one
+    return replace(result, values=exchanged(result.values), controls=controls)
 
 
 @pytest.mark.real
