@@ -201,9 +201,11 @@ def _trials(
                     corruption,
                     metric,
                     direction,
-                    *(float(x[i]) for x in (own.value, own.low, own.high)),
-                    controls,
-                    {n: float(x[i]) for n, x in leads.items()},
+                    effect=float(own.value[i]),
+                    low=float(own.low[i]),
+                    high=float(own.high[i]),
+                    controls=controls,
+                    leads={n: float(x[i]) for n, x in leads.items()},
                     is_demanded=both or direction == DENOISE,
                 )
                 yield i, _judged(trial, float(apart.low))

@@ -50,8 +50,14 @@ class Node:
     def put(self, source: Any) -> Edit:
         """The edit that overwrites it with what a source has there."""
         where: Any = "all" if self.span is None else self.span
-        units = {"head": self.head, "neuron": self.neuron}
-        return Edit(self.site, Put(source), layer=self.layer, where=where, **units)
+        return Edit(
+            self.site,
+            Put(source),
+            layer=self.layer,
+            head=self.head,
+            neuron=self.neuron,
+            where=where,
+        )
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.site, in_words(self.at))))
