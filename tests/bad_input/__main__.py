@@ -34,19 +34,18 @@ from bad_input import (
     pairs,
     runs,
     steered,
+    studies,
     sweeps,
     tables,
 )
-from bad_input import audio, commands, files, page, pairs, runs, studies, sweeps, tables
 from bad_input.world import Case, inputs, model
 
 CASES: list[Case] = [
     case
     for module in (
-        *(audio, runs, sweeps, pairs, tables, steered, gap, adapters),
+        *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, studies),
         *(files, commands),
     )
-    for module in (audio, runs, sweeps, pairs, tables, studies, files, commands)
     for case in module.CASES
 ]
 MOST_BYTES, MOST_S = 16 * 2**30, 20  # of memory and time; what asks for more fails here
