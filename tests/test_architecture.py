@@ -32,8 +32,8 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name
     "analysis": (
-        *("items", "patching", *INTERVENING, "metrics", "models", "results", "corruptions"),
-        *HEARD,
+        *("items", "patching", *INTERVENING, "provenance", "metrics", "models", "results"),
+        *("corruptions", *HEARD),
     ),
     "items": (
         *("patching", *INTERVENING, "pairs", "alignment", "provenance", "metrics", "models"),

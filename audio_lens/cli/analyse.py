@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 from rich.markup import escape
@@ -102,23 +102,15 @@ def analyse(
         shared.check_there(items)
         outputs = {"--save": save, "--out": html}
         shared.check_outputs(outputs, [items], model)
-        chosen, table = methods.get(method), _read(items, skip_bad)
-        shared.check_outputs(outputs, [items, *_clips(table)], model)
+        chosen, table = methods.get(method), read(items, skip_bad)
+        shared.check_outputs(outputs, [items, *clips(table)], model)
         listener = shared.load(model, device, dtype)
         if items is None and not listener.takes_question:
             raise ValueError(f"{model} takes no questions, as the shipped clips have: name --items")
-        usable = _usable(table, listener, skip_bad)
-        found = chosen.function(listener, usable, seed=seed, progress=progress)
-        study = Study(chosen, items, usable, found)
-        written, failures = shared.write_each(study.writers(save, html))
-        if as_json:
-            made_with = {"model": listener.cfg.model_name, "seed": seed}
-            shared.print_json(study.as_data() | made_with | {"written": written})
-        else:
-            _print_study(study)
-            for kind, path in written.items():
-                out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)
-        shared.raise_first(failures)
+        ready = usable(table, listener, skip_bad)
+        found = chosen.function(listener, ready, seed=seed, progress=progress)
+        made_with = {"model": listener.cfg.model_name, "seed": seed}
+        Study(chosen, items, ready, found).give(save, html, as_json, made_with)
 
 
 # -------------------------------------------------------------------------------- methods
@@ -144,7 +136,7 @@ def _list_methods(as_json: bool) -> None:
 # -------------------------------------------------------------------------------- items
 
 
-def _read(path: Path | None, skip_bad: bool) -> Items:
+def read(path: Path | None, skip_bad: bool) -> Items:
     """The table, or the shipped items."""
     from audio_lens.items import Items, demo_items
 
@@ -163,22 +155,31 @@ def _check_enough(items: Items) -> None:
         )
 
 
-def _clips(items: Items) -> list[Path]:
+def clips(items: Items) -> list[Path]:
     """The sound files that are read."""
     both = (audio for item in items for audio in (item.audio, item.other_audio))
     return [Path(audio) for audio in both if isinstance(audio, (str, Path))]
 
 
-def _usable(items: Items, model: Any, skip_bad: bool) -> Items:
+def usable(items: Items, model: Any, skip_bad: bool) -> Items:
     """The items that the model can take; if some have answers, all have."""
-    usable = items.usable(model, skip_bad=skip_bad)
-    _check_enough(usable)
-    if model.cfg.output_kind == "tokens" and any(item.answer is not None for item in usable):
-        usable.check_answers(model, against=all(item.against is not None for item in usable))
-    return usable
+    found = items.usable(model, skip_bad=skip_bad)
+    _check_enough(found)
+    if model.cfg.output_kind == "tokens" and any(item.answer is not None for item in found):
+        found.check_answers(model, against=all(item.against is not None for item in found))
+    return found
 
 
 # -------------------------------------------------------------------------------- results
+
+
+@runtime_checkable
+class Whole(Protocol):
+    """Several results that say something together, and lie in one file."""
+
+    def found(self) -> dict[str, Any]: ...
+
+    def save(self, path: str | Path) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ class Study:
     def writers(self, save: Path | None, html: Path | None) -> dict[str, Callable[[], Path]]:
         """What writes the numbers of every result, and the page, by what it writes."""
         found: dict[str, Callable[[], Path]] = {}
+        if isinstance(self.found, Whole):
+            return self._writers_of_whole(self.found, save, html)
         if save is not None and not isinstance(self.found, Mapping):
             found["netcdf"] = partial(self.found.save, save)
         elif save is not None:
@@ -224,9 +227,33 @@ class Study:
             found["html"] = partial(result_page, self.results, html, **told)
         return found
 
+    def _writers_of_whole(
+        self, whole: Any, save: Path | None, html: Path | None
+    ) -> dict[str, Callable[[], Path]]:
+        from audio_lens.report import tap_page
+
+        told = {"title": self.title, "question": self.method.summary}
+        writers = {} if save is None else {"report": partial(whole.save, save)}
+        return (
+            writers if html is None else {**writers, "html": partial(tap_page, whole, html, **told)}
+        )
+
+    def give(
+        self, save: Path | None, html: Path | None, as_json: bool, made_with: Mapping[str, Any]
+    ) -> None:
+        """Write and print what was found."""
+        written, failures = shared.write_each(self.writers(save, html))
+        if as_json:
+            shared.print_json({**self.as_data(), **made_with, "written": written})
+        else:
+            _print_study(self)
+            for kind, path in written.items():
+                out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)
+        shared.raise_first(failures)
+
     def _save(self, result: Result, place: Path) -> Path:
         """Save one of several, whose name was not known before."""
-        shared.check_outputs({str(place): place}, [self.table, *_clips(self.items)])
+        shared.check_outputs({str(place): place}, [self.table, *clips(self.items)])
         return result.save(place)
 
     def as_data(self) -> dict[str, Any]:
@@ -240,7 +267,8 @@ class Study:
         for count in COUNTS:
             counts = {one[count] for one in told.values()}
             together |= {count: counts.pop()} if len(counts) == 1 else {}
-        return about | together | {"skipped": list(self.items.skipped)}
+        whole = self.found.found() if isinstance(self.found, Whole) else {}
+        return about | together | whole | {"skipped": list(self.items.skipped)}
 
 
 def _told(result: Result) -> dict[str, Any]:
@@ -252,6 +280,10 @@ def _told(result: Result) -> dict[str, Any]:
 def _print_study(study: Study) -> None:
     title, question = escape(study.title), escape(study.method.summary)
     out.print(f"[bold]{title}[/]: {question}", soft_wrap=True)
+    if isinstance(study.found, Whole):
+        for line in str(study.found).splitlines():
+            out.print(escape(line), soft_wrap=True)
+        return
     for name, result in study.results.items():
         out.print()
         _print_result(name, result)

@@ -34,6 +34,7 @@ from bad_input import (
     pairs,
     runs,
     steered,
+    studies,
     sweeps,
     tables,
 )
@@ -42,7 +43,7 @@ from bad_input.world import Case, inputs, model
 CASES: list[Case] = [
     case
     for module in (
-        *(audio, runs, sweeps, pairs, tables, steered, gap, adapters),
+        *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, studies),
         *(files, commands),
     )
     for case in module.CASES
