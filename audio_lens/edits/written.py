@@ -16,7 +16,7 @@ from torch import Tensor
 from audio_lens import files
 from audio_lens.combining import Either, Outside, Without
 from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
-from audio_lens.edits.do import Add, Erase, Latents, Mix, Project, Put, Scale, Swap
+from audio_lens.edits.do import Add, Erase, Latents, Mix, Project, Put, Reconstruct, Scale, Swap
 from audio_lens.edits.edit import Edit
 from audio_lens.edits.enrich import Enrich
 from audio_lens.inputs import AudioInputs, InputError
@@ -25,7 +25,7 @@ from audio_lens.timeline import Band, Span
 
 _CLASSES: tuple[type, ...] = (
     *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
-    *(Enrich, Erase),
+    *(Enrich, Erase, Reconstruct),
     *(Words, Named, Either, Without, Outside, Span, Band, Edit),
 )
 KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
