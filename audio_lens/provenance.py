@@ -30,7 +30,8 @@ from audio_lens.timeline import Band, Span
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
 OWN = "own"  # marks what a file cannot hold
 MOST_BYTES = 2**26  # of the tensors of an argument that a file of results holds
-_WITH_TENSORS = ("do", "where", "groups", "edits", "hypothesis")  # arguments whose tensors are held
+# arguments whose tensors are held
+_WITH_TENSORS = ("do", "where", "groups", "edits", "hypothesis", "autoencoder", "value")
 
 
 def provenance(

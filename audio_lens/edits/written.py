@@ -29,6 +29,7 @@ _CLASSES: tuple[type, ...] = (
     *(Words, Named, Either, Without, Outside, Span, Band, Edit),
 )
 KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
+KIND, OWN_KIND = "kind", "its kind"  # what a thing is, and a field of it of that name
 _NOT_WRITTEN = ("audio", "text", "remake", "copies")  # of inputs: no edit reads them
 Kind = TypeVar("Kind", bound=type)
 
@@ -151,7 +152,9 @@ def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
         whose = str(value) if isinstance(value, Edit) else whose
         own = [f.name for f in fields(value) if f.name not in _NOT_WRITTEN or is_known]
         held = {name: _written(getattr(value, name), tensors, whose) for name in own}
-        return {"kind": kind.__name__, **held}
+        if KIND in held:
+            held[OWN_KIND] = held.pop(KIND)
+        return {KIND: kind.__name__, **held}
     if isinstance(value, Mapping) or hasattr(value, "keys"):
         items = {str(key): _written(value[key], tensors, whose) for key in value.keys()}  # noqa: SIM118
         return {"mapping": items}
@@ -176,7 +179,9 @@ def _read(written: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_read(written["tuple"], tensors))
     if "mapping" in written:
         return {name: _read(one, tensors) for name, one in written["mapping"].items()}
-    kind, held = written.get("kind"), {k: v for k, v in written.items() if k != "kind"}
+    kind, held = written.get(KIND), {k: v for k, v in written.items() if k != KIND}
+    if OWN_KIND in held:
+        held[KIND] = held.pop(OWN_KIND)
     if kind == AudioInputs.__name__:
         return AudioInputs(**{name: _read(one, tensors) for name, one in held.items()})
     if kind not in KINDS:

@@ -213,18 +213,18 @@ class Evil:
 def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = audiosae(tmp_path / "layer_1")
     (folder / "ae.pt").write_bytes(pickle.dumps({"k": Evil()}))
-    with pytest.raises(InputError, match="ae.pt"):
+    with pytest.raises(InputError, match=r"ae.pt"):
         autoencoders.read(folder)
     assert "ran" not in capsys.readouterr().out
 
 
 def test_folders_and_formats_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds none of ae.pt"):
+    with pytest.raises(InputError, match=r"holds none of ae.pt"):
         autoencoders.read(tmp_path)
-    with pytest.raises(InputError, match="no format 'audio_sae'; nearest names: audiosae"):
+    with pytest.raises(InputError, match=r"no format 'audio_sae'; nearest names: audiosae"):
         autoencoders.read(audiosae(tmp_path / "layer_1"), "audio_sae")
-    with pytest.raises(InputError, match="cannot be read|no such file"):
+    with pytest.raises(InputError, match=r"cannot be read|no such file"):
         autoencoders.read(tmp_path, "saelens")
-    with pytest.raises(InputError, match="sparsify holds kind topk, not 'relu'"):
+    with pytest.raises(InputError, match=r"sparsify holds kind topk, not 'relu'"):
         autoencoders.write(own("relu"), tmp_path / "x", "sparsify")
     assert not (tmp_path / "x").exists()

@@ -255,9 +255,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_file_of_another_run_is_not_gone_on_from(rows: torch.Tensor, tmp_path: Path) -> None:
     path = tmp_path / "ae.safetensors"
     autoencoders.train(rows, 64, 4, to=path, **SHORT)
-    with pytest.raises(InputError, match="another run.*seed"):
+    with pytest.raises(InputError, match=r"another run.*seed"):
         autoencoders.train(rows, 64, 4, to=path, seed=1, **SHORT)
-    with pytest.raises(InputError, match="another run.*rows"):
+    with pytest.raises(InputError, match=r"another run.*rows"):
         autoencoders.train(rows + 1, 64, 4, to=path, **SHORT)
 
 
@@ -283,7 +283,7 @@ def test_a_file_holds_what_there_is(revived, tmp_path: Path) -> None:
         ({"site": "encoder.resid_post"}, "a plain tensor has no sites"),
         ({"known": torch.zeros(3, 5)}, "known directions are n by 32"),
         ({"start": planted.born_dead(), "kind": "relu"}, "start is 64 latents of 32"),
-        ({"activations": torch.zeros(5, 2, 3)}, "activations are .* got \\[5, 2, 3\\]"),
+        ({"activations": torch.zeros(5, 2, 3)}, r"activations are .* got \[5, 2, 3\]"),
         ({"activations": torch.full((600, 32), torch.nan)}, "NaN"),
         ({"activations": torch.zeros(600, 32)}, "all activations are 0"),
     ],
@@ -297,11 +297,11 @@ def test_what_cannot_be_trained_is_refused(given: dict, says: str) -> None:
 def test_several_layers_and_heads_are_refused(embedded) -> None:
     items = _unequal(embedded)
     acts = collect(embedded, items, ["encoder.resid_post", "encoder.attn.z"])
-    with pytest.raises(InputError, match="several layers"):
+    with pytest.raises(InputError, match=r"several layers"):
         autoencoders.train(acts, 32, 4, **SHORT)
-    with pytest.raises(InputError, match="without heads"):
+    with pytest.raises(InputError, match=r"without heads"):
         autoencoders.train(acts, 32, 4, site="encoder.attn.z", layer=0, **SHORT)
-    with pytest.raises(ActivationsError, match="was not collected"):
+    with pytest.raises(ActivationsError, match=r"was not collected"):
         autoencoders.train(acts, 32, 4, site="connector.out", **SHORT)
     assert isinstance(acts, Activations)
 
@@ -325,12 +325,12 @@ def test_what_is_no_autoencoder_is_refused(changed: dict, says: str) -> None:
 
 
 def test_vectors_of_another_length_are_refused() -> None:
-    with pytest.raises(InputError, match="have 5 entries, the autoencoder's 32"):
+    with pytest.raises(InputError, match=r"have 5 entries, the autoencoder's 32"):
         planted.born_dead().encode(torch.zeros(2, 5))
 
 
 def test_files_that_hold_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("{}")
     for path in (tmp_path / "x", tmp_path / "none"):
-        with pytest.raises(InputError, match="holds no autoencoder"):
+        with pytest.raises(InputError, match=r"holds no autoencoder"):
             Autoencoder.load(path)

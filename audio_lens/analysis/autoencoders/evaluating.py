@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from audio_lens.analysis.autoencoders.autoencoder import Autoencoder
 from audio_lens.analysis.autoencoders.rows import Given, Source, finite
 from audio_lens.errors import InputError
 from audio_lens.items import Activations, found_by_name
+from audio_lens.items.activations import COLUMNS, Piece
 from audio_lens.results import Result
 
 BLOCKS = 100  # of a plain tensor's rows, which stand for items
-ROWS = 4096  # that are encoded together
-CONTROL = "mean"
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def evaluate(
         if not isinstance(activations, Activations):
             raise InputError("rows of a plain tensor have no labels to draw by")
         known = {item["id"]: {**item, **item.get("labels", {})} for item in activations.items}
-        groups = [known[name][by] if by in known[name] else None for name in held.names]
+        groups = [known[name].get(by) for name in held.names]
         if None in groups:
             raise InputError(f"some items have no {by!r} to draw by")
     over = torch.stack([held.lost, held.active], dim=1)
@@ -127,50 +126,68 @@ def chosen(
     return site, layer
 
 
+@dataclass(frozen=True)
+class Block:
+    """Some rows that lie together, and their latents.
+
+    Attributes:
+        piece: where they lie.
+        there: which of the rows of the piece they are; None for all.
+        items: the number of every row's item; of a plain tensor, that of its row.
+    """
+
+    piece: Piece
+    there: Bool[Tensor, " all"] | None
+    items: Int[Tensor, " n"]
+    rows: Float[Tensor, "n d"]
+    latents: Float[Tensor, "n m"]
+
+    def column(self, name: str) -> Tensor:
+        """A column of the table of activations, of these rows."""
+        key = f"{self.piece.item.removesuffix(COLUMNS[0])}{name}"
+        held = self.piece.shard.part(key, self.piece.start, self.piece.stop)
+        return held if self.there is None else held[self.there]
+
+
 def encoded(
     autoencoder: Autoencoder, given: Given, site: str | None = None, layer: int | None = None
-) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n d"], Float[Tensor, "n m"]]]:
-    """Rows and their latents, some at a time in the order in which they lie on disk.
-
-    Yields:
-        The number of every row's item, the rows, and their latents.
-    """
+) -> Iterator[Block]:
+    """Rows and their latents, some at a time, in the order in which they lie on disk."""
     site, layer = chosen(autoencoder, given, site, layer)
     source = Source.of(given, site, layer)
     if source.d != autoencoder.d:
         raise InputError(f"vectors have {source.d} entries, the autoencoder's {autoencoder.d}")
-    start, blocks = 0, 1
-    if not isinstance(given, Activations):
-        blocks = -(-len(given) // BLOCKS)
     for piece in source.pieces:
-        rows = finite(piece.read())
-        if not len(rows):
-            continue
+        rows, there = finite(piece.read()), None
+        items = torch.arange(piece.start, piece.stop)
         if isinstance(given, Activations):
             items = piece.items()
             if piece.kept is not None:
-                items = items[torch.isin(items, torch.tensor(sorted(piece.kept)))]
-        else:
-            items = torch.arange(start, start + len(rows)) // blocks
-        start += len(rows)
-        with torch.no_grad():
-            yield items, rows, autoencoder.encode(rows)
+                there = torch.isin(items, torch.tensor(sorted(piece.kept)))
+                items = items[there]
+        if len(rows):
+            with torch.no_grad():
+                latents = autoencoder.encode(rows)
+            yield Block(piece, there, items.cpu(), rows, latents)
 
 
 def sums(
     autoencoder: Autoencoder, given: Given, site: str | None = None, layer: int | None = None
 ) -> Sums:
     """What is added up over rows, item by item, in one pass."""
+    each = 1
     if isinstance(given, Activations):
         names = [str(item["id"]) for item in given.index["items"]]
     else:
-        names = [f"block {i}" for i in range(min(BLOCKS, len(given)))]
+        each = -(-len(given) // BLOCKS)
+        names = [f"block {i}" for i in range(-(-len(given) // each))]
     n, d = len(names), autoencoder.d
     scalars = torch.zeros(4, n, dtype=torch.float64)  # rows, lost, active, total
     first = torch.zeros(n, d, dtype=torch.float64)
     fired = torch.zeros(autoencoder.width, dtype=torch.long)
-    for items, rows, latents in encoded(autoencoder, given, site, layer):
-        wide, items = rows.double().cpu(), items.cpu()
+    for block in encoded(autoencoder, given, site, layer):
+        rows, latents, wide = block.rows, block.latents, block.rows.double().cpu()
+        items = block.items if isinstance(given, Activations) else block.items // each
         lost = (rows - autoencoder.decode(latents)).double().square().sum(1).cpu()
         active = (latents > 0).sum(1).double().cpu()
         each = torch.stack([torch.ones_like(lost), lost, active, wide.square().sum(1)])

@@ -17,6 +17,8 @@ from audio_lens.errors import InputError
 
 CALM = 0.7  # of the steps, after which the rate falls to 0 and no latent is revived
 STRENGTH = 0.5  # of what a revived latent reads, against what it writes
+SHARPNESS = 2  # power of what is lost of a row, by which it is drawn
+LIKENESS = 4  # power of the cosine by which rows that lose the same are averaged
 DECAY = 0.99  # of the running mean of the smallest value that was kept
 PUSH = 0.01  # by which the price of activity changes in a step, at most
 START_PRICE, JUMP_PRICE = 1e-3, 0.1  # of activity, in shares of the variance
@@ -187,8 +189,11 @@ class Learner:
         if not len(dead) or not bool(lost.sum() > 0):
             return
         draw = torch.Generator().manual_seed(1_000_003 * self.setting.seed + self.step)
-        chosen = torch.multinomial(lost.cpu(), len(dead), replacement=True, generator=draw)
-        towards = F.normalize(error[chosen.to(error.device)], dim=1)
+        weights = (lost / lost.max()).cpu() ** SHARPNESS
+        chosen = torch.multinomial(weights, len(dead), replacement=True, generator=draw)
+        unit = F.normalize(error, dim=1)
+        alike = (unit[chosen.to(error.device)] @ unit.mT).clamp(min=0) ** LIKENESS
+        towards = F.normalize(alike @ error, dim=1)
         self.own["directions"][dead] = towards
         self.own["reads"][dead] = STRENGTH * towards
         self.own["offsets"][dead] = 0

@@ -1,8 +1,9 @@
-"""Whether two autoencoders found the same: by what their latents write, and when they are active."""
+"""Whether two autoencoders found the same: what their latents write, and when they are active."""
 
 from __future__ import annotations
 
 import importlib
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -128,30 +129,33 @@ def _by_rows(
     """Largest correlations, those with rows in another order, and the latents that are active."""
     if len(sides) != SIDES:
         raise InputError(f"activations are of both, or one for each, got {len(sides)}")
-    counts = [0, 0]
+    count = 0
     first = [torch.zeros(each.width, dtype=torch.float64) for each in (one, other)]
     second = [torch.zeros_like(x) for x in first]
     product = torch.zeros(one.width, other.width)
     chance = torch.zeros_like(product)
     draw = torch.Generator().manual_seed(seed)
     streams = [encoded(each, side) for each, side in zip((one, other), sides, strict=True)]
-    for (items, _, ours), (others, _, theirs) in zip(*streams, strict=True):
-        if len(ours) != len(theirs) or not torch.equal(items, others):
+    for block, beside in zip_longest(*streams):
+        if block is None or beside is None or not torch.equal(block.items, beside.items):
             raise InputError("the rows of both do not belong together: collect them in one call")
-        counts[0] += len(ours)
-        for held, x in zip(first, (ours, theirs), strict=True):
-            held += x.double().sum(0).cpu()
-        for held, x in zip(second, (ours, theirs), strict=True):
-            held += x.double().square().sum(0).cpu()
+        ours, theirs = block.latents, beside.latents
+        count += len(ours)
+        for side, x in enumerate((ours, theirs)):
+            first[side] += x.double().sum(0).cpu()
+            second[side] += x.double().square().sum(0).cpu()
         product += (ours.mT @ theirs).cpu()
         chance += (ours.mT @ theirs[torch.randperm(len(theirs), generator=draw)]).cpu()
-    spread = [(b - a.square() / counts[0]).clamp(min=0).sqrt() for a, b in zip(first, second)]  # noqa: B905
+    spread = [
+        (squares - sums.square() / count).clamp(min=0).sqrt()
+        for sums, squares in zip(first, second, strict=True)
+    ]
     alive = [(x > 0).nonzero()[:, 0] for x in spread]
     if not all(map(len, alive)):
         raise InputError("all latents of one of them are silent on these rows")
     found = []
     for sums in (product, chance):
-        common = sums.double() - torch.outer(first[0], first[1]) / counts[0]
+        common = sums.double() - torch.outer(first[0], first[1]) / count
         size = torch.outer(spread[0], spread[1])
         near = (common / size.clamp(min=1e-30))[alive[0]][:, alive[1]]
         found.append(near.max(1).values)

@@ -111,13 +111,9 @@ def item_means(
             raise InputError(f"{count} rows of a tensor need as many labels")
     total = torch.zeros(count, autoencoder.width, dtype=torch.float64)
     rows = torch.zeros(count, dtype=torch.float64)
-    at = 0
-    for items, _, latents in encoded(autoencoder, given, site, layer):
-        if not isinstance(given, Activations):
-            items = torch.arange(at, at + len(latents))
-            at += len(latents)
-        total.index_add_(0, items.cpu(), latents.double().cpu())
-        rows.index_add_(0, items.cpu(), torch.ones(len(items), dtype=torch.float64))
+    for block in encoded(autoencoder, given, site, layer):
+        total.index_add_(0, block.items, block.latents.double().cpu())
+        rows.index_add_(0, block.items, torch.ones(len(block.items), dtype=torch.float64))
     there = rows > 0
     if not isinstance(given, Activations):
         return total, list(label)

@@ -21,6 +21,7 @@ from audio_lens.digests import of_tensor
 from audio_lens.errors import InputError
 from audio_lens.progress import track
 
+ACTIVE = 100  # times that a latent is active on average, in rows that make a silent one dead
 NOTED = 50  # steps from one line of the history to the next
 
 
@@ -36,8 +37,8 @@ def train(
     seed: int = 0,
     site: str | None = None,
     layer: int | None = None,
-    resample: int = 50,
-    dead_after: int = 10_000,
+    resample: int = 25,
+    dead_after: int | None = None,
     start: Autoencoder | None = None,
     known: Float[Tensor, "n d"] | None = None,
     to: str | Path | None = None,
@@ -69,7 +70,8 @@ def train(
         seed: of the start, the order of rows and the revivals.
         site, layer: of `Activations`; None takes the first, and its only layer.
         resample: steps from one revival to the next; 0 revives none.
-        dead_after: see above.
+        dead_after: see above; None takes as many rows as make a latent active a hundred times on
+            average, 100 · width / k.
         start: an autoencoder of the same width, size and kind to go on from.
         known: directions that are known to be there: progress and history then tell which share of
             them was found (cosine above 0.9). A share of dead latents is no failure where there
@@ -129,7 +131,7 @@ def _setting(
     rate: float,
     seed: int,
     resample: int,
-    dead_after: int,
+    dead_after: int | None,
 ) -> Setting:
     if kind not in KINDS:
         raise InputError(f"kind is one of {', '.join(KINDS)}, got {kind!r}")
@@ -140,8 +142,9 @@ def _setting(
     number("rate", rate, above=0)
     whole("seed", seed, least=0)
     whole("resample", resample, least=0)
-    whole("dead_after", dead_after, least=1)
-    return Setting(width, k, kind, steps, batch, rate, seed, resample, dead_after)
+    silent = -(-ACTIVE * width // k) if dead_after is None else dead_after
+    whole("dead_after", silent, least=1)
+    return Setting(width, k, kind, steps, batch, rate, seed, resample, silent)
 
 
 def _placed(rows: Float[Tensor, "n d"], device: Any) -> Float[Tensor, "n d"]:
