@@ -101,6 +101,16 @@ def test_gradients_of_thresholds_are_those_of_the_rectangle() -> None:
     assert torch.allclose(threshold.grad, torch.tensor([-1.0, 0, -1.0]))
 
 
+@pytest.mark.parametrize("lopsided", [False, True])
+def test_the_largest_of_a_batch_are_those_of_all_rows_together(lopsided: bool) -> None:
+    """Also where one row holds more of them than rows are looked at for."""
+    values = torch.randn(20, 30, generator=torch.Generator().manual_seed(2))
+    values[3] += 20.0 * lopsided
+    kept = autoencoders.activating.largest_of_all(values, 2)
+    least = values.flatten().sort(descending=True).values[39]
+    assert torch.equal(kept, torch.where(values >= least, values, 0.0).relu())
+
+
 def test_the_step_is_the_one_of_the_plain_formula() -> None:
     """Against the formula written out, with autograd and Adam over all of it."""
     x = planted.rows(64)
