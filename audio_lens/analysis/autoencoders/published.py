@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,12 @@ def read(
         SAELENS: _saelens,
     }
     made = readers[format](_tensors(folder / weights), settings, folder)
-    told = {"site": made.site if site is None else site}
-    told["layer"] = made.layer if layer is None else layer
-    meta = {"format": format, "path": str(folder)} | dict(made.meta)
-    return Autoencoder(**(vars(made) | told | {"meta": meta}))
+    return replace(
+        made,
+        site=made.site if site is None else site,
+        layer=made.layer if layer is None else layer,
+        meta={"format": format, "path": str(folder)} | dict(made.meta),
+    )
 
 
 def write(autoencoder: Autoencoder, folder: str | Path, format: str) -> Path:
@@ -210,8 +214,6 @@ def _audiosae(held: Mapping[str, Tensor], settings: dict[str, Any], where: Path)
 
 
 def _to_audiosae(made: Autoencoder) -> tuple[bytes, dict[str, Any]]:
-    import io
-
     if made.kind not in ("topk", "batchtopk"):
         raise InputError(f"{AUDIOSAE} holds kinds topk and batchtopk, not {made.kind!r}")
     held = {
@@ -270,7 +272,7 @@ def _sparsify(held: Mapping[str, Tensor], settings: dict[str, Any], where: Path)
 def _to_sparsify(made: Autoencoder) -> tuple[bytes, dict[str, Any]]:
     if made.kind != "topk":
         raise InputError(f"{SPARSIFY} holds kind topk, not {made.kind!r}")
-    held = dict(zip(_OF_SPARSIFY, _four(made), strict=True))
+    held: dict[str, Tensor] = dict(zip(_OF_SPARSIFY, _four(made), strict=True))
     told = {
         "activation": "topk",
         "expansion_factor": max(1, made.width // made.d),
