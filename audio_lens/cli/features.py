@@ -100,6 +100,9 @@ def features(
         shared.check_outputs(outputs, [items, autoencoder], model)
         table = read_items(items, skip_bad=False)
         shared.check_outputs(outputs, [items, autoencoder, *clip_files(table)], model)
+        from audio_lens.analysis.autoencoders.training import BATCH, RATE, setting_of
+
+        setting_of(width, k, kind, steps, BATCH, RATE, seed, 0, None)  # raises now
         given = None if autoencoder is None else _read(autoencoder, site, layer)
         listener = shared.load(model, device, dtype)
         if items is None and not listener.takes_question:

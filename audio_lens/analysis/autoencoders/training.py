@@ -22,6 +22,7 @@ from audio_lens.errors import InputError
 from audio_lens.progress import track
 
 ACTIVE = 100  # times that a latent is active on average, in rows that make a silent one dead
+BATCH, RATE = 512, 3e-3
 NOTED = 50  # steps from one line of the history to the next
 
 
@@ -32,8 +33,8 @@ def train(
     *,
     kind: str = "topk",
     steps: int = 1200,
-    batch: int = 512,
-    rate: float = 3e-3,
+    batch: int = BATCH,
+    rate: float = RATE,
     seed: int = 0,
     site: str | None = None,
     layer: int | None = None,
@@ -88,7 +89,7 @@ def train(
         ActivationsError: a site or layer that was not collected.
         OutputError: a file that cannot be written.
     """
-    setting = _setting(width, k, kind, steps, batch, rate, seed, resample, dead_after)
+    setting = setting_of(width, k, kind, steps, batch, rate, seed, resample, dead_after)
     whole("every", every, least=1)
     source = Source.of(activations, site, layer)
     if known is not None and (known.ndim != 2 or known.shape[1] != source.d):
@@ -122,7 +123,7 @@ def train(
     return made
 
 
-def _setting(
+def setting_of(
     width: int,
     k: int,
     kind: str,
@@ -133,6 +134,11 @@ def _setting(
     resample: int,
     dead_after: int | None,
 ) -> Setting:
+    """What is trained and how, as far as it can be.
+
+    Raises:
+        InputError: a kind or a number that cannot be.
+    """
     if kind not in KINDS:
         raise InputError(f"kind is one of {', '.join(KINDS)}, got {kind!r}")
     whole("width", width, least=1)
