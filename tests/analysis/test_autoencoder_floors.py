@@ -26,7 +26,7 @@ def heard(embedded):
     fitted, tested = items[:60], items[60:]
     acts = collect(embedded, fitted, "encoder.resid_post", layers=[LAYER])
     start = time.process_time()
-    made = autoencoders.train(acts, 1024, 16, steps=500, progress=False)
+    made = autoencoders.train(acts, 1024, 16, steps=700, progress=False)
     return fitted, tested, acts, made, time.process_time() - start
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from audio_lens.arguments import number, whole
 from audio_lens.audio import resample
 from audio_lens.items import Activations, ItemError, Items, measured
 from audio_lens.items.collect import Place, by_item
-from audio_lens.items.item import heard
+from audio_lens.items.item import Item, heard
 from audio_lens.models import HookedAudioTransformer, TokenError
 from audio_lens.timeline import Span
 
@@ -151,7 +152,8 @@ def features(
     found, clips = [], {}
     tiers = _tiers(items, phones)
     for latent in wanted:
-        moments = _moments(autoencoder, activations, latent, strongest[latent], most, placed)
+        first = _of_different_clips(strongest[latent], by_name)[:most]
+        moments = [_moment(autoencoder, activations, latent, one, placed) for one in first]
         for one in moments:
             name = one.firing.item
             clips.setdefault(name, _heard(by_name[name], tiers, model.cfg.sampling_rate))
@@ -203,32 +205,33 @@ def _telling(
     return chosen
 
 
-def _moments(
+def _of_different_clips(strongest: Sequence[Firing], by_name: Mapping[str, Item]) -> list[Firing]:
+    """The strongest moment of each clip, which several items may ask about."""
+    best: dict[str, Firing] = {}
+    for one in strongest:
+        clip = by_name[one.item].audio
+        best.setdefault(str(clip) if isinstance(clip, (str, Path)) else one.item, one)
+    return list(best.values())
+
+
+def _moment(
     autoencoder: Autoencoder,
     activations: Activations,
     latent: int,
-    strongest: Sequence[Firing],
-    most: int,
+    firing: Firing,
     placed: Mapping[str, Any],
-) -> list[Moment]:
-    """The strongest moment of each of the clips that excite a latent most."""
-    best: dict[str, Firing] = {}
-    for one in strongest:
-        best.setdefault(one.item, one)
-    found = []
-    for firing in list(best.values())[:most]:
-        course = profile(autoencoder, activations, firing.item, [latent], **placed)
-        windows, values = course.coords["time"], course.values[0].tolist()
-        centres = [window.centre_s for window in windows]
-        at = min(range(len(centres)), key=lambda i: abs(centres[i] - firing.second))
-        first = last = at
-        while first > 0 and values[first - 1] > 0:
-            first -= 1
-        while last + 1 < len(values) and values[last + 1] > 0:
-            last += 1
-        stretch = windows[first].start_s, windows[last].end_s
-        found.append(Moment(firing, *stretch, centres, values))
-    return found
+) -> Moment:
+    """A moment with the stretch in which the latent is active, and its course."""
+    course = profile(autoencoder, activations, firing.item, [latent], **placed)
+    windows, values = course.coords["time"], course.values[0].tolist()
+    centres = [window.centre_s for window in windows]
+    at = min(range(len(centres)), key=lambda i: abs(centres[i] - firing.second))
+    first = last = at
+    while first > 0 and values[first - 1] > 0:
+        first -= 1
+    while last + 1 < len(values) and values[last + 1] > 0:
+        last += 1
+    return Moment(firing, windows[first].start_s, windows[last].end_s, centres, values)
 
 
 def _tiers(
@@ -240,7 +243,7 @@ def _tiers(
     return {name: held for name, held in (("words", words), ("phones", sounds)) if held}
 
 
-def _heard(item: Any, tiers: Mapping[str, Mapping[str, list[Span]]], rate: int) -> HeardClip:
+def _heard(item: Item, tiers: Mapping[str, Mapping[str, list[Span]]], rate: int) -> HeardClip:
     samples, own = heard(item.clip)
     said = {tier: held[item.id] for tier, held in tiers.items() if item.id in held}
     return HeardClip(item.id, np.asarray(resample(samples, own, rate)), rate, said)
