@@ -1,7 +1,7 @@
 """What latents of Whisper-tiny.en's encoder listen to, in speech whose phones are known.
 
     AUDIO_LENS_DATA=... python -m benchmarks.autoencoder_phones
-    AUDIO_LENS_DATA=... python -m benchmarks.autoencoder_phones --out phones.html
+    AUDIO_LENS_DATA=... python -m benchmarks.autoencoder_phones --keep build/phones --out phones.html
 
 An autoencoder for every block, trained on speech without alignments (read sentences, one speaker's
 ways of speaking) and evaluated on aligned speech of other recordings: what it loses there, with how
@@ -43,10 +43,13 @@ out = Console(highlight=False)
 
 
 def main(
-    width: Annotated[int, typer.Option(help="Latents.")] = 1536,
+    width: Annotated[int, typer.Option(help="Latents.")] = 1024,
     k: Annotated[int, typer.Option(help="Active ones.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 600,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 300,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    keep: Annotated[
+        Path | None, typer.Option(help="A folder for what is computed; a run goes on from it.")
+    ] = None,
     html: Annotated[Path | None, typer.Option("--out", help="A page of the purest.")] = None,
 ) -> None:
     """Print what is lost in every block, and on which phones latents of the last one fall."""
@@ -54,24 +57,36 @@ def main(
     data = Path(os.environ.get("AUDIO_LENS_DATA", "../shared/data"))
     model, start = whisper_encoder(data), time.process_time()
     heard, (aligned, phones) = unaligned(data), with_phones(data)
-    fitted, tested = (collect(model, items, SITE, size=1) for items in (heard, aligned))
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    places = [None if keep is None else keep / name for name in ("heard", "aligned")]
+    fitted, tested = (
+        collect(model, items, SITE, to=place, size=1, shard_bytes=2**22)
+        for items, place in zip((heard, aligned), places, strict=True)
+    )
     out.print(
         f"{len(heard)} clips, {len(fitted)} frames to train on; {len(aligned)} aligned clips, "
         f"{len(tested)} frames ({time.process_time() - start:.0f} CPU s)"
     )
-    table = Table("block", "FVU", "L0", "never active there", "FVU trained on", "CPU s", box=None)
+    out.print("block   FVU    L0  never active there  FVU trained on  CPU s")
     for layer in fitted.layers():
         start = time.process_time()
+        file = None if keep is None else keep / f"{layer}-{width}-{k}-{steps}-{seed}.safetensors"
         made = autoencoders.train(
-            fitted, width, k, steps=steps, layer=layer, seed=seed, progress=False
+            *(fitted, width, k),
+            steps=steps,
+            layer=layer,
+            seed=seed,
+            to=file,
+            every=50,
+            progress=False,
         )
         took = time.process_time() - start
         new, old = (autoencoders.evaluate(made, acts) for acts in (tested, fitted))
         fvu, l0 = new.mean().values.tolist()
         own = old.mean().values[0].item()
-        row = (f"{fvu:.3f}", f"{l0:.1f}", f"{float(new.meta['dead']):.2f}", f"{own:.3f}")
-        table.add_row(str(layer), *row, f"{took:.0f}")
-    out.print(table)
+        dead = float(new.meta["dead"])
+        out.print(f"{layer:5} {fvu:5.3f} {l0:5.1f} {dead:19.2f} {own:15.3f} {took:6.0f}")
     told = purities(made, tested, phones)
     _print_purities(told, tested, phones, seed)
     if html is not None:
