@@ -1,7 +1,7 @@
 """What latents of Whisper-tiny.en's encoder listen to, in speech whose phones are known.
 
     AUDIO_LENS_DATA=... python -m benchmarks.autoencoder_phones
-    AUDIO_LENS_DATA=... python -m benchmarks.autoencoder_phones --keep build/phones --out phones.html
+    AUDIO_LENS_DATA=... python -m benchmarks.autoencoder_phones --keep kept --out phones.html
 
 An autoencoder for every block, trained on speech without alignments (read sentences, one speaker's
 ways of speaking) and evaluated on aligned speech of other recordings: what it loses there, with how
