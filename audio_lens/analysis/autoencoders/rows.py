@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,14 +75,6 @@ class Source:
         pieces = [Piece(shard, "", "", at, min(at + PIECE, len(given))) for at in starts]
         return Source(pieces, given.shape[1], None, None, {"rows": of_tensor(given)})
 
-    def chunks(self, rows: int = 4096) -> Iterator[Float[Tensor, "n d"]]:
-        """All rows in the order in which they lie, some at a time."""
-        each = max(1, rows // PIECE)
-        for start in range(0, len(self.pieces), each):
-            held = torch.cat([one.read() for one in self.pieces[start : start + each]])
-            if len(held):
-                yield finite(held)
-
 
 def finite(rows: Tensor) -> Float[Tensor, "n d"]:
     """Rows in float32.
@@ -94,6 +86,18 @@ def finite(rows: Tensor) -> Float[Tensor, "n d"]:
     if not bool(wide.isfinite().all()):
         raise InputError("activations hold NaN or infinite numbers")
     return wide
+
+
+def _together(pieces: Sequence[Piece], d: int) -> Float[Tensor, "n d"]:
+    """The rows of some pieces, read one by one into the place that they have in the end."""
+    first = pieces[0].read()
+    rows = torch.empty(sum(one.stop - one.start for one in pieces), d, device=first.device)
+    count = 0
+    for number, piece in enumerate(pieces):
+        held = finite(piece.read() if number else first)
+        rows[count : count + len(held)] = held
+        count += len(held)
+    return rows[:count]
 
 
 @dataclass
@@ -161,7 +165,7 @@ class Stream:
             pieces = self.source.pieces
             at = range(self.pool * self._each, min((self.pool + 1) * self._each, len(pieces)))
             chosen = [pieces[i if order is None else order[i]] for i in at]
-            self._rows = finite(torch.cat([one.read() for one in chosen]))
+            self._rows = _together(chosen, self.source.d)
         if self._order is None:
             draw = np.random.default_rng((self.seed, self.epoch, self.pool))
             self._order = torch.as_tensor(draw.permutation(len(self._rows)))
