@@ -11,15 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Number = float | int
-Advance = Callable[[Number, int], None]
 LINE_EVERY_S, NOTEBOOK_EVERY_S = 10.0, 0.2
 _heading: ContextVar[str] = ContextVar("heading", default="")
+
+
+class Advance(Protocol):
+    """Takes how much work was finished since the last call, how many are done, and a remark."""
+
+    def __call__(self, work: Number, done: int, note: str = "") -> None: ...
 
 
 @contextmanager
@@ -47,7 +52,8 @@ def track(
         show: None shows it in terminals and notebooks, True everywhere, False nowhere.
 
     Yields:
-        A function that takes how much work was finished since the last call, and how many are done.
+        A function that takes how much work was finished since the last call, how many are done, and
+        what else there is to say.
     """
     title = ", ".join(filter(None, (what, _heading.get())))
     total = float(count if work is None else work)
@@ -64,7 +70,7 @@ def track(
         yield _ignore
 
 
-def _ignore(work: Number, done: int) -> None:
+def _ignore(work: Number, done: int, note: str = "") -> None:
     """Progress that nobody sees."""
 
 
@@ -111,7 +117,7 @@ class _Lines:
         self.finished, self.started = 0.0, time.monotonic()
         self.written = self.started
 
-    def __call__(self, work: Number, done: int) -> None:
+    def __call__(self, work: Number, done: int, note: str = "") -> None:
         self.finished += work
         now = time.monotonic()
         if done < self.count and now - self.written < self.every_s:
@@ -119,8 +125,9 @@ class _Lines:
         self.written, gone = now, now - self.started
         left = gone * max(self.total - self.finished, 0.0) / max(self.finished, 1e-9)
         rest = f", {_clock(left)} left" if done < self.count else ""
+        said = f", {note}" if note else ""
         self.write(
-            f"{self.title}: {done:,} of {self.count:,} {self.unit}, {_clock(gone)} gone{rest}"
+            f"{self.title}: {done:,} of {self.count:,} {self.unit}{said}, {_clock(gone)} gone{rest}"
         )
 
 
@@ -140,11 +147,12 @@ def _bar(title: str, count: int, unit: str, total: float) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, done=0, count=count, unit=unit)
+        task = bar.add_task(title, total=total, done=0, count=count, unit=unit, note="")
 
-        def advance(work: Number, done: int) -> None:
-            bar.update(task, advance=work, done=done)
+        def advance(work: Number, done: int, note: str = "") -> None:
+            bar.update(task, advance=work, done=done, note=note)
 
         yield advance

@@ -32,6 +32,7 @@ OWN = "own"  # marks what a file cannot hold
 MOST_BYTES = 2**26  # of the tensors of an argument that a file of results holds
 _WITH_TENSORS = (  # arguments whose tensors are held
     *("do", "where", "groups", "edits", "hypothesis", "selection", "direction", "directions"),
+    *("autoencoder", "value"),
 )
 
 

@@ -102,8 +102,8 @@ def analyse(
         shared.check_there(items)
         outputs = {"--save": save, "--out": html}
         shared.check_outputs(outputs, [items], model)
-        chosen, table = methods.get(method), read(items, skip_bad)
-        shared.check_outputs(outputs, [items, *clips(table)], model)
+        chosen, table = methods.get(method), read_items(items, skip_bad)
+        shared.check_outputs(outputs, [items, *clip_files(table)], model)
         listener = shared.load(model, device, dtype)
         if items is None and not listener.takes_question:
             raise ValueError(f"{model} takes no questions, as the shipped clips have: name --items")
@@ -136,7 +136,7 @@ def _list_methods(as_json: bool) -> None:
 # -------------------------------------------------------------------------------- items
 
 
-def read(path: Path | None, skip_bad: bool) -> Items:
+def read_items(path: Path | None, skip_bad: bool) -> Items:
     """The table, or the shipped items."""
     from audio_lens.items import Items, demo_items
 
@@ -155,7 +155,7 @@ def _check_enough(items: Items) -> None:
         )
 
 
-def clips(items: Items) -> list[Path]:
+def clip_files(items: Items) -> list[Path]:
     """The sound files that are read."""
     both = (audio for item in items for audio in (item.audio, item.other_audio))
     return [Path(audio) for audio in both if isinstance(audio, (str, Path))]
@@ -253,7 +253,7 @@ class Study:
 
     def _save(self, result: Result, place: Path) -> Path:
         """Save one of several, whose name was not known before."""
-        shared.check_outputs({str(place): place}, [self.table, *clips(self.items)])
+        shared.check_outputs({str(place): place}, [self.table, *clip_files(self.items)])
         return result.save(place)
 
     def as_data(self) -> dict[str, Any]:

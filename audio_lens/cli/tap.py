@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from audio_lens.cli import methods, shared
-from audio_lens.cli.analyse import Study, clips, read, usable
+from audio_lens.cli.analyse import Study, clip_files, read_items, usable
 from audio_lens.cli.shared import (
     AsJson,
     Debug,
@@ -83,8 +83,8 @@ def tap_command(
         shared.check_there(items)
         outputs = {"--save": save, "--out": html, "--checkpoint": checkpoint}
         shared.check_outputs(outputs, [items], model)
-        method, table = methods.get("tap"), read(items, skip_bad)
-        shared.check_outputs(outputs, [items, *clips(table)], model)
+        method, table = methods.get("tap"), read_items(items, skip_bad)
+        shared.check_outputs(outputs, [items, *clip_files(table)], model)
         listener = shared.load(model, device, dtype)
         if items is None and not listener.takes_question:
             raise ValueError(f"{model} takes no questions, as the shipped clips have: name --items")

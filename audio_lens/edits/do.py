@@ -235,7 +235,22 @@ class Latents(Do):
                 f"{tuple(latents.shape)}"
             )
         lost = x - self.autoencoder.decode(latents)
-        return self.autoencoder.decode(changed) + lost
+        return (self.autoencoder.decode(changed) + lost).to(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruct(Do):
+    """Puts what an autoencoder keeps of an activation in its place; what it loses is gone.
+
+    Attributes:
+        autoencoder: ``encode(x)`` gives latents, ``decode(latents)`` activations again.
+    """
+
+    autoencoder: Dictionary
+    reads_vectors = True
+
+    def __call__(self, x: Float[Tensor, "..."], at: At) -> Float[Tensor, "..."]:
+        return self.autoencoder.decode(self.autoencoder.encode(x)).to(x)
 
 
 def as_long_as(x: Float[Tensor, "..."], changed: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

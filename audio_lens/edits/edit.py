@@ -37,8 +37,8 @@ class Edit:
         site: ``part.activation``, as in `patching.sweep`: ``decoder.resid_pre``, ``attn.z``,
             ``decoder.attn.attn_scores``, ``connector.out`` ...
         do: what is done: `edits.Put`, `Scale`, `Add`, `Project`, `Swap`, `Mix`, `Latents`,
-            `Enrich`, and on attention scores and patterns `Block`, `Bias`, `Weights`, `Multiply`,
-            `Sharpen`.
+            `Reconstruct`, `Enrich`, and on attention scores and patterns `Block`, `Bias`,
+            `Weights`, `Multiply`, `Sharpen`.
         layer: the block or blocks; None for all (and for sites outside the blocks).
         head, neuron: which of them, where the site has heads or neurons; None for all.
         where: a place (`audio_lens.places`); of scores and patterns, the queries. "all", as it

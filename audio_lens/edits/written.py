@@ -16,7 +16,7 @@ from torch import Tensor
 from audio_lens import files
 from audio_lens.combining import Either, Outside, Without
 from audio_lens.edits.attention import Bias, Block, Multiply, Sharpen, Weights
-from audio_lens.edits.do import Add, Erase, Latents, Mix, Project, Put, Scale, Swap
+from audio_lens.edits.do import Add, Erase, Latents, Mix, Project, Put, Reconstruct, Scale, Swap
 from audio_lens.edits.edit import Edit
 from audio_lens.edits.enrich import Enrich
 from audio_lens.inputs import AudioInputs, InputError
@@ -25,10 +25,11 @@ from audio_lens.timeline import Band, Span
 
 _CLASSES: tuple[type, ...] = (
     *(Put, Mix, Scale, Add, Project, Swap, Block, Bias, Weights, Multiply, Sharpen, Latents),
-    *(Enrich, Erase),
+    *(Enrich, Erase, Reconstruct),
     *(Words, Named, Either, Without, Outside, Span, Band, Edit),
 )
 KINDS = {kind.__name__: kind for kind in _CLASSES}  # what is written field by field
+KIND, OWN_KIND = "kind", "its kind"  # what a thing is, and a field of it of that name
 _NOT_WRITTEN = ("audio", "text", "remake", "copies")  # of inputs: no edit reads them
 Kind = TypeVar("Kind", bound=type)
 
@@ -151,7 +152,9 @@ def _written(value: Any, tensors: dict[str, Tensor], whose: str) -> Any:
         whose = str(value) if isinstance(value, Edit) else whose
         own = [f.name for f in fields(value) if f.name not in _NOT_WRITTEN or is_known]
         held = {name: _written(getattr(value, name), tensors, whose) for name in own}
-        return {"kind": kind.__name__, **held}
+        if KIND in held:
+            held[OWN_KIND] = held.pop(KIND)
+        return {KIND: kind.__name__, **held}
     if isinstance(value, Mapping) or hasattr(value, "keys"):
         items = {str(key): _written(value[key], tensors, whose) for key in value.keys()}  # noqa: SIM118
         return {"mapping": items}
@@ -176,7 +179,9 @@ def _read(written: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_read(written["tuple"], tensors))
     if "mapping" in written:
         return {name: _read(one, tensors) for name, one in written["mapping"].items()}
-    kind, held = written.get("kind"), {k: v for k, v in written.items() if k != "kind"}
+    kind, held = written.get(KIND), {k: v for k, v in written.items() if k != KIND}
+    if OWN_KIND in held:
+        held[KIND] = held.pop(OWN_KIND)
     if kind == AudioInputs.__name__:
         return AudioInputs(**{name: _read(one, tensors) for name, one in held.items()})
     if kind not in KINDS:

@@ -23,6 +23,7 @@ from audio_lens.items.item import OWN_FIELDS, Label
 
 INDEX = "activations.json"
 COLUMNS = ("item", "row", "position", "second")
+PIECE = 256  # rows that are read together, where rows are read in random order
 TABLE = "@"  # begins the keys of a shard that are columns of the table
 
 
@@ -38,6 +39,10 @@ class Shard(Protocol):
 
     def row(self, name: str, row: int) -> Tensor: ...
 
+    def part(self, name: str, start: int, stop: int) -> Tensor: ...
+
+    def count(self, name: str) -> int: ...
+
 
 @dataclass(frozen=True)
 class HeldShard:
@@ -50,6 +55,12 @@ class HeldShard:
 
     def row(self, name: str, row: int) -> Tensor:
         return self.tensors[name][row]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name][start:stop]
+
+    def count(self, name: str) -> int:
+        return len(self.tensors[name])
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,15 @@ class FileShard:
 
     def row(self, name: str, row: int) -> Tensor:
         return self._file.get_slice(name)[row : row + 1][0]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows, copied, so that the file is not held in memory behind them."""
+        with safe_open(self.path, "pt") as file:
+            return file.get_slice(name)[start:stop].clone()
+
+    def count(self, name: str) -> int:
+        with safe_open(self.path, "pt") as file:
+            return file.get_slice(name).get_shape()[0]
 
 
 class Activations:
@@ -302,6 +322,25 @@ class Activations:
         labels = None if label is None else self.values(label, site)
         return Rows(self.shards, self._key(site, layer), *self._order(self._part(site)), labels)
 
+    def pieces(
+        self, site: str | None = None, layer: int | None = None, size: int = PIECE
+    ) -> list[Piece]:
+        """The rows in pieces of up to ``size`` that lie together on disk, read one by one.
+
+        Together they are all rows, in the order in which they lie there. No table is read, so
+        that memory does not grow with it.
+
+        Raises:
+            ActivationsError: what was not collected.
+        """
+        key, item = self._key(site, layer), table_key(self._part(site), COLUMNS[0])
+        return [
+            Piece(shard, key, item, start, min(start + size, count), self._kept)
+            for shard in self.shards
+            for count in [shard.count(key)]
+            for start in range(0, count, size)
+        ]
+
     def chunks(self, site: str | None = None, layer: int | None = None) -> Iterator[Tensor]:
         """The rows shard by shard, in the order in which they lie on disk: for one pass."""
         key, (shards, rows) = self._key(site, layer), self._order(self._part(site))
@@ -309,6 +348,37 @@ class Activations:
             wanted = np.sort(rows[shards == number])
             if len(wanted):
                 yield shard.get_tensor(key)[torch.as_tensor(wanted)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of one site at one layer that lie together in a shard.
+
+    Attributes:
+        key: of the rows in the shard.
+        item: of the numbers of their items.
+        start, stop: which rows of the shard.
+        kept: numbers of the items whose rows are taken; None for all.
+    """
+
+    shard: Shard = field(repr=False)
+    key: str
+    item: str
+    start: int
+    stop: int
+    kept: frozenset[int] | None = None
+
+    def read(self) -> Shaped[Tensor, " n *_"]:
+        """The rows."""
+        rows = self.shard.part(self.key, self.start, self.stop)
+        if self.kept is None:
+            return rows
+        wanted = np.isin(self.items().numpy(), list(self.kept))
+        return rows[torch.as_tensor(wanted)]
+
+    def items(self) -> Int[Tensor, " n"]:
+        """The number of every row's item, of all rows that lie there."""
+        return self.shard.part(self.item, self.start, self.stop)
 
 
 @dataclass(frozen=True)

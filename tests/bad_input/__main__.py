@@ -27,6 +27,7 @@ from audio_lens.models.layers.blocks import Block
 from bad_input import (
     adapters,
     audio,
+    autoencoders,
     commands,
     files,
     gap,
@@ -44,6 +45,7 @@ CASES: list[Case] = [
     case
     for module in (
         *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, studies),
+        autoencoders,
         *(files, commands),
     )
     for case in module.CASES
