@@ -111,6 +111,7 @@ def found_by_name(
     """
     values = torch.as_tensor(values).double()
     drawn: dict[str, Any] = {"groups": groups, "level": level, "resamples": resamples, "seed": seed}
+    under: Tensor | None = None
     if denominators is None:
         estimate = bootstrap(values, statistic, **drawn)
     else:
@@ -127,22 +128,29 @@ def found_by_name(
         meta=told | dict(meta or {}),
         report=list(report),
         controls=dict(controls or {}),
+        weights=under,
         n_kept=len(names),
         dropped=dict(dropped or {}),
     )
 
 
 def _labelled(
-    values: Tensor, estimate: Estimate, axes: dict[str, list], names: list[str], **beside: Any
+    values: Tensor,
+    estimate: Estimate,
+    axes: dict[str, list],
+    names: list[str],
+    weights: Tensor | None,
+    **beside: Any,
 ) -> Result:
     """The result; the axis of the metric stands before that of the items."""
     has_metric = "metric" in axes
     if has_metric and next(iter(axes)) != "metric":
         raise InputError(f"metric is the first of the axes, got {', '.join(axes)}")
-    values = values.movedim(0, 1) if has_metric else values
     dims = ["stimulus", *axes]
     if has_metric:
         dims[:2] = ["metric", "stimulus"]
+        values = values.movedim(0, 1)
+        weights = None if weights is None else weights.movedim(0, 1)
     return Result(
         values,
         tuple(dims),
@@ -150,6 +158,7 @@ def _labelled(
         estimate=estimate.value,
         low=estimate.low,
         high=estimate.high,
+        weights=weights,
         **beside,
     )
 
