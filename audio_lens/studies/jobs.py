@@ -8,7 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ class Numbers:
     layout: Layout = field(repr=False)
 
 
+@runtime_checkable
 class Job(Protocol):
     """What runs for the items of a unit."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from audio_lens import files
 from audio_lens.errors import ExtraError
 from audio_lens.studies.errors import StudyError
 
 
+@runtime_checkable
 class Place(Protocol):
     """Objects by name, with "/" between folders; one that is written is there whole."""
 

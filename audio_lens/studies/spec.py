@@ -53,7 +53,7 @@ class Spec:
     unit: int = 8
     batch: int = 1
     threads: int = 1
-    memory_gb: float = 2.0
+    memory_gb: float | int = 2.0
 
     @property
     def is_sweep(self) -> bool:

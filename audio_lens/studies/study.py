@@ -76,7 +76,7 @@ class Study:
         unit: int = UNIT,
         batch: int = BATCH,
         threads: int = 1,
-        memory_gb: float = 2.0,
+        memory_gb: float | int = 2.0,
         skip_bad: bool = False,
         **arguments: Any,
     ):

@@ -129,6 +129,8 @@ class Worker:
         """Numbers of all that can be used, at once; why others cannot is noted."""
         try:
             return self._run(rows, chosen)
+        except StudyError:
+            raise
         except (AudioLensError, MemoryError, OSError) as error:
             if len(chosen) == 1:
                 self._refuse(rows, chosen[0], status, _told(error))
@@ -143,7 +145,7 @@ class Worker:
         try:
             Items([self.store.items[rows[k]]]).usable(self.model)
         except AudioLensError as error:
-            self._refuse(rows, k, status, str(error))
+            self._refuse(rows, k, status, str(error).splitlines()[-1].strip())
             return False
         return True
 

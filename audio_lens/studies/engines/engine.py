@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 BLOCKS = 8  # for every worker: many more than workers, so that none waits long for the last
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Brings workers to the units of a study; a further one is a class with this method."""
 

@@ -36,9 +36,9 @@ class Ray:
     """
 
     workers: int = 2
-    gpus: float = 0
-    cpus: float = 1
-    memory_gb: float | None = None
+    gpus: float | int = 0
+    cpus: float | int = 1
+    memory_gb: float | int | None = None
     address: str | None = None
     most_deaths: int = 20
     options: Mapping[str, Any] = field(default_factory=dict)

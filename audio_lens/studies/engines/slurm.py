@@ -37,7 +37,7 @@ class Slurm:
     workers: int = 2
     gpus: int = 0
     cpus: int = 1
-    hours: float = 4.0
+    hours: float | int = 4.0
     partition: str | None = None
     wait: bool = False
     folder: str | None = None

@@ -1,0 +1,34 @@
+"""What workers of studies under test import: cases, loaders, things that go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from audio_lens import HookedAudioTransformer, Item, Items, metrics
+from audio_lens.studies import Case
+
+
+def embedded() -> HookedAudioTransformer:
+    """The shipped model, by a loader."""
+    return HookedAudioTransformer.from_pretrained("embedded")
+
+
+def other_weights() -> HookedAudioTransformer:
+    """The shipped model with one weight changed."""
+    model = HookedAudioTransformer.from_pretrained("embedded")
+    model.part("decoder").blocks[0].mlp.b_out.data += 0.5
+    return model
+
+
+def case(model: HookedAudioTransformer, item: Item) -> Case:
+    """An item beside its counterpart, by the log-probability of its answer."""
+    (batch,) = Items([item]).pairs(stream="audio").batches(model, 1)
+    return Case(batch.pair.clean, batch.pair.corrupted, metrics.log_prob(str(item.answer)))
+
+
+def deadly(model: HookedAudioTransformer, item: Item) -> Case:
+    """A case that kills its process for items labelled so."""
+    if item.labels.get("deadly"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return case(model, item)
