@@ -22,6 +22,9 @@ from audio_lens.items.statistics import (
 )
 from audio_lens.results import Result
 
+TOGETHER = "together"  # of the meta: what the estimate is, where it can be told from the values
+MEAN, RATIO_OF_MEANS = "mean", "ratio of means"
+
 
 def found(
     values: Float[Tensor, " n *cells"],
@@ -120,6 +123,8 @@ def found_by_name(
         estimate, values = ratio_of_means(values, under, **drawn), values / under
     units = f"{len(names)} items" if groups is None else f"{len(set(groups))} of {by}"
     told = {"interval": f"{level:.0%}, by {resamples} draws of {units}", "seed": str(seed)}
+    if statistic is None:
+        told[TOGETHER] = MEAN if denominators is None else RATIO_OF_MEANS
     return _labelled(
         values,
         estimate,

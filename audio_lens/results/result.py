@@ -311,8 +311,8 @@ class Result:
     def to_xarray(self) -> xr.Dataset:
         """A labelled Dataset with the variable value.
 
-        Beside it stand weights, estimate, low and high where they are known, and of every control its
-        ``control.NAME``, ``control.NAME.low`` and so on.
+        Beside it stand weights, estimate, low and high where they are known, and of every control
+        its ``control.NAME``, ``control.NAME.low`` and so on.
 
         Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
         ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a

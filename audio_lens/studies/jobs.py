@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
 from audio_lens import metrics, patching
 from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
 from audio_lens.items import Items
+from audio_lens.items.findings import MEAN, RATIO_OF_MEANS, TOGETHER
 from audio_lens.items.methods import METHODS
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching import SweepResult
@@ -224,15 +224,7 @@ def column_of(control: str, field_: str) -> str:
 
 def _check_joins(one: Result, name: str) -> None:
     """Raise unless what items give together is their mean, or a ratio of means."""
-    if one.estimate is None:
-        return
-    at = one.dims.index("stimulus")
-    values = one.values.double()
-    weights = torch.ones_like(values) if one.weights is None else one.weights.double()
-    known = ~(values.isnan() | weights.isnan())
-    over, under = ((x * known).nansum(at) for x in (values * weights, weights))
-    expected = over / under
-    if not torch.allclose(expected, one.estimate.double(), rtol=1e-6, atol=1e-9, equal_nan=True):
+    if one.meta.get(TOGETHER) not in (MEAN, RATIO_OF_MEANS):
         what = f"of control {name!r} " if name else ""
         raise StudyError(
             f"the estimate {what}is no mean over items, so it cannot be joined from units: make a "

@@ -185,7 +185,12 @@ class Store:
         return held
 
     def _array(
-        self, name: str, shape: tuple[int, ...], dims: tuple[str, ...], dtype: str, fill: float | int
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dims: tuple[str, ...],
+        dtype: str,
+        fill: float | int,
     ) -> None:
         """Make an array whose chunks are units, unless it is there."""
         zarr = need_zarr()

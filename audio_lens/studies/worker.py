@@ -145,7 +145,7 @@ class Worker:
         try:
             Items([self.store.items[rows[k]]]).usable(self.model)
         except AudioLensError as error:
-            self._refuse(rows, k, status, str(error).splitlines()[-1].strip())
+            self._refuse(rows, k, status, _told(error))
             return False
         return True
 
@@ -221,7 +221,7 @@ class Worker:
             why = next(iter(self.store.failures().values()), "").splitlines()[:1]
             raise StudyError(
                 f"{self._failed} of the first {self._seen} items have no numbers, such as: "
-                f"{' '.join(why)}. Mend the items, or leave them out, before going on"
+                f"{why}. Mend the items, or leave them out, before going on"
             )
 
     # ---------------------------------------------------------------- the model
@@ -267,7 +267,8 @@ class Worker:
 
 
 def _told(error: BaseException) -> str:
-    """An error of the library in its words; others with where they come from."""
-    if isinstance(error, AudioLensError):
-        return str(error)
-    return "".join(traceback.format_exception(error))
+    """An error of the library in its words, without the head of a list of one; others whole."""
+    if not isinstance(error, AudioLensError):
+        return "".join(traceback.format_exception(error))
+    head, *more = str(error).splitlines()
+    return more[0].strip() if head.endswith(":") and len(more) == 1 else str(error)

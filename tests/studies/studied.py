@@ -17,7 +17,7 @@ def embedded() -> HookedAudioTransformer:
 def other_weights() -> HookedAudioTransformer:
     """The shipped model with one weight changed."""
     model = HookedAudioTransformer.from_pretrained("embedded")
-    model.part("decoder").blocks[0].mlp.b_out.data += 0.5
+    next(model.parameters()).data += 0.5
     return model
 
 
