@@ -25,8 +25,22 @@ INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edite
 
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
-        *("report", "recipes", "analysis", "items", "patching", "pairs", "alignment", "metrics"),
+        *(
+            "studies",
+            "report",
+            "recipes",
+            "analysis",
+            "items",
+            "patching",
+            "pairs",
+            "alignment",
+            "metrics",
+        ),
         *("models", "results", "drawing", "synthesis", "corruptions", "sites", "catalogue"),
+        *HEARD,
+    ),
+    "studies": (
+        *("analysis", "items", "patching", "pairs", "provenance", "metrics", "models", "results"),
         *HEARD,
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),

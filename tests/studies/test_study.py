@@ -20,7 +20,7 @@ from audio_lens.studies.places import Folder
 
 pytest.importorskip("zarr")
 SWEPT = {"site": "decoder.resid_pre", "axes": ("layer", "time"), "windows": 1.0}
-LAYERS = {"site": "decoder.resid_pre", "axes": "layer"}
+LAYERS = {"site": "decoder.resid_pre", "axes": "layer", "layers": [2]}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_means_by_a_label_are_of_its_items(done):
     assert sum(part.n_kept for part in parts.values()) == 6
 
 
+@pytest.mark.slow
 def test_a_batch_gives_the_same_within_rounding(table, done, tmp_path):
     several = studies.Study(table, out=tmp_path / "out", unit=6, batch=2, stream="audio", **SWEPT)
     several.run()
@@ -117,6 +118,7 @@ def test_a_batch_gives_the_same_within_rounding(table, done, tmp_path):
     assert np.nanmax(np.abs(mine - its)) < 1e-4 * np.nanmax(np.abs(its))
 
 
+@pytest.mark.slow
 def test_a_method_is_that_of_its_units(table, tmp_path, embedded):
     study = studies.Study(
         table, out=tmp_path / "out", method=knockout.knock_out, layers=[3, 4], unit=3
@@ -132,6 +134,7 @@ def test_a_method_is_that_of_its_units(table, tmp_path, embedded):
     assert found.n_kept == 6 and found.low is not None
 
 
+@pytest.mark.slow
 def test_ratios_of_means_are_joined_as_ratios(table, tmp_path, embedded):
     study = studies.Study(table, out=tmp_path / "out", method="grounding.stream_share", unit=3)
     study.run()
@@ -143,6 +146,7 @@ def test_ratios_of_means_are_joined_as_ratios(table, tmp_path, embedded):
     assert float(found.low) == pytest.approx(float(whole.low), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_no_mean_over_items_is_refused(table, tmp_path):
     few = {"streams": ["audio"], "layers": [0, 5], "controls": []}
     study = studies.Study(table, out=tmp_path / "out", method="grounding.hand_over", unit=6, **few)
@@ -150,11 +154,12 @@ def test_what_is_no_mean_over_items_is_refused(table, tmp_path):
         study.run()
 
 
+@pytest.mark.slow
 def test_a_case_of_ones_own(table, tmp_path, embedded):
     study = studies.Study(table, out=tmp_path / "out", case="studied:case", **LAYERS)
     study.run()
     found = studies.load(study.out)
-    alone = swept(embedded, found.items[0], axes="layer", windows=None)
+    alone = swept(embedded, found.items[0], windows=None, **LAYERS)
     assert not torch.equal(found.item(found.items[0].id).values, alone.values.double())
 
 
@@ -185,6 +190,7 @@ def test_stopped_a_study_goes_on_where_it_was(table, tmp_path, monkeypatch):
     assert again.store.attempts(0) == 1
 
 
+@pytest.mark.slow
 def test_a_limit_is_for_trials(table, tmp_path):
     study = layers(table, tmp_path / "out")
     assert study.run(limit=3).done_items == 4
@@ -215,6 +221,7 @@ def test_other_weights_are_refused(table, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- what fails
 
 
+@pytest.mark.slow
 def test_items_without_numbers_are_told_by_reason(table, tmp_path):
     moved = Items(map(in_memory, Items.from_table(table))).to_table(tmp_path / "items.jsonl")
     study = layers(moved, tmp_path / "out", unit=3)
