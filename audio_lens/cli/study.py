@@ -33,16 +33,18 @@ app.add_typer(study, name="study")
 StudyFileArgument = Annotated[
     Path, typer.Argument(help="A TOML file: items, model, out, method, its arguments, [engine].")
 ]
+Engine = Annotated[
+    str | None, typer.Option(help='"here", "ray" or "slurm"; default: as the file says.')
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Of Ray or Slurm.")]
 Out = Annotated[str, typer.Argument(help="Where the study lies: a folder, or s3://bucket/folder.")]
 
 
 @study.command("run")
 def run(
     file: StudyFileArgument,
-    engine: Annotated[
-        str | None, typer.Option(help='"here", "ray" or "slurm"; default: as the file says.')
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Of Ray or Slurm.")] = None,
+    engine: Engine = None,
+    workers: Workers = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many items, for a trial.")
     ] = None,
@@ -152,6 +154,35 @@ def collect(
             for kind, path in written.items():
                 out.print(f"{kind} written to [bold]{escape(path)}[/]", soft_wrap=True)
         shared.raise_first(failures)
+
+
+@app.command()
+def harvest(
+    file: Annotated[
+        Path, typer.Argument(help="A TOML file: items, model, out, sites, where ..., [engine].")
+    ],
+    engine: Engine = None,
+    workers: Workers = None,
+    progress: ShowProgress = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Keep activations of many items as safetensors. The same command goes on after a stop.
+
+    Exit code 1: some items have none.
+
+    [bold]Examples[/]
+
+    [green]audio-lens harvest harvest.toml --engine slurm --workers 64[/]
+    """
+    with plain_errors(debug, verbose):
+        from audio_lens.studies.files import StudyFile
+
+        held = StudyFile.read(file)
+        chosen = held.engine(engine, workers)
+        made = held.harvest()
+        _tell(made.out, made.run(chosen, progress=progress), as_json)
 
 
 def _tell(place: str, status: Status, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import safetensors.torch
 import torch
 import xarray as xr
 from jaxtyping import Int, Shaped
@@ -107,6 +109,20 @@ class Activations:
                 "same arguments, and it goes on"
             )
         return Activations(index, [FileShard(path) for path in paths])
+
+    def check(self) -> None:
+        """Read every shard, and compare it with the hash that was written into it.
+
+        Raises:
+            ActivationsError: naming shards that hold something else now: a flipped byte, say.
+        """
+        paths = [shard.path for shard in self.shards if isinstance(shard, FileShard)]
+        odd = [str(path) for path in paths if not _is_whole(path)]
+        if odd:
+            raise ActivationsError(
+                f"{len(odd)} of {len(paths)} shards do not hold what was written: "
+                f"{', '.join(odd)}. Delete them and collect again"
+            )
 
     def __repr__(self) -> str:
         shapes = ", ".join(self.sites)
@@ -342,6 +358,32 @@ def key_of(site: str, layer: int | None) -> str:
 def table_key(part: str, column: str) -> str:
     """The key of a shard under which a column of a part's table lies."""
     return f"{TABLE}{part}.{column}"
+
+
+def shard_bytes(tensors: Mapping[str, Tensor], items: Sequence[int]) -> bytes:
+    """A shard as a file, which holds the hash of what is in it."""
+    told = json.dumps(list(items))
+    return safetensors.torch.save(dict(tensors), {"items": told, "sha256": _hash_of(tensors, told)})
+
+
+def _hash_of(tensors: Mapping[str, Tensor], items: str) -> str:
+    digest = hashlib.sha256(items.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard holds what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+    return told.get("sha256") == _hash_of(tensors, told.get("items", ""))
 
 
 def shard_paths(folder: Path) -> list[Path]:

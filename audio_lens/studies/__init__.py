@@ -2,6 +2,7 @@
 
 from audio_lens.studies.engines import Engine, Here, Ray, Slurm
 from audio_lens.studies.errors import StudyError
+from audio_lens.studies.harvest import harvest
 from audio_lens.studies.jobs import Case
 from audio_lens.studies.loaded import StudyResult, load
 from audio_lens.studies.status import Status
@@ -20,5 +21,6 @@ __all__ = [
     "StudyResult",
     "UnitReport",
     "Worker",
+    "harvest",
     "load",
 ]

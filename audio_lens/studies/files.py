@@ -11,7 +11,8 @@ from typing import Any
 from audio_lens.arguments import suggest
 from audio_lens.studies.engines import Engine, Here, Ray, Slurm
 from audio_lens.studies.errors import StudyError
-from audio_lens.studies.study import Study
+from audio_lens.studies.harvest import harvest_study
+from audio_lens.studies.study import DEMO, Study
 
 ENGINES: Mapping[str, type] = {"here": Here, "ray": Ray, "slurm": Slurm}
 _NEEDED = ("items", "out")
@@ -55,7 +56,7 @@ class StudyFile:
             raise StudyError(f"{path}: engine is a table: [engine] and kind = ... below it")
         kind = options.pop("kind", "here")
         for name in _NEEDED:
-            if "://" not in str(held[name]):
+            if "://" not in str(held[name]) and held[name] != DEMO:
                 held[name] = str(path.parent / str(held[name]))
         return StudyFile(path, held, kind, options)
 
@@ -69,6 +70,14 @@ class StudyFile:
             return Study(**self.arguments)
         except TypeError as error:
             raise StudyError(f"{self.path}: {error}") from error
+
+    def harvest(self) -> Study:
+        """The study of activations, new or as far as it is.
+
+        Raises:
+            StudyError, ItemError, OutputError: as `harvest`.
+        """
+        return harvest_study(**self.arguments)
 
     def engine(self, kind: str | None = None, workers: int | None = None) -> Engine:
         """What runs it; options of the file are of its own kind.

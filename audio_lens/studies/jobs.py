@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from audio_lens import metrics, patching
 from audio_lens.arguments import suggest
@@ -58,11 +59,13 @@ class Numbers:
         rows: which of the items.
         values: by name, of these items.
         layout: of all numbers.
+        tensors: of a harvest, what is written beside.
     """
 
     rows: list[int]
     values: dict[str, np.ndarray]
     layout: Layout = field(repr=False)
+    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
 
 @runtime_checkable
@@ -78,15 +81,6 @@ class Job(Protocol):
         Raises:
             AudioLensError: naming what cannot be computed of one of them.
         """
-
-
-def job_of(spec: Spec) -> Job:
-    """What a spec runs.
-
-    Raises:
-        StudyError: a method or a function that there is not.
-    """
-    return Sweeps(spec) if spec.is_sweep else Methods(spec)
 
 
 # -------------------------------------------------------------------------------- sweeps

@@ -15,7 +15,7 @@ import torch
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.studies.errors import StudyError
 
-SWEEP = "patching.sweep"
+SWEEP, HARVEST = "patching.sweep", "items.collect"
 OUTSIDE = ("items",)  # of the fields: where things lie, which changes no value
 
 

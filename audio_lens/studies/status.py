@@ -64,7 +64,7 @@ class Status:
 def status_of(store: Store) -> Status:
     """The status of a study, by what its store holds."""
     done = store.done()
-    reports = [report for report in _reports(store) if report.unit in done]
+    reports = [report for report in reports_of(store) if report.unit in done]
     items, done_items = len(store.items), sum(len(store.rows(unit)) for unit in done)
     pace = _pace(reports)
     failed = collections.Counter(_reason(why) for why in store.failures().values())
@@ -80,7 +80,8 @@ def status_of(store: Store) -> Status:
     )
 
 
-def _reports(store: Store) -> list[UnitReport]:
+def reports_of(store: Store) -> list[UnitReport]:
+    """What every unit cost that is done."""
     held = (store.place.read(f"units/{name}") for name in store.place.names("units"))
     return [UnitReport(**json.loads(text)) for text in held if text is not None]
 

@@ -13,17 +13,19 @@ import torch
 
 from audio_lens import patching
 from audio_lens.arguments import suggest, whole
-from audio_lens.items import Item, Items
+from audio_lens.items import Item, Items, demo_items
 from audio_lens.items.methods import METHODS
 from audio_lens.provenance import is_own, recorded
 from audio_lens.studies.engines import Engine, Here
 from audio_lens.studies.errors import StudyError
 from audio_lens.studies.jobs import OWN_OF_SWEEPS, method_of, takes_pairs
-from audio_lens.studies.spec import SWEEP, Spec, named
+from audio_lens.studies.spec import HARVEST, SWEEP, Spec, named
 from audio_lens.studies.status import Status, status_of
 from audio_lens.studies.store import DONE, Store, row_of
 
+DEMO = "demo"  # in place of a table: the shipped items
 UNIT, BATCH = 8, 1
+OF_HARVESTS = ("sites", "where", "layers", "pool", "keep", "size")
 OWN_OF_METHODS = ("model", "items", "pairs", "pair", "progress")
 
 
@@ -34,7 +36,8 @@ class Study:
     refused. Nothing runs before `run`, and no weights are loaded.
 
     Args:
-        items: a table, as `Items.from_table` reads it, or `Items` whose clips are files.
+        items: a table, as `Items.from_table` reads it; `Items` whose clips are files; or "demo",
+            the shipped ones.
         model: as ``from_pretrained`` takes it.
         out: a folder, or the address of an object store (``s3://bucket/folder``).
         method: "patching.sweep", or a method of `audio_lens.analysis` that gives values of every
@@ -88,10 +91,10 @@ class Study:
             raise StudyError(f"dtype is a name such as 'bfloat16', got {dtype!r}")
         called = method if isinstance(method, str) else _name_of(method)
         _check_arguments(called, case, stream, arguments)
-        rows = items if isinstance(items, Items) else Items.from_table(items, skip_bad=skip_bad)
+        rows = _read(items, skip_bad)
         ordered = sorted(rows, key=lambda item: -item.duration_s)
         spec = Spec(
-            items="" if isinstance(items, Items) else str(Path(items).resolve()),
+            items=str(items) if items == DEMO else _path_of(items),
             digest=_digest(ordered),
             model=str(model),
             method=called,
@@ -176,6 +179,16 @@ def _ends(rows: range) -> tuple[int, int]:
     return rows.start, rows.stop
 
 
+def _read(items: str | Path | Items, skip_bad: bool) -> Items:
+    if isinstance(items, Items):
+        return items
+    return demo_items() if items == DEMO else Items.from_table(items, skip_bad=skip_bad)
+
+
+def _path_of(items: str | Path | Items) -> str:
+    return "" if isinstance(items, Items) else str(Path(items).resolve())
+
+
 def _name_of(method: Callable[..., Any]) -> str:
     """What a method is registered as."""
     if method is patching.sweep:
@@ -194,15 +207,19 @@ def _check_arguments(
 ) -> None:
     """Raise for what the method does not take, or no file holds."""
     is_sweep = method == SWEEP
-    function = patching.sweep if is_sweep else method_of(method)
+    takes = [] if method == HARVEST else _parameters(method)
     own = (*OWN_OF_SWEEPS, "model") if is_sweep else OWN_OF_METHODS
-    known = [name for name in inspect.signature(function).parameters if name not in own]
+    known = OF_HARVESTS if method == HARVEST else [name for name in takes if name not in own]
     for name in given:
         if name not in known:
             raise StudyError(f"{method} in a study takes no {name!r}; {suggest(name, known)}")
     if case is not None and not is_sweep:
         raise StudyError(f"case= is of sweeps; {method} takes items as they are")
-    if stream is not None and not is_sweep and not takes_pairs(function):
+    if (
+        stream is not None
+        and not is_sweep
+        and (method == HARVEST or not takes_pairs(method_of(method)))
+    ):
         raise StudyError(f"stream= makes pairs, and {method} takes items")
     lost = [name for name, value in recorded(given).items() if is_own(value)]
     if lost:
@@ -210,6 +227,12 @@ def _check_arguments(
             f"no file holds {', '.join(lost)}, and workers read a study from a file: use numbers, "
             "texts, edits, metrics of audio_lens, or case='module:function'"
         )
+
+
+def _parameters(method: str) -> list[str]:
+    """What a method takes."""
+    function = patching.sweep if method == SWEEP else method_of(method)
+    return list(inspect.signature(function).parameters)
 
 
 def _digest(items: Iterable[Item]) -> str:

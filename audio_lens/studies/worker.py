@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +20,9 @@ from audio_lens.errors import AudioLensError
 from audio_lens.items import Items
 from audio_lens.provenance import versions, weights_hash
 from audio_lens.studies.errors import StudyError
-from audio_lens.studies.jobs import Numbers, job_of
+from audio_lens.studies.jobs import Job, Methods, Numbers, Sweeps
+from audio_lens.studies.shards import Harvests, write_index, write_shard
+from audio_lens.studies.spec import HARVEST, Spec
 from audio_lens.studies.store import DONE, KILLED, REFUSED, Layout, Store
 
 MOST_ATTEMPTS = 3  # of a unit, before its items run alone; then of nothing more
@@ -61,16 +63,12 @@ class Worker:
     def __init__(self, out: str | Path):
         self.store = Store.open(out)
         self.spec = self.store.spec
-        self.job = job_of(self.spec)
+        self.job = _job_of(self.spec)
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.model = self.spec.load()
         self._seen = self._failed = 0
         self._layout = self._laid_out()
         self._check_model()
-
-    def process(self) -> int:
-        """The number of this process."""
-        return os.getpid()
 
     def run(self, units: Sequence[int]) -> list[UnitReport]:
         """Run units that are not done; what each cost.
@@ -90,30 +88,30 @@ class Worker:
                     continue
                 start = time.time()
                 with self._tried(unit) as tries:
-                    numbers, status, busy_s = self._computed(unit, alone=tries > MOST_ATTEMPTS)
+                    found, status, busy_s = self._computed(unit, alone=tries > MOST_ATTEMPTS)
                 if writing is not None:
                     writing.result()
                 failed = int((status != DONE).sum())
                 told = UnitReport(unit, len(status), failed, start, time.time(), busy_s, self.name)
-                writing = behind.submit(self._write, told, numbers, status)
+                writing = behind.submit(self._write, told, found, status)
                 yield told
                 self._check_failures(status)
             if writing is not None:
                 writing.result()
 
     @contextmanager
-    def _tried(self, unit: int) -> Iterator[int]:
+    def _tried(self, unit: int, row: int | None = None) -> Iterator[int]:
         """Count a try, and take it back where it ends by no fault of the unit: by a signal."""
-        count = self.store.attempt(unit)
+        count = self.store.attempt(unit, row)
         try:
             yield count
         except (KeyboardInterrupt, SystemExit):
-            self.store.give_back(unit)
+            self.store.give_back(unit, row)
             raise
 
     # ---------------------------------------------------------------- one unit
 
-    def _computed(self, unit: int, alone: bool) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+    def _computed(self, unit: int, alone: bool) -> tuple[list[Numbers], np.ndarray, float]:
         """Numbers and status of a unit's items, and seconds in the method."""
         rows = self.store.rows(unit)
         status = np.full(len(rows), DONE, "i1")
@@ -123,7 +121,9 @@ class Worker:
         busy_s = time.perf_counter() - start
         if found and self._layout is None:
             self._layout = self.store.lay_out(found[0].layout)
-        return self._arrays(rows, found, status), status, busy_s
+        for k in set(np.flatnonzero(status == DONE)) - {k for one in found for k in one.rows}:
+            self._refuse(rows, int(k), status, "the method left it out")
+        return found, status, busy_s
 
     def _together(self, rows: range, chosen: list[int], status: np.ndarray) -> list[Numbers]:
         """Numbers of all that can be used, at once; why others cannot is noted."""
@@ -158,8 +158,8 @@ class Worker:
                 status[k] = KILLED
                 self.store.fail(rows[k], f"killed its worker {MOST_ATTEMPTS} times")
                 continue
-            self.store.attempt(unit, rows[k])
-            found += self._together(rows, [k], status)
+            with self._tried(unit, rows[k]):
+                found += self._together(rows, [k], status)
             self.store.give_back(unit, rows[k])
         return found
 
@@ -174,9 +174,7 @@ class Worker:
         status[k] = REFUSED
         self.store.fail(rows[k], why)
 
-    def _arrays(
-        self, rows: range, found: list[Numbers], status: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _arrays(self, rows: range, found: list[Numbers]) -> dict[str, np.ndarray]:
         """Every array of a unit; what an item does not have stays NaN."""
         if self._layout is None:
             return {}
@@ -184,12 +182,9 @@ class Worker:
             name: np.full((len(rows), *column.shape), np.nan)
             for name, column in self._layout.columns.items()
         }
-        has = {k for one in found for k in one.rows}
         for one in found:
             for name, values in one.values.items():
                 self._put(arrays, name, one.rows, values)
-        for k in set(np.flatnonzero(status == DONE)) - has:
-            self._refuse(rows, int(k), status, "the method left it out")
         return arrays
 
     def _put(
@@ -206,9 +201,11 @@ class Worker:
         within = tuple(slice(size) for size in values.shape[1:])
         room[(rows, *within)] = values
 
-    def _write(
-        self, told: UnitReport, numbers: Mapping[str, np.ndarray], status: np.ndarray
-    ) -> None:
+    def _write(self, told: UnitReport, found: list[Numbers], status: np.ndarray) -> None:
+        rows = self.store.rows(told.unit)
+        numbers = self._arrays(rows, found)
+        if self.spec.method == HARVEST and found:
+            write_shard(self.store.place, told.unit, rows, found)
         self.store.place.write(f"units/{told.unit:07d}.json", json.dumps(asdict(told)).encode())
         self.store.commit(told.unit, numbers, status)
 
@@ -231,6 +228,8 @@ class Worker:
         if held is None:
             made = self.job.layout(self.model, self.store.items)
             held = None if made is None else self.store.lay_out(made)
+        if self.spec.method == HARVEST and held is not None:
+            write_index(self.store.place, held, self.store.items)
         return held
 
     def _check_model(self) -> None:
@@ -264,6 +263,13 @@ class Worker:
             last = logits.reshape(-1, logits.shape[-1])[-1].float()
             return last.topk(min(PROBES, len(last))).values.tolist()
         return []
+
+
+def _job_of(spec: Spec) -> Job:
+    """What a spec runs."""
+    if spec.method == HARVEST:
+        return Harvests(spec)
+    return Sweeps(spec) if spec.is_sweep else Methods(spec)
 
 
 def _told(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from audio_lens import HookedAudioTransformer, Item, Items, metrics
 from audio_lens.studies import Case
@@ -31,4 +32,10 @@ def deadly(model: HookedAudioTransformer, item: Item) -> Case:
     """A case that kills its process for items labelled so."""
     if item.labels.get("deadly"):
         os.kill(os.getpid(), signal.SIGKILL)
+    return case(model, item)
+
+
+def slow(model: HookedAudioTransformer, item: Item) -> Case:
+    """A case that takes its time, so that a study can be stopped on its way."""
+    time.sleep(1.0)
     return case(model, item)

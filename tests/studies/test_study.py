@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from study_tools import LAYERS, in_memory, layers, numbers, same
 
-from audio_lens import Item, Items, patching, studies
+from audio_lens import Items, patching, studies
 from audio_lens.analysis import knockout
 from audio_lens.errors import ExtraError
 from audio_lens.items import ItemError, demo_items
-from audio_lens.items.item import heard
 from audio_lens.studies import StudyError, worker
 from audio_lens.studies.places import Folder
 
 pytest.importorskip("zarr")
 SWEPT = {"site": "decoder.resid_pre", "axes": ("layer", "time"), "windows": 1.0}
-LAYERS = {"site": "decoder.resid_pre", "axes": "layer", "layers": [2]}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +27,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six conflict items of unequal lengths, each with files of its own."""
     items = Items(in_memory(item) for item in demo_items()[[0, 1, 4, 5, 12, 13]])
     return items.to_table(tmp_path_factory.mktemp("t") / "items.jsonl")
-
-
-def in_memory(item: Item) -> Item:
-    (audio, rate), (other, _) = (heard(clip) for clip in (item.audio, item.other_audio))
-    return item.replaced(audio=audio, other_audio=other, sampling_rate=rate)
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +37,6 @@ def done(table: Path, tmp_path_factory: pytest.TempPathFactory) -> studies.Study
     )
     assert study.run().is_done
     return study
-
-
-def layers(table: Path, out: Path, **options) -> studies.Study:
-    """A cheap study: cells by layer alone."""
-    return studies.Study(table, out=out, **{"unit": 2, "stream": "audio", **LAYERS, **options})
-
-
-def numbers(study: studies.Study) -> dict[str, np.ndarray]:
-    data = studies.load(study.out).to_xarray()
-    return {str(name): data[name].values for name in data.data_vars}
-
-
-def same(one: studies.Study, other: studies.Study) -> bool:
-    mine, its = numbers(one), numbers(other)
-    return mine.keys() == its.keys() and all(
-        np.array_equal(mine[name], its[name], equal_nan=True) for name in mine
-    )
 
 
 def swept(model, item, **options) -> patching.SweepResult:

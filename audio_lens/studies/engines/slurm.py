@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+import json
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from audio_lens.errors import ExtraError
@@ -16,12 +19,14 @@ from audio_lens.studies.worker import Worker
 
 MOST_TASKS = 1000  # of an array, where a site has not raised Slurm's own bound
 LOOK_EVERY_S = 10.0
+SUBMITTED = "slurm.json"
 PER_WORKER = 2  # tasks, so that one that ends early takes another
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """Submits a study as a Slurm array. The same call later submits only what is not done.
+    """Submits a study as a Slurm array. Once its tasks have ended, the same call submits only what
+    is not done.
 
     Attributes:
         workers: tasks that run at a time.
@@ -48,30 +53,38 @@ class Slurm:
         """Submit tasks for units.
 
         Raises:
-            StudyError: an object store without ``folder``, or (waiting) tasks that ended with
-                units undone.
+            StudyError: an object store without ``folder``; tasks of this study that are in the
+                queue already; or (waiting) tasks that ended with units undone.
             ExtraError: without submitit.
         """
         submitit = _need_submitit()
         if self.folder is None and "://" in out:
             raise StudyError("name a folder= for submitit's logs, which all nodes see")
-        executor = submitit.AutoExecutor(
-            folder=self.folder or f"{out}/slurm/%j",
-            cluster=self.cluster,
-            **({"slurm_python": sys.executable} if self.cluster == "slurm" else {}),
-        )
+        store = Store.open(out)
+        if self.cluster == "slurm":
+            _check_queue(store)
+        executor = submitit.AutoExecutor(self.folder or f"{out}/slurm/%j", cluster=self.cluster)
         executor.update_parameters(**self._parameters())
-        tasks = _shares(units, min(MOST_TASKS, PER_WORKER * self.workers))
-        jobs = executor.map_array(Task(), [out] * len(tasks), tasks)
+        jobs = executor.map_array(
+            Task(), *zip(*((out, x) for x in self._shares(units)), strict=True)
+        )
+        store.place.write(SUBMITTED, json.dumps([job.job_id for job in jobs]).encode())
         if self.wait:
-            _wait(out, units, jobs, progress)
+            is_left = functools.partial(_are_left, jobs, self.cluster == "slurm")
+            _wait(store, units, is_left, jobs[0].paths.folder, progress)
+
+    def _shares(self, units: Sequence[int]) -> list[list[int]]:
+        """Units of every task; of several machines more tasks than run at a time."""
+        tasks = min(MOST_TASKS, self.workers * (PER_WORKER if self.cluster == "slurm" else 1))
+        size = -(-len(units) // tasks)
+        return [list(units[i : i + size]) for i in range(0, len(units), size)]
 
     def _parameters(self) -> dict[str, Any]:
         given: dict[str, Any] = {
             "timeout_min": round(60 * self.hours),
             "cpus_per_task": self.cpus,
-            "gpus_per_node": self.gpus,
         }
+        given |= {"gpus_per_node": self.gpus} if self.gpus else {}
         if self.cluster == "slurm":
             given |= {"slurm_array_parallelism": self.workers}
             given |= {} if self.partition is None else {"slurm_partition": self.partition}
@@ -90,25 +103,57 @@ class Task:
         return _need_submitit().helpers.DelayedSubmission(Task(), out, units)
 
 
-def _shares(units: Sequence[int], tasks: int) -> list[list[int]]:
-    size = max(1, -(-len(units) // tasks))
-    return [list(units[i : i + size]) for i in range(0, len(units), size)]
+def _check_queue(store: Store) -> None:
+    """Raise where tasks of a study wait or run: others would compute the same units."""
+    held = store.place.read(SUBMITTED)
+    if held is not None and (queued := _queued(json.loads(held))):
+        raise StudyError(
+            f"tasks of this study are in the queue already ({', '.join(queued[:3])}): wait for "
+            "them, or take them away with scancel, and run the study again"
+        )
 
 
-def _wait(out: str, units: Sequence[int], jobs: Sequence[Any], progress: bool | None) -> None:
-    """Until the store has all units, or no task is left: a killed task's result never comes."""
-    store, wanted, known = Store.open(out), set(units), 0
+def _queued(jobs: Sequence[str]) -> list[str]:
+    """Which tasks Slurm still has, waiting or running."""
+    arrays = ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))
+    asked = ["squeue", "--noheader", "--format=%i", f"--jobs={arrays}"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise StudyError("there is no Slurm here: no command squeue is found") from error
+    if told.returncode and "Invalid job id" not in told.stderr:
+        raise StudyError(f"Slurm does not tell its queue: {told.stderr.strip()}")
+    return told.stdout.split()
+
+
+def _are_left(jobs: Sequence[Any], is_slurm: bool) -> bool:
+    """Whether any task waits or runs; a killed one's result never comes, so nobody waits for it."""
+    if is_slurm:
+        return bool(_queued([job.job_id for job in jobs]))
+    return not all(job.done() for job in jobs)
+
+
+def _wait(
+    store: Store,
+    units: Sequence[int],
+    is_left: Callable[[], bool],
+    logs: Path,
+    progress: bool | None,
+) -> None:
+    """Until the store has all units, or no task is left."""
+    wanted, known = set(units), 0
     with track("study", len(wanted), "units", show=progress) as advance:
         while True:
+            goes_on = is_left()  # before looking at what is done: tasks may end in between
             done = len(wanted & store.done())
             advance(done - known, done)
             known = done
             if done == len(wanted):
                 return
-            if all(job.done() for job in jobs) and len(wanted & store.done()) == known:
+            if not goes_on:
                 raise StudyError(
                     f"no task is left and {len(wanted) - known} units are not done: see the logs "
-                    f"in {jobs[0].paths.folder}, and run the study again to submit what is left"
+                    f"in {logs}, and run the study again to submit what is left"
                 )
             time.sleep(LOOK_EVERY_S)
 
