@@ -73,6 +73,32 @@ def run(
         _tell(made.out, status, as_json)
 
 
+@study.command("plan")
+def plan(
+    file: StudyFileArgument,
+    workers: Annotated[int, typer.Option(min=1, help="How many run at a time.")] = 1,
+    tflops: Annotated[float, typer.Option(help="TFLOP a second that a worker reaches.")] = 100.0,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what a study of sweeps would cost: work, memory, hours, storage, busy workers. It is
+    computed from the model's config, without its weights, and nothing is written.
+
+    [bold]Examples[/]
+
+    [green]audio-lens study plan study.toml --workers 64 --tflops 400[/]
+    """
+    with plain_errors(debug, verbose):
+        from audio_lens.studies.files import StudyFile
+
+        told = StudyFile.read(file).plan(workers, tflops)
+        if as_json:
+            shared.print_json(told.to_dict() | {"warnings": told.warnings})
+        else:
+            out.print(escape(str(told)), soft_wrap=True)
+
+
 @study.command("status")
 def status(
     place: Out, as_json: AsJson = False, verbose: Verbose = False, debug: Debug = False

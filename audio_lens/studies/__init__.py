@@ -5,6 +5,7 @@ from audio_lens.studies.errors import StudyError
 from audio_lens.studies.harvest import harvest
 from audio_lens.studies.jobs import Case
 from audio_lens.studies.loaded import StudyResult, load
+from audio_lens.studies.planning import StudyPlan
 from audio_lens.studies.status import Status
 from audio_lens.studies.study import Study
 from audio_lens.studies.worker import UnitReport, Worker
@@ -18,6 +19,7 @@ __all__ = [
     "Status",
     "Study",
     "StudyError",
+    "StudyPlan",
     "StudyResult",
     "UnitReport",
     "Worker",

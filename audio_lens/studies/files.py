@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from audio_lens.arguments import suggest
 from audio_lens.studies.engines import Engine, Here, Ray, Slurm
 from audio_lens.studies.errors import StudyError
 from audio_lens.studies.harvest import harvest_study
+from audio_lens.studies.planning import StudyPlan
 from audio_lens.studies.study import DEMO, Study
 
 ENGINES: Mapping[str, type] = {"here": Here, "ray": Ray, "slurm": Slurm}
@@ -78,6 +80,15 @@ class StudyFile:
             StudyError, ItemError, OutputError: as `harvest`.
         """
         return harvest_study(**self.arguments)
+
+    def plan(self, workers: int, tflops: float) -> StudyPlan:
+        """What the study would cost; its place is left as it is.
+
+        Raises:
+            StudyError, ItemError, LoadingError: as `Study` and `Study.explain`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return Study(**{**self.arguments, "out": folder}).explain(workers, tflops)
 
     def engine(self, kind: str | None = None, workers: int | None = None) -> Engine:
         """What runs it; options of the file are of its own kind.

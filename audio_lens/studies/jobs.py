@@ -17,7 +17,7 @@ from audio_lens import metrics, patching
 from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
 from audio_lens.inputs import AudioInputs
-from audio_lens.items import Items
+from audio_lens.items import Item, Items
 from audio_lens.items.findings import MEAN, RATIO_OF_MEANS, TOGETHER
 from audio_lens.items.methods import METHODS
 from audio_lens.models import HookedAudioTransformer
@@ -101,13 +101,21 @@ class Sweeps:
         """By the longest item that can be laid out."""
         for item in items:
             try:
-                ((_, given),) = self._cases(model, Items([item]))
-                plan = patching.plan(model, **self._arguments | given)
+                plan = self.plan(model, item)
             except AudioLensError:
                 continue
             told = {"site": plan.table.site_name, "direction": plan.request.spec.direction}
             return _of_cells(plan.table.coords, told | {"meta": of_model(model)})
         return None
+
+    def plan(self, model: HookedAudioTransformer, item: Item) -> patching.Plan:
+        """The plan of one item's sweep.
+
+        Raises:
+            AudioLensError: an item that cannot be used.
+        """
+        ((_, given),) = self._cases(model, Items([item]))
+        return patching.plan(model, **self._arguments | given)
 
     def run(self, model: HookedAudioTransformer, items: Items) -> list[Numbers]:
         return [

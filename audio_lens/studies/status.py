@@ -67,7 +67,7 @@ def status_of(store: Store) -> Status:
     reports = [report for report in reports_of(store) if report.unit in done]
     items, done_items = len(store.items), sum(len(store.rows(unit)) for unit in done)
     pace = _pace(reports)
-    failed = collections.Counter(_reason(why) for why in store.failures().values())
+    failed = collections.Counter(reason(why) for why in store.failures().values())
     return Status(
         items=items,
         units=len(store),
@@ -109,8 +109,8 @@ def _busy(reports: Sequence[UnitReport]) -> dict[str, float]:
     }
 
 
-def _reason(why: str) -> str:
-    """The last line of a traceback, else the first line of a message, without the item's name."""
+def reason(why: str) -> str:
+    """Of a traceback the last line, of a message the first, without the item's name."""
     lines = why.strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line.partition(": ")[2] if line.startswith("item ") and ": " in line else line

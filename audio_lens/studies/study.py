@@ -19,12 +19,14 @@ from audio_lens.provenance import is_own, recorded
 from audio_lens.studies.engines import Engine, Here
 from audio_lens.studies.errors import StudyError
 from audio_lens.studies.jobs import OWN_OF_SWEEPS, method_of, takes_pairs
+from audio_lens.studies.planning import StudyPlan, planned
 from audio_lens.studies.spec import HARVEST, SWEEP, Spec, named
 from audio_lens.studies.status import Status, status_of
 from audio_lens.studies.store import DONE, Store, row_of
 
 DEMO = "demo"  # in place of a table: the shipped items
 UNIT, BATCH = 8, 1
+TFLOPS = 100.0  # a second, of a worker: a stated rate and no measured one
 OF_HARVESTS = ("sites", "where", "layers", "pool", "keep", "size")
 OWN_OF_METHODS = ("model", "items", "pairs", "pair", "progress")
 
@@ -135,6 +137,23 @@ class Study:
 
     def __repr__(self) -> str:
         return f"Study({self.spec.method} of {len(self.store.items)} items at {self.out})"
+
+    def explain(self, workers: int = 1, tflops: float | int = TFLOPS) -> StudyPlan:
+        """What a study of sweeps will cost, from the model's config alone: no weights are read.
+
+        Work, cells and memory are the engine's own counts for some of the items, and those of items
+        between them by their seconds. Hours and the share of time in which workers are busy are
+        simulated from that: they are as good as the rate that is given.
+
+        Args:
+            workers: how many run at a time.
+            tflops: TFLOP a second that a worker reaches: often no more than 40 % of its peak.
+
+        Raises:
+            StudyError: a method that is no sweep, a model of a loader, or no item that can be used.
+            LoadingError: a config that cannot be read.
+        """
+        return planned(self.spec, self.store.items, workers, tflops)
 
     def run(
         self,
