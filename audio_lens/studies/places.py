@@ -80,7 +80,7 @@ class Bucket:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self.store = need_obstore().store.from_url(self.url)
+        self.store = _bucket(self.url)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -109,8 +109,22 @@ class Bucket:
         return sorted(path.removeprefix(f"{folder}/") for path in paths)
 
     def zarr(self, name: str, read_only: bool = False) -> Any:
-        inner = need_obstore().store.from_url(f"{self.url}/{name}")
+        inner = _bucket(f"{self.url}/{name}")
         return need_zarr().storage.ObjectStore(inner, read_only=read_only)
+
+
+def _bucket(url: str) -> Any:
+    """A folder of an object store.
+
+    Raises:
+        StudyError: an address that is none.
+    """
+    obstore = need_obstore()
+    try:
+        return obstore.store.from_url(url)
+    except Exception as error:  # what the library raises is of no public class
+        told = str(error).splitlines()[0]
+        raise StudyError(f"{url} is no address of an object store: {told}") from error
 
 
 def place_of(out: str | Path) -> Place:

@@ -24,12 +24,12 @@ import torch
 
 from audio_lens import AudioLensError
 from audio_lens.models.layers.blocks import Block
-from bad_input import audio, commands, files, page, pairs, runs, sweeps, tables
+from bad_input import audio, commands, files, page, pairs, runs, studies, sweeps, tables
 from bad_input.world import Case, inputs, model
 
 CASES: list[Case] = [
     case
-    for module in (audio, runs, sweeps, pairs, tables, files, commands)
+    for module in (audio, runs, sweeps, pairs, tables, files, commands, studies)
     for case in module.CASES
 ]
 MOST_BYTES, MOST_S = 16 * 2**30, 20  # of memory and time; what asks for more fails here

@@ -67,6 +67,14 @@ def test_a_killed_actor_costs_a_unit_at_most(table, here, tmp_path):
     assert len(by) >= 2 and by[-2] >= 3  # the others shared the work
 
 
+def test_two_actors_share_the_work_and_are_busy(table, here, tmp_path):
+    study = by_case(table, tmp_path / "out", "slow")
+    assert study.run(TWO).is_done and same(study, here)
+    shares, busy = workers(study), study.status().busy
+    assert len(shares) == 2 and min(shares.values()) >= 5
+    assert min(busy.values()) >= 0.95
+
+
 def test_items_that_kill_and_items_that_cannot_be_used(table, here, tmp_path):
     items = list(Items.from_table(table))
     deadly, long, lost = 3, 6, 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,23 @@ def test_means_by_a_label_are_of_its_items(done):
     parts = studies.load(done.out).mean(by="answer")
     assert set(parts) == {item.answer for item in done.store.items}
     assert sum(part.n_kept for part in parts.values()) == 6
+
+
+@pytest.mark.slow
+def test_a_study_costs_little_more_than_its_sweeps(table, tmp_path, embedded):
+    """Beside the loading of the model, which a loop has too."""
+    spent: dict[str, list[float]] = {"loop": [], "study": []}
+    for turn in range(3):
+        study = studies.Study(table, out=tmp_path / f"{turn}", unit=2, stream="audio", **SWEPT)
+        hand = worker.Worker(study.out)
+        start = time.process_time()
+        hand.run(study.store.left())
+        spent["study"].append(time.process_time() - start)
+        start = time.process_time()
+        for item in study.store.items:
+            swept(embedded, item)
+        spent["loop"].append(time.process_time() - start)
+    assert min(spent["study"]) < 1.05 * min(spent["loop"])
 
 
 @pytest.mark.slow
