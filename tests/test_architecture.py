@@ -40,8 +40,8 @@ HOUSE: dict[str, tuple[str, ...]] = {
         *HEARD,
     ),
     "studies": (
-        *("analysis", "items", "patching", "pairs", "provenance", "metrics", "models", "results"),
-        *HEARD,
+        *("analysis", "items", "patching", "pairs", "places", "provenance", "metrics"),
+        *("models", "results", *HEARD),
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name

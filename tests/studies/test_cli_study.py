@@ -25,7 +25,7 @@ unit = 2
 
 def run(*arguments: object) -> tuple[int, str, str]:
     done = CliRunner().invoke(app, [str(one) for one in arguments])
-    return done.exit_code, done.output, done.stderr
+    return done.exit_code, done.stdout, done.stderr
 
 
 @pytest.fixture
