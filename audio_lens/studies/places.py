@@ -88,13 +88,15 @@ class Bucket:
         except FileNotFoundError:
             return None
         except Exception as error:  # of the network, of credentials, of the bucket
-            raise StudyError(f"{self.url}/{name} cannot be read: {error}") from error
+            raise StudyError(f"{self.url}/{name} cannot be read: {_first(error)}") from error
 
     def write(self, name: str, data: bytes) -> None:
         try:
             need_obstore().put(self.store, name, data)
         except Exception as error:
-            raise files.OutputError(f"{self.url}/{name} cannot be written: {error}") from error
+            raise files.OutputError(
+                f"{self.url}/{name} cannot be written: {_first(error)}"
+            ) from error
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -105,7 +107,7 @@ class Bucket:
             listed = need_obstore().list(self.store, prefix=folder)
             paths = [str(one["path"]) for batch in listed for one in batch]
         except Exception as error:
-            raise StudyError(f"{self.url}/{folder} cannot be listed: {error}") from error
+            raise StudyError(f"{self.url}/{folder} cannot be listed: {_first(error)}") from error
         return sorted(path.removeprefix(f"{folder}/") for path in paths)
 
     def zarr(self, name: str, read_only: bool = False) -> Any:
@@ -123,8 +125,12 @@ def _bucket(url: str) -> Any:
     try:
         return obstore.store.from_url(url)
     except Exception as error:  # what the library raises is of no public class
-        told = str(error).splitlines()[0]
-        raise StudyError(f"{url} is no address of an object store: {told}") from error
+        raise StudyError(f"{url} is no address of an object store: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    """What an error of the library says before it shows its inside."""
+    return str(error).partition(": <?xml")[0].partition("\n")[0]
 
 
 def place_of(out: str | Path) -> Place:

@@ -242,7 +242,7 @@ class _Sample:
         self.cells.append(len(plan))
         self.largest = max(self.largest, float(schedule.largest_cell))
 
-    def at(self, seconds: np.ndarray, values: Sequence[float]) -> np.ndarray:
+    def at(self, seconds: np.ndarray, values: Sequence[float | int]) -> np.ndarray:
         """Values of items of other lengths."""
         order = np.argsort(self.seconds)
         return np.interp(seconds, np.array(self.seconds)[order], np.array(values)[order])

@@ -9,6 +9,7 @@ import pytest
 from study_tools import all_items, by_case, same
 
 from audio_lens import studies
+from audio_lens.files import OutputError
 from audio_lens.studies import StudyError
 from audio_lens.studies.places import Bucket
 
@@ -75,5 +76,5 @@ def test_a_study_in_a_bucket_is_that_of_a_folder(bucket, tmp_path: Path):
 
 
 def test_a_bucket_that_is_not_there_is_told(bucket, tmp_path: Path):
-    with pytest.raises(ValueError, match="s3://nowhere/study"):
+    with pytest.raises(OutputError, match=r"s3://nowhere/study.* 404 Not Found$"):
         by_case(all_items(tmp_path), "s3://nowhere/study")

@@ -36,15 +36,15 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_study_from_a_file(file, tmp_path):
-    code, told, _ = run("study", "run", file, "--limit", 4, "--json", "--no-progress")
+    code, told, _ = run("study", "run", file, "--limit", 2, "--json", "--no-progress")
     held = json.loads(told)
-    assert code == 0 and (held["done_items"], held["items"], held["is_done"]) == (4, 16, False)
+    assert code == 0 and (held["done_items"], held["items"], held["is_done"]) == (2, 16, False)
     assert held["out"] == str(tmp_path / "out")
     code, told, _ = run("study", "status", tmp_path / "out")
-    assert code == 0 and "4 of 16 items" in told
+    assert code == 0 and "2 of 16 items" in told
     code, told, _ = run("study", "collect", tmp_path / "out", "--json")
     found = json.loads(told)
-    assert code == 0 and found["n_kept"] == 4 and found["dropped"] == {"not done yet": 12}
+    assert code == 0 and found["n_kept"] == 2 and found["dropped"] == {"not done yet": 14}
     code, told, _ = run("study", "retry", tmp_path / "out")
     assert code == 0 and "0 units taken back" in told
 

@@ -75,11 +75,12 @@ def test_a_flipped_byte_is_found(out, tmp_path):
         Activations.load(copy).check()
 
 
+@pytest.mark.slow
 def test_other_activations_are_refused_and_bad_ones_too(out, table):
     with pytest.raises(StudyError, match=r"layers was \[1, 3\] and is \[2\]"):
         studies.harvest(table, sites="decoder.resid_post", layers=[2], size=2, unit=3, out=out)
     for options, told in [
-        ({"keep": "half"}, "keep is a name"),
+        ({"keep": "tiny"}, "keep is a name"),
         ({"pool": "sum"}, "pool is 'mean'"),
         ({"site": "decoder.resid_post"}, "takes no 'site'.*sites"),
         ({"size": 0}, "size"),

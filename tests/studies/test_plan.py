@@ -60,6 +60,7 @@ def test_work_is_that_of_the_plan_of_a_model_with_weights(table, tmp_path, embed
     assert told.units == 4 and not told.refused and "busy" in str(told)
 
 
+@pytest.mark.slow
 def test_a_large_model_is_planned_without_weights(table, tmp_path):
     folder = large(tmp_path / "large")
     study = studies.Study(
@@ -76,6 +77,7 @@ def test_a_large_model_is_planned_without_weights(table, tmp_path):
     assert any("memory_gb is 0.001" in told for told in tight.explain().warnings)
 
 
+@pytest.mark.slow
 def test_items_that_cannot_be_used_are_counted(table, tmp_path):
     items = list(Items.from_table(table))
     items[2] = items[2].replaced(answer="three four")

@@ -20,7 +20,10 @@ from audio_lens.studies import StudyError, worker
 from audio_lens.studies.places import Folder
 
 pytest.importorskip("zarr")
-SWEPT = {"site": "decoder.resid_pre", "axes": ("layer", "time"), "windows": 1.0}
+SWEPT = {
+    **{"site": "decoder.resid_pre", "axes": ("layer", "time"), "layers": [1, 4]},
+    **{"windows": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +164,7 @@ def test_a_case_of_ones_own(table, tmp_path, embedded):
 # -------------------------------------------------------------------------------- stopping
 
 
+@pytest.mark.slow
 def test_stopped_a_study_goes_on_where_it_was(table, tmp_path, monkeypatch):
     whole, stopped = layers(table, tmp_path / "whole"), layers(table, tmp_path / "stopped")
     whole.run()
@@ -185,11 +189,13 @@ def test_stopped_a_study_goes_on_where_it_was(table, tmp_path, monkeypatch):
     assert again.store.attempts(0) == 1
 
 
-@pytest.mark.slow
-def test_a_limit_is_for_trials(table, tmp_path):
+def test_a_study_goes_on_where_it_was(table, tmp_path):
     study = layers(table, tmp_path / "out")
-    assert study.run(limit=3).done_items == 4
-    assert study.run().is_done
+    assert study.run(limit=1).done_items == 2
+    first = study.store.place.read("units/0000000.json")
+    again = layers(table, tmp_path / "out")
+    assert again.run(limit=1).done_items == 4
+    assert study.store.place.read("units/0000000.json") == first
 
 
 def test_another_study_is_refused_by_what_differs(table, tmp_path):
@@ -203,6 +209,7 @@ def test_another_study_is_refused_by_what_differs(table, tmp_path):
         layers(fewer, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(table, tmp_path, monkeypatch):
     study = layers(table, tmp_path / "out", loader="studied:embedded")
     study.run(limit=2)
@@ -237,6 +244,7 @@ def test_items_without_numbers_are_told_by_reason(table, tmp_path):
     assert same(study, whole)
 
 
+@pytest.mark.slow
 def test_a_study_of_which_much_fails_is_stopped(table, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "LOOKED_AT", 3)
     study = studies.Study(
