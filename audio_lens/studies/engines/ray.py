@@ -56,8 +56,9 @@ class Ray:
         ray = _need_ray()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home unasked
         if not ray.is_initialized():
-            quiet = {"log_to_driver": False, "include_dashboard": False}
-            ray.init(address=self.address, **{**quiet, **self.options})
+            address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+            own = {"include_dashboard": False} if address == "local" else {}
+            ray.init(address, **{"log_to_driver": False, **own, **self.options})
         store = Store.open(out)
         count = sum(len(store.rows(unit)) for unit in units)
         with track("study", count, "items", show=progress) as advance:
