@@ -243,6 +243,7 @@ class _Sample:
         self.largest = max(self.largest, float(schedule.largest_cell))
 
     def at(self, seconds: np.ndarray, values: Sequence[float | int]) -> np.ndarray:
-        """Values of items of other lengths."""
-        order = np.argsort(self.seconds)
-        return np.interp(seconds, np.array(self.seconds)[order], np.array(values)[order])
+        """Values of items of any length: of those of one length the mean."""
+        lengths, of = np.unique(self.seconds, return_inverse=True)
+        means = np.bincount(of, np.asarray(values, float)) / np.bincount(of)
+        return np.interp(seconds, lengths, means)
