@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -136,18 +138,22 @@ def test_an_array_of_slurm(node, table, here, tmp_path):
     with pytest.raises(StudyError, match="in the queue already"):
         study.run(engine)
     _until(lambda: len(study.store.done()) >= 3)
+    both = _running()
     kill_one(study)
-    _until(lambda: any(psutil.pid_exists(pid) for pid in workers(study)))
-    running = subprocess.run(
-        ["squeue", "-h", "-t", "R", "-o", "%i"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    subprocess.run(["scancel", "-s", "USR2", running[0]], check=True)
-    _until(lambda: not slurm._queued([running[0]]))
+    _until(lambda: len(both & _running()) < len(both))
+    (other,) = both & _running()
+    subprocess.run(["scancel", "-s", "USR2", other], check=True)
+    submitted = json.loads(study.store.place.read("slurm.json"))
+    _until(lambda: not slurm._queued(submitted))
     assert study.store.left()  # of the killed task
-    from dataclasses import replace
-
     assert study.run(replace(engine, wait=True)).is_done
     assert same(study, here) and tried_again(study) <= 2
+
+
+def _running() -> set[str]:
+    """Tasks that run."""
+    asked = ["squeue", "-h", "-t", "R", "-o", "%i"]
+    return set(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split())
 
 
 def _until(happens) -> None:
