@@ -25,6 +25,7 @@ from audio_lens.items.item import OWN_FIELDS, Label
 
 INDEX = "activations.json"
 COLUMNS = ("item", "row", "position", "second")
+TOLD = "shard"  # of a shard: its items and its hash
 TABLE = "@"  # begins the keys of a shard that are columns of the table
 
 
@@ -362,12 +363,13 @@ def table_key(part: str, column: str) -> str:
 
 def shard_bytes(tensors: Mapping[str, Tensor], items: Sequence[int]) -> bytes:
     """A shard as a file, which holds the hash of what is in it."""
-    told = json.dumps(list(items))
-    return safetensors.torch.save(dict(tensors), {"items": told, "sha256": _hash_of(tensors, told)})
+    told = {"items": list(items), "sha256": _hash_of(tensors, list(items))}
+    # one entry: safetensors writes several in an order that differs from run to run
+    return safetensors.torch.save(dict(tensors), {TOLD: json.dumps(told)})
 
 
-def _hash_of(tensors: Mapping[str, Tensor], items: str) -> str:
-    digest = hashlib.sha256(items.encode())
+def _hash_of(tensors: Mapping[str, Tensor], items: list[int]) -> str:
+    digest = hashlib.sha256(json.dumps(items).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -379,11 +381,11 @@ def _is_whole(path: Path) -> bool:
     """Whether a shard holds what was written."""
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata()
+            told = json.loads(file.metadata()[TOLD])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return False
-    return told.get("sha256") == _hash_of(tensors, told.get("items", ""))
+    return told["sha256"] == _hash_of(tensors, told["items"])
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -399,7 +401,7 @@ def items_in(path: Path) -> list[int]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["items"])
+            return json.loads(file.metadata()[TOLD])["items"]
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ActivationsError(f"{path} is no whole shard ({error}): delete it") from error
 

@@ -18,7 +18,7 @@ from audio_lens.errors import AudioLensError
 from audio_lens.items import Items
 from audio_lens.models.loading.on_paper import on_paper
 from audio_lens.studies.engines.engine import blocks
-from audio_lens.studies.errors import StudyError
+from audio_lens.studies.errors import StudyError, in_words
 from audio_lens.studies.jobs import Sweeps
 from audio_lens.studies.spec import SWEEP, Spec
 from audio_lens.studies.status import reason
@@ -226,7 +226,7 @@ class _Sample:
             try:
                 plan = sweeps.plan(model, items[row])
             except AudioLensError as error:
-                sample.refused[reason(str(error))] += 1
+                sample.refused[reason(in_words(error))] += 1
                 continue
             sample._add(items[row].duration_s, plan)
         if not sample.seconds:

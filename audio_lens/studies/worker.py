@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from audio_lens.errors import AudioLensError
 from audio_lens.items import Items
 from audio_lens.provenance import versions, weights_hash
-from audio_lens.studies.errors import StudyError
+from audio_lens.studies.errors import StudyError, in_words
 from audio_lens.studies.jobs import Job, Methods, Numbers, Sweeps
 from audio_lens.studies.shards import Harvests, write_index, write_shard
 from audio_lens.studies.spec import HARVEST, Spec
@@ -133,7 +132,7 @@ class Worker:
             raise
         except (AudioLensError, MemoryError, OSError) as error:
             if len(chosen) == 1:
-                self._refuse(rows, chosen[0], status, _told(error))
+                self._refuse(rows, chosen[0], status, in_words(error))
                 return []
         good = [k for k in chosen if self._is_usable(rows, k, status)]
         if 0 < len(good) < len(chosen):
@@ -145,7 +144,7 @@ class Worker:
         try:
             Items([self.store.items[rows[k]]]).usable(self.model)
         except AudioLensError as error:
-            self._refuse(rows, k, status, _told(error))
+            self._refuse(rows, k, status, in_words(error))
             return False
         return True
 
@@ -270,11 +269,3 @@ def _job_of(spec: Spec) -> Job:
     if spec.method == HARVEST:
         return Harvests(spec)
     return Sweeps(spec) if spec.is_sweep else Methods(spec)
-
-
-def _told(error: BaseException) -> str:
-    """An error of the library in its words, without the head of a list of one; others whole."""
-    if not isinstance(error, AudioLensError):
-        return "".join(traceback.format_exception(error))
-    head, *more = str(error).splitlines()
-    return more[0].strip() if head.endswith(":") and len(more) == 1 else str(error)

@@ -96,7 +96,7 @@ def test_a_study_costs_little_more_than_its_sweeps(table, tmp_path, embedded):
     """Beside the loading of the model, which a loop has too."""
     spent: dict[str, list[float]] = {"loop": [], "study": []}
     for turn in range(3):
-        study = studies.Study(table, out=tmp_path / f"{turn}", unit=2, stream="audio", **SWEPT)
+        study = studies.Study(table, out=tmp_path / f"{turn}", unit=6, stream="audio", **SWEPT)
         hand = worker.Worker(study.out)
         start = time.process_time()
         hand.run(study.store.left())
