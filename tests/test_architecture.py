@@ -25,9 +25,23 @@ INTERVENING = ("edits", "places", "shapes", "sites")  # what of a model is edite
 
 HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
-        *("report", "recipes", "analysis", "items", "patching", "pairs", "alignment", "metrics"),
+        *(
+            "studies",
+            "report",
+            "recipes",
+            "analysis",
+            "items",
+            "patching",
+            "pairs",
+            "alignment",
+            "metrics",
+        ),
         *("models", "results", "drawing", "synthesis", "corruptions", "sites", "catalogue"),
         *HEARD,
+    ),
+    "studies": (
+        *("analysis", "items", "patching", "pairs", "places", "provenance", "metrics"),
+        *("models", "results", *HEARD),
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name

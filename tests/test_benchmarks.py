@@ -12,7 +12,7 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import attribution, collecting, edits, grounding, growth, several, speaking
+from benchmarks import attribution, collecting, edits, grounding, growth, several, speaking, studies
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks.peers import METHODS, backward, limits, roofline
@@ -285,3 +285,17 @@ def test_a_small_study_of_conflict_items_stays_in_its_time(data_dir):
     result = CliRunner().invoke(app, ["--items", "3"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "share: The audio makes 0." in result.output and "3 items:" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_studies_have_the_same_bits() -> None:
+    ray = pytest.importorskip("ray")
+    app = typer.Typer()
+    app.command()(studies.main)
+    try:
+        done = CliRunner().invoke(app, ["--items", "4", "--unit", "2"])
+    finally:
+        ray.shutdown()
+    assert done.exit_code == 0, done.output
+    assert done.output.count("bit for bit the same") == 2

@@ -259,7 +259,7 @@ class Study:
     def as_data(self) -> dict[str, Any]:
         """What the command prints in JSON: of one result itself, of several by name."""
         about = {"method": self.method.name, "items": str(self.table or DEMO)}
-        told = {name: _told(result) for name, result in self.results.items()}
+        told = {name: data_of(result) for name, result in self.results.items()}
         if not isinstance(self.found, Mapping):
             together = told[self.method.name]
         else:
@@ -271,7 +271,7 @@ class Study:
         return about | together | whole | {"skipped": list(self.items.skipped)}
 
 
-def _told(result: Result) -> dict[str, Any]:
+def data_of(result: Result) -> dict[str, Any]:
     missing = {"controls": {}, "n_kept": None, "n_dropped": 0, "dropped": {}}
     told = missing | result.to_dict() | {"report": result.report}
     return {key: told[key] for key in TOLD}
@@ -286,10 +286,10 @@ def _print_study(study: Study) -> None:
         return
     for name, result in study.results.items():
         out.print()
-        _print_result(name, result)
+        print_result(name, result)
 
 
-def _print_result(name: str, result: Result) -> None:
+def print_result(name: str, result: Result) -> None:
     from audio_lens.results.lines import control_lines, lines, metric_names
 
     columns = metric_names(result)

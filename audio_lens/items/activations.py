@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import safetensors.torch
 import torch
 import xarray as xr
 from jaxtyping import Int, Shaped
@@ -24,6 +26,7 @@ from audio_lens.items.item import OWN_FIELDS, Label
 INDEX = "activations.json"
 COLUMNS = ("item", "row", "position", "second")
 PIECE = 256  # rows that are read together, where rows are read in random order
+TOLD = "shard"  # of a shard: its items and its hash
 TABLE = "@"  # begins the keys of a shard that are columns of the table
 
 
@@ -127,6 +130,20 @@ class Activations:
                 "same arguments, and it goes on"
             )
         return Activations(index, [FileShard(path) for path in paths])
+
+    def check(self) -> None:
+        """Read every shard, and compare it with the hash that was written into it.
+
+        Raises:
+            ActivationsError: naming shards that hold something else now: a flipped byte, say.
+        """
+        paths = [shard.path for shard in self.shards if isinstance(shard, FileShard)]
+        odd = [str(path) for path in paths if not _is_whole(path)]
+        if odd:
+            raise ActivationsError(
+                f"{len(odd)} of {len(paths)} shards do not hold what was written: "
+                f"{', '.join(odd)}. Delete them and collect again"
+            )
 
     def __repr__(self) -> str:
         shapes = ", ".join(self.sites)
@@ -414,6 +431,33 @@ def table_key(part: str, column: str) -> str:
     return f"{TABLE}{part}.{column}"
 
 
+def shard_bytes(tensors: Mapping[str, Tensor], items: Sequence[int]) -> bytes:
+    """A shard as a file, which holds the hash of what is in it."""
+    told = {"items": list(items), "sha256": _hash_of(tensors, list(items))}
+    # one entry: safetensors writes several in an order that differs from run to run
+    return safetensors.torch.save(dict(tensors), {TOLD: json.dumps(told)})
+
+
+def _hash_of(tensors: Mapping[str, Tensor], items: list[int]) -> str:
+    digest = hashlib.sha256(json.dumps(items).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard holds what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = json.loads(file.metadata()[TOLD])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return False
+    return told["sha256"] == _hash_of(tensors, told["items"])
+
+
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of a folder, in order."""
     return sorted(folder.glob("shard-*.safetensors"))
@@ -427,7 +471,7 @@ def items_in(path: Path) -> list[int]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["items"])
+            return json.loads(file.metadata()[TOLD])["items"]
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ActivationsError(f"{path} is no whole shard ({error}): delete it") from error
 

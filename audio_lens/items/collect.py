@@ -86,7 +86,7 @@ def collect(
     places = by_item(where, items)
     index = {
         "sites": asked.written,
-        "where": _told(where if places is None else places),
+        "where": told_of_place(where if places is None else places),
         "pool": pool or "none",
         "dtype": str(dtype or model.dtype).removeprefix("torch."),
         "items": [item.told() for item in items],
@@ -312,10 +312,10 @@ def by_item(where: Place, items: Items) -> list[Where] | None:
     return where
 
 
-def _told(where: Where) -> str:
+def told_of_place(where: Where) -> str:
     """A place as the index holds it: what another place would not say."""
     if isinstance(where, list) and len(where) > 3:
-        told = "".join(map(_told, where))
+        told = "".join(map(told_of_place, where))
         return f"{len(where)} places, sha256 {hashlib.sha256(told.encode()).hexdigest()[:16]}"
     if isinstance(where, Tensor):
         held = where.cpu().contiguous().numpy().tobytes()

@@ -22,6 +22,9 @@ from audio_lens.items.statistics import (
 )
 from audio_lens.results import Result
 
+TOGETHER = "together"  # of the meta: what the estimate is, where it can be told from the values
+MEAN, RATIO_OF_MEANS = "mean", "ratio of means"
+
 
 def found(
     values: Float[Tensor, " n *cells"],
@@ -111,6 +114,7 @@ def found_by_name(
     """
     values = torch.as_tensor(values).double()
     drawn: dict[str, Any] = {"groups": groups, "level": level, "resamples": resamples, "seed": seed}
+    under: Tensor | None = None
     if denominators is None:
         estimate = bootstrap(values, statistic, **drawn)
     else:
@@ -119,6 +123,8 @@ def found_by_name(
         estimate, values = ratio_of_means(values, under, **drawn), values / under
     units = f"{len(names)} items" if groups is None else f"{len(set(groups))} of {by}"
     told = {"interval": f"{level:.0%}, by {resamples} draws of {units}", "seed": str(seed)}
+    if statistic is None:
+        told[TOGETHER] = MEAN if denominators is None else RATIO_OF_MEANS
     return _labelled(
         values,
         estimate,
@@ -127,22 +133,29 @@ def found_by_name(
         meta=told | dict(meta or {}),
         report=list(report),
         controls=dict(controls or {}),
+        weights=under,
         n_kept=len(names),
         dropped=dict(dropped or {}),
     )
 
 
 def _labelled(
-    values: Tensor, estimate: Estimate, axes: dict[str, list], names: list[str], **beside: Any
+    values: Tensor,
+    estimate: Estimate,
+    axes: dict[str, list],
+    names: list[str],
+    weights: Tensor | None,
+    **beside: Any,
 ) -> Result:
     """The result; the axis of the metric stands before that of the items."""
     has_metric = "metric" in axes
     if has_metric and next(iter(axes)) != "metric":
         raise InputError(f"metric is the first of the axes, got {', '.join(axes)}")
-    values = values.movedim(0, 1) if has_metric else values
     dims = ["stimulus", *axes]
     if has_metric:
         dims[:2] = ["metric", "stimulus"]
+        values = values.movedim(0, 1)
+        weights = None if weights is None else weights.movedim(0, 1)
     return Result(
         values,
         tuple(dims),
@@ -150,6 +163,7 @@ def _labelled(
         estimate=estimate.value,
         low=estimate.low,
         high=estimate.high,
+        weights=weights,
         **beside,
     )
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from audio_lens.items.activations import (
     ActivationsError,
     HeldShard,
     items_in,
+    shard_bytes,
     shard_paths,
 )
 
@@ -87,7 +87,7 @@ class Store:
     def _write(self, folder: Path) -> None:
         paths = shard_paths(folder)
         number = int(paths[-1].stem.partition("-")[2]) + 1 if paths else 0
-        data = safetensors.torch.save(self._joined(), {"items": json.dumps(self._items)})
+        data = shard_bytes(self._joined(), self._items)
         files.write(folder / f"shard-{number:06d}.safetensors", data)
         self._items = []
 

@@ -31,6 +31,7 @@ from audio_lens.results.labels import (
 )
 from audio_lens.results.plain import coordinate, plain
 from audio_lens.results.stored import (
+    OPTIONAL,
     attributes,
     check_whole,
     controls_in,
@@ -67,6 +68,8 @@ class Result:
         estimate: what all stimuli give together, shaped as ``values`` without them, where this is
             not their mean (a ratio of means, a layer).
         low, high: bounds of the interval of that, of the same shape.
+        weights: of every value, where what stimuli give together is a ratio of means: the values
+            are the stimuli's own ratios, and these what they are ratios to.
         controls: what must show nothing, or a known amount, by name: each a result with some of
             the dims, and the same coordinates.
         n_kept: of how many items the values are.
@@ -87,6 +90,7 @@ class Result:
     estimate: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
     low: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
     high: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
+    weights: Float[Tensor, "..."] | None = field(default=None, kw_only=True)
     controls: dict[str, Result] = field(default_factory=dict, kw_only=True, repr=False)
     n_kept: int | None = field(default=None, kw_only=True)
     dropped: dict[str, int] = field(default_factory=dict, kw_only=True)
@@ -124,7 +128,8 @@ class Result:
         """Every array by the name of its field, and the dims that it has."""
         together = tuple(dim for dim in self.dims if dim != "stimulus")
         optional = (name for name in ("estimate", "low", "high") if getattr(self, name) is not None)
-        return {"values": self.dims, **dict.fromkeys(optional, together)}
+        weights = {} if self.weights is None else {"weights": self.dims}
+        return {"values": self.dims, **weights, **dict.fromkeys(optional, together)}
 
     @property
     def quantities(self) -> Mapping[str, str]:
@@ -306,8 +311,8 @@ class Result:
     def to_xarray(self) -> xr.Dataset:
         """A labelled Dataset with the variable value.
 
-        Beside it stand estimate, low and high where they are known, and of every control its
-        ``control.NAME``, ``control.NAME.low`` and so on.
+        Beside it stand weights, estimate, low and high where they are known, and of every control
+        its ``control.NAME``, ``control.NAME.low`` and so on.
 
         Along "time" the coordinate is the window's centre in seconds, beside ``time_start``,
         ``time_end``, ``time_clip`` and ``time_label`` ("" and ``time_labelled`` False where a
@@ -394,7 +399,7 @@ class Result:
         recipe = json.loads(data.attrs.get("recipe", "{}"))
         if not (isinstance(meta, dict) and isinstance(recipe, dict)):
             raise InputError("its notes are no mappings")
-        together = {n: data[n].values for n in ("estimate", "low", "high") if n in data}
+        together = {n: data[n].values for n in OPTIONAL if n in data}
         return {
             "values": numbers_of(data, "value"),
             "dims": dims,

@@ -19,7 +19,8 @@ MOST_PACKED = 1_100  # how many bytes one of a compressed file can stand for (1,
 SLACK = 2**20  # bytes, for fill values that are not written
 _SEAL = b"\naudio_lens sha256 "  # and 64 digits: of all bytes before it, which HDF5 does not read
 _TOLD = ("meta", "report", "recipe")
-_ARRAYS = ("value", "estimate", "low", "high")
+OPTIONAL = ("weights", "estimate", "low", "high")
+_ARRAYS = ("value", *OPTIONAL)
 
 
 def attributes(result: Any) -> dict[str, str]:

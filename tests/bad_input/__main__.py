@@ -38,13 +38,14 @@ from bad_input import (
     studies,
     sweeps,
     tables,
+    tapped,
 )
 from bad_input.world import Case, inputs, model
 
 CASES: list[Case] = [
     case
     for module in (
-        *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, studies),
+        *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, tapped, studies),
         autoencoders,
         *(files, commands),
     )

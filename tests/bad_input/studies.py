@@ -1,66 +1,97 @@
-"""Temporal Attribution Patching: arguments, pairs, checkpoints and saved reports."""
+"""Studies: arguments, files, places and engines."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from audio_lens.analysis import tap
-from audio_lens.corruptions import TextSwap
-from audio_lens.items import demo_items
-from audio_lens.report import tap_page
+from audio_lens import studies
+from audio_lens.items import Item, Items
 from bad_input.commands import run
-from bad_input.world import Case, model, named, result, written
+from bad_input.world import NAN, RATE, Case, clip, named, written
 
-
-@functools.cache
-def _pairs() -> Any:
-    return demo_items()[:4].pairs(stream="audio")
-
-
-def _tap(**options: Any) -> Any:
-    return tap.tap(model(), _pairs(), **options)
-
-
-STUDIES = {
-    "tap of items": lambda: tap.tap(model(), demo_items()),
-    "tap with no corruption beside the pairs' own": lambda: _tap(corruptions=[]),
-    "tap with a number for a corruption": lambda: _tap(corruptions=[3]),
-    "tap with a corruption called counterpart": lambda: _tap(corruptions={"counterpart": None}),
-    "tap with pairs of other items as a corruption": lambda: _tap(corruptions=[_pairs()[:2]]),
-    "tap with one metric": lambda: _tap(
-        metrics={"one": _pairs().clean.metrics(model())["log_prob"]}
-    ),
-    "tap of pairs that differ in text alone": lambda: tap.tap(
-        model(), demo_items()[:4].pairs(TextSwap("The transcript", "A transcript"))
-    ),
-    "tap k=0": lambda: _tap(k=0),
-    "tap rank=0": lambda: _tap(rank=0),
-    "tap seed=-1": lambda: _tap(seed=-1),
-    "tap size=0": lambda: _tap(size=0),
-    "tap windows of no width": lambda: _tap(windows=0.0),
-    "tap windows of three numbers": lambda: _tap(windows=(0.1, 0.1, 0.1)),
-    "tap in a part that is none": lambda: _tap(part="connector"),
-    "tap of kinds that are none": lambda: _tap(kinds=("layer",)),
-    "tap stages that are not the first": lambda: _tap(stages=("claims",)),
-    "tap checkpoint= that holds something else": lambda: _tap(
-        checkpoint=written("other.part", "notes")
-    ),
-    "tap checkpoint= in no folder": lambda: _tap(checkpoint="nowhere/tap.part"),
-    "Report.load of nothing": lambda: tap.Report.load("nothing.zip"),
-    "Report.load of another file": lambda: tap.Report.load(written("other.zip", "notes")),
-    "tap_page of a result": lambda: tap_page(result(), "page.html"),
+CHEAP: dict[str, Any] = {
+    **{"site": "decoder.resid_pre", "axes": "layer", "layers": [2], "stream": "audio"},
 }
 
-COMMANDS = {
-    "tap --items of a file that is not there": lambda: run("tap", "--items", "nothing.jsonl"),
-    "tap --k 0": lambda: run("tap", "--k", "0"),
-    "tap --window 0": lambda: run("tap", "--window", "0"),
-    "tap --save to no folder": lambda: run("tap", "--save", "nowhere/tap.zip"),
-    "tap --out and --save of one name": lambda: run("tap", "--out", "a", "--save", "a"),
+
+def _study(out: str = "study", items: Any = "demo", **options: Any) -> Any:
+    return studies.Study(items, out=out, **{**CHEAP, **options})
+
+
+def _method(name: str, **options: Any) -> Any:
+    return studies.Study("demo", out="method", method=name, **options)
+
+
+def _again(**options: Any) -> Any:
+    _study("again")
+    return _study("again", **options)
+
+
+def _file(text: str) -> Any:
+    return run("study", "run", written("study.toml", text))
+
+
+def _harvest(**options: Any) -> Any:
+    return studies.harvest("demo", **{"out": "acts", **options})
+
+
+def _in_memory() -> Items:
+    return Items([Item(clip(), "what?", answer="two", sampling_rate=RATE)])
+
+
+FILE = 'items = "demo"\nout = "filed"\nsite = "decoder.resid_pre"\naxes = "layer"\n'
+
+STUDIES = {
+    "an argument that sweeps do not take": lambda: _study(axis="layer"),
+    "a metric": lambda: _study(metric="logit_diff"),
+    "a method that there is not": lambda: _method("knockout.knock"),
+    "an argument of another method": lambda: _method("knockout.knock_out", depth=3),
+    "case= of a method": lambda: _method("knockout.knock_out", case="os.path:join"),
+    "stream= of a method over items": lambda: _method("knockout.knock_out", stream="audio"),
+    "a case that is no path": lambda: _study(case="cases"),
+    "a case that cannot be imported": lambda: _study(case="cases:mine"),
+    "a source that no file holds": lambda: _study(source=object()),
+    "dtype='half'-hearted": lambda: _study(dtype="half-hearted"),
+    "unit=0": lambda: _study(unit=0),
+    "batch=-1": lambda: _study(batch=-1),
+    "items in memory": lambda: _study(items=_in_memory()),
+    "a table that is not there": lambda: _study(items="none.jsonl"),
+    "the place of another study": lambda: _again(layers=[3]),
+    "the place of a study of another unit": lambda: _again(unit=3),
+    "a file as a place": lambda: _study(written("taken", "x") / "study"),
+    "a store that is not known": lambda: _study("ftp://host/study"),
+    "load: no study": lambda: studies.load("nowhere"),
+    "load: nothing done": lambda: studies.load(_study("fresh").out),
+    "explain(workers=0)": lambda: _study().explain(workers=0),
+    "explain(tflops=nan)": lambda: _study().explain(tflops=NAN),
+    "explain of a method": lambda: _method("grounding.stream_share").explain(),
+    "explain of a model that is not there": lambda: _study("p", model="./nowhere").explain(),
+    "Slurm without logs": lambda: studies.Slurm().run("s3://bucket/study", [0]),
+}
+HARVESTS = {
+    "keep='half a byte'": lambda: _harvest(keep="half a byte"),
+    "pool='sum'": lambda: _harvest(pool="sum"),
+    "site= in place of sites=": lambda: _harvest(site="decoder.resid_post"),
+    "a bucket": lambda: _harvest(out="s3://bucket/acts"),
+    "a place by a function": lambda: _harvest(where=lambda item: item.words[0]),
+}
+FILES = {
+    "study run: no file": lambda: run("study", "run", "none.toml"),
+    "study run: no TOML": lambda: _file("items = "),
+    "study run: no out": lambda: _file('items = "demo"'),
+    "study run: engine = 3": lambda: _file(f"{FILE}engine = 3"),
+    "study run: an unknown engine": lambda: _file(f'{FILE}[engine]\nkind = "dask"'),
+    "study run: an unknown option": lambda: _file(f'{FILE}[engine]\nkind = "ray"\ngpu = 1'),
+    "study run --workers of one process": lambda: run(
+        "study", "run", written("study.toml", FILE), "--workers", 2
+    ),
+    "study status: no study": lambda: run("study", "status", "nowhere"),
+    "study collect: no study": lambda: run("study", "collect", "nowhere"),
+    "study retry: no study": lambda: run("study", "retry", "nowhere"),
 }
 
 CASES: list[Case] = [
-    *named("Temporal Attribution Patching", STUDIES),
-    *named("Temporal Attribution Patching from a shell", COMMANDS),
+    *named("Studies", STUDIES),
+    *named("Activations as a study", HARVESTS),
+    *named("Studies from a shell", FILES),
 ]

@@ -48,7 +48,8 @@ def test_values_of_items_become_a_result(items: Items) -> None:
     direct = statistics.bootstrap(values, seed=3)
     assert torch.equal(result.estimate, direct.value) and torch.equal(result.low, direct.low)
     assert (result.n_kept, result.n_dropped, result.report) == (4, 2, ["note"])
-    assert result.meta == {"interval": "95%, by 2000 draws of 4 items", "seed": "3"}
+    told = {"interval": "95%, by 2000 draws of 4 items", "seed": "3", "together": "mean"}
+    assert result.meta == told
     assert result.coords["stimulus"] == ["0", "1", "2", "3"]
     assert [cell.value for cell in result.cells("a")] == values.mean(0)[0].tolist()
 

@@ -236,6 +236,7 @@ def gc(
         each = torch.stack([of_many(one[None]) for one in values])
         drawn = statistics.bootstrap(values, of_many, groups=groups, seed=seed)
         of_items = found(each, {"layer": depth}, kept, by=by, seed=seed)
+        of_items.meta["together"] = "a coefficient of all items"
         return replace(of_items, estimate=drawn.value, low=drawn.low, high=drawn.high)
 
     result = coefficient(False)

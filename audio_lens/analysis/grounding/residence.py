@@ -150,7 +150,11 @@ def hand_over(
     return handed_over(moved, groups, seed)
 
 
-LEADS = {"title": "where the last position holds more than the stream's own", "value": "layer"}
+LEADS = {
+    "title": "where the last position holds more than the stream's own",
+    "value": "layer",
+    "together": "a layer of all items",
+}
 
 
 def handed_over(moved: Result, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Result:
