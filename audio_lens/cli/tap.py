@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from audio_lens.cli.shared import (
     app,
     plain_errors,
 )
+
+if TYPE_CHECKING:
+    from audio_lens.items import Items
 
 
 @app.command("tap")
@@ -83,7 +86,7 @@ def tap_command(
         shared.check_there(items)
         outputs = {"--save": save, "--out": html, "--checkpoint": checkpoint}
         shared.check_outputs(outputs, [items], model)
-        method, table = methods.get("tap"), read_items(items, skip_bad)
+        method, table = methods.get("tap"), _read(items, skip_bad)
         shared.check_outputs(outputs, [items, *clip_files(table)], model)
         listener = shared.load(model, device, dtype)
         if items is None and not listener.takes_question:
@@ -94,3 +97,10 @@ def tap_command(
         found = method.function(listener, ready, seed=seed, progress=progress, **options)
         made_with = {"model": listener.cfg.model_name, "seed": seed}
         Study(method, items, ready, found).give(save, html, as_json, made_with)
+
+
+def _read(path: Path | None, skip_bad: bool) -> Items:
+    """The table, or the shipped clips with their questions alone."""
+    from audio_lens.items import demo_items
+
+    return demo_items(transcripts=False) if path is None else read_items(path, skip_bad)

@@ -14,7 +14,7 @@ PLACES = ("first", "second", "third")
 QUESTIONS = ("Which digit is {place}?", "What is the {place} digit?")
 
 
-def demo_items() -> Items:
+def demo_items(*, transcripts: bool = True) -> Items:
     """Sixteen conflict items: what is said in a clip, and a transcript of it that is wrong.
 
     Each is one of the embedded model's eight clips with one of two questions about the digit in
@@ -22,8 +22,17 @@ def demo_items() -> Items:
     transcript in front of the question says. Both counterparts move one stream alone:
     ``other_audio`` says what the transcript does, ``other_text`` has the right transcript. No text
     says which of the two to trust. The group is the voice.
+
+    Args:
+        transcripts: False leaves them out: the questions alone, whose answers only the clips tell.
     """
-    return Items(item for pair in clip_pairs() for item in _items_of(pair))
+    items = [item for pair in clip_pairs() for item in _items_of(pair)]
+    return Items(items if transcripts else map(_bare, items))
+
+
+def _bare(item: Item) -> Item:
+    """The item without its transcript."""
+    return item.replaced(text=str(item.text).rpartition(". ")[2], other_text=None)
 
 
 def _items_of(pair: ShippedPair) -> Iterator[Item]:

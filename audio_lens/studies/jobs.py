@@ -8,7 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,7 @@ from audio_lens.inputs import AudioInputs
 from audio_lens.items import Item, Items
 from audio_lens.items.findings import MEAN, RATIO_OF_MEANS, TOGETHER
 from audio_lens.items.methods import METHODS
+from audio_lens.items.pairs import Pairs, Stream
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching import SweepResult
 from audio_lens.provenance import of_model, recalled
@@ -74,6 +75,7 @@ class Job(Protocol):
 
     def layout(self, model: HookedAudioTransformer, items: Items) -> Layout | None:
         """Which numbers items have, the longest first; None if running tells."""
+        ...
 
     def run(self, model: HookedAudioTransformer, items: Items) -> list[Numbers]:
         """The numbers of items.
@@ -81,6 +83,7 @@ class Job(Protocol):
         Raises:
             AudioLensError: naming what cannot be computed of one of them.
         """
+        ...
 
 
 # -------------------------------------------------------------------------------- sweeps
@@ -128,7 +131,7 @@ class Sweeps:
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Rows of items, and what a sweep of them takes beside what all take."""
         if self.spec.case is None:
-            for batch in items.pairs(stream=self.spec.stream).batches(model, self.spec.batch):
+            for batch in _pairs(items, self.spec).batches(model, self.spec.batch):
                 yield batch.rows, {**batch.pair, "metric": _metric(model, items[batch.rows])}
             return
         make = named(self.spec.case)
@@ -136,6 +139,11 @@ class Sweeps:
             case = make(model, item)
             fields = {name: getattr(case, name) for name in Case.__dataclass_fields__}
             yield [row], {name: value for name, value in fields.items() if value is not None}
+
+
+def _pairs(items: Items, spec: Spec) -> Pairs[Items]:
+    """Items beside the counterparts that the spec names."""
+    return items.pairs(stream=cast(Stream | None, spec.stream))
 
 
 def _metric(model: HookedAudioTransformer, items: Items) -> metrics.Metric:
@@ -187,7 +195,7 @@ class Methods:
 
     def run(self, model: HookedAudioTransformer, items: Items) -> list[Numbers]:
         given = {name: recalled(value) for name, value in self.spec.arguments.items()}
-        over = items.pairs(stream=self.spec.stream) if takes_pairs(self._function) else items
+        over = _pairs(items, self.spec) if takes_pairs(self._function) else items
         result = self._function(model, over, progress=False, **given)
         if not isinstance(result, Result) or "stimulus" not in result.dims:
             raise StudyError(

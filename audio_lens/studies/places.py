@@ -20,18 +20,23 @@ class Place(Protocol):
 
     def read(self, name: str) -> bytes | None:
         """What an object holds; None where there is none."""
+        ...
 
     def write(self, name: str, data: bytes) -> None:
         """Put an object in place."""
+        ...
 
     def remove(self, name: str) -> None:
         """Take an object away; one that is not there is no error."""
+        ...
 
     def names(self, folder: str) -> list[str]:
         """Names of the objects in a folder and below it, from the folder on."""
+        ...
 
     def zarr(self, name: str, read_only: bool = False) -> Any:
         """A store of zarr in a folder."""
+        ...
 
 
 class Folder:

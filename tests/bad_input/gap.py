@@ -67,9 +67,6 @@ DEFENCE = {
         Items([Item(np.full(16_000, NAN), "Which digit is first?", "two", "one",
                     sampling_rate=16_000)]),
     ),
-    "an attack on wrong answers": lambda: defence.attack(
-        model(), _asked(answer="zero", against="one")
-    ),
     "a defence of a stream": lambda: defence.robustness(
         model(), _asked(), site="encoder.resid_post"
     ),

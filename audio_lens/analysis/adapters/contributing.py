@@ -54,7 +54,8 @@ def contributions(
         InputError: a part without blocks, or a place that selects nothing in some item.
     """
     part = part_to_read(model, part)
-    writes = [str(one) for one in model.part(part).blocks[0].writes]
+    first: Any = model.part(part).blocks[0]
+    writes = [str(one) for one in first.writes]
     names = [f"{one}{RATIO}" for one in writes] + ["ratio"] + [f"{one}{COSINE}" for one in writes]
     n_layers = model.cfg.parts[part].n_layers
     place = ("audio" if part == "encoder" else "all") if where is None else where

@@ -299,7 +299,7 @@ class BidirectionalWalk:
             return None
         if queries is not None:
             own = context.need_position_bias[:, queries]
-            resid, context = resid[:, queries], replace(context, position_bias=own)
+            resid, context = resid[:, queries], replace(context, allowed=None, position_bias=own)
         return block.attn.bias(block.reads(resid), context)
 
     # ---------------------------------------------------------------- what lanes share
