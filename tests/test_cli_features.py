@@ -21,6 +21,7 @@ def run(*options: str, code: int = 0) -> str:
     return ran.output
 
 
+@pytest.mark.slow
 def test_latents_are_printed_and_written(tmp_path: Path) -> None:
     page, kept = tmp_path / "page.html", tmp_path / "ae.safetensors"
     told = json.loads(run(*QUICK, "--json", "--out", str(page), "--save", str(kept)))

@@ -252,6 +252,7 @@ def test_short_forward_equals_hugging_face(processor, loaded):
 # Training
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_uninterrupted(monkeypatch, tmp_path, bank):
     processor = checkpoint.build_processor()
     prompter = batches.Prompter(processor)
@@ -343,6 +344,7 @@ def test_the_last_stages_go_on_from_the_shipped_checkpoint(made_up, monkeypatch,
     assert record["stages"] == shipped["stages"]
 
 
+@pytest.mark.slow
 def test_room_leaves_the_encoder_and_heads_leave_all_as_it_is(made_up, bank, processor, tmp_path):
     model = small_model(processor.tokenizer)
     before = {name: weights.clone() for name, weights in model.state_dict().items()}

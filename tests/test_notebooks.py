@@ -58,6 +58,7 @@ def assert_no_machine_paths(shown: str, *folders: Path | str) -> None:
         assert f"{folder}/" not in shown
 
 
+@pytest.mark.mostly_slow(3)
 @each_notebook
 def test_runs_as_it_is(path: Path, kernel: KernelManager) -> None:
     shown = run(path, kernel)

@@ -302,6 +302,7 @@ def test_decoders_are_read_too() -> None:
 # -------------------------------------------------------------------------------- the study, files
 
 
+@pytest.mark.slow
 def test_the_study_of_an_adapter_and_of_none() -> None:
     found = adapters.study(adapted(), noise_items(6), progress=False)
     assert set(found) == {

@@ -105,6 +105,7 @@ def test_cells_are_single_edits(toy, pairs):
         assert bool(values[row]) == (str(int(said)) == sources.answers[lender])
 
 
+@pytest.mark.slow
 def test_a_search_is_held_against_its_controls():
     toy, pairs = SubspaceToy(gain=8.0), said_items(range(2)).pairs()
     result = interchange.align(

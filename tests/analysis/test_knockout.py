@@ -328,6 +328,7 @@ def test_value_zeroing_finds_the_same_blocks(embedded, spoken) -> None:
     assert result.controls["identity"].select(metric="distance").values.abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_the_analysis_gives_curve_and_mass(embedded, few, tmp_path) -> None:
     run = ANALYSES["knockout"]
     assert run.summary == "In which blocks does the answer depend on attention to the audio?"

@@ -242,6 +242,7 @@ def test_projections_are_hand_made_patches(embedded):
     torch.testing.assert_close(again.values, result.values)
 
 
+@pytest.mark.slow
 def test_drift_and_reward_are_two_measures(embedded):
     items = asked(3)
     drift = modality_gap.tars_drift(embedded, items, progress=False)

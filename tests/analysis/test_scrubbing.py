@@ -134,6 +134,7 @@ def test_errors_that_cancel_are_told_from_the_spread():
 # -------------------------------------------------------------------------------- trees
 
 
+@pytest.mark.slow
 def test_nodes_behind_each_other_are_computed_from_each_other(toy, items):
     """What is wrong in front is wrong behind, unless what is behind reads nothing."""
     assert recovered(toy, items, AUDIO, LAST) == pytest.approx(1, abs=1e-9)
@@ -151,6 +152,7 @@ def test_who_reads_what(toy):
     assert Tree.of(toy, Hypothesis([late, AUDIO])).reads["late"] == ("audio",)
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_trees_are_what_single_forwards_with_hooks_give(toy, items, seed):
     early = Node(STREAM, 1, [6], feature="odd", name="early")
@@ -211,6 +213,7 @@ def test_lenders_agree_in_the_feature_and_are_others(toy, items):
             assert against[lender % 12] == against[row % 12] == against[base % 12]
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed(toy, items):
     node = Node(STREAM, 3, "audio", feature="answer")
     same, again, other = (recovered(toy, items, node, seed=seed) for seed in (1, 1, 2))
@@ -265,6 +268,7 @@ def test_hypotheses_are_written_and_read(tmp_path, toy, items):
             Hypothesis.load(tmp_path / f"{name}.json")
 
 
+@pytest.mark.slow
 def test_results_are_run_again_from_their_files(tmp_path, toy, items):
     own = torch.eye(toy.cfg.decoder.d_model, dtype=torch.float64)
     nodes = [Node(STREAM, 2, "audio", own[:, :9], "answer"), Node(STREAM, 2, "last")]
@@ -337,6 +341,7 @@ def test_nodes_read_what_lies_before_them(toy):
 # -------------------------------------------------------------------------------- from a shell
 
 
+@pytest.mark.slow
 def test_the_analysis_finds_where_the_answer_is(toy):
     """With lenders it tests the answer; without, each keeps its own, and the report says so."""
     single = Items(item_of(cue) for cue in CUES)
