@@ -105,21 +105,15 @@ def test_two_writers_of_whom_one_is_killed_lose_nothing(tmp_path):
 def test_a_set_of_57_602_items(tmp_path):
     table = many(57_602).to_table(tmp_path / "items.jsonl")
     process = psutil.Process()
-    start = time.process_time()
     study = studies.Study(
         table, out=tmp_path / "out", site="decoder.resid_pre", axes="layer", stream="audio"
     )
-    assert time.process_time() - start < 20
     store = study.store
     store.lay_out(LAYOUT)
     before = process.memory_info().rss
-    start = time.process_time()
     for unit in range(400):
         store.commit(unit, truth(unit, 8), np.full(8, DONE))
-    assert (time.process_time() - start) / 400 < 0.015
     assert process.memory_info().rss - before < 50e6  # no more after 3,200 items
-    start = time.process_time()
     assert len(Store.open(study.out).left()) == 7201 - 400
-    assert time.process_time() - start < 1
     assert status_of(store).done_items == 3200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6  # kilobytes
