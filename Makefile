@@ -1,6 +1,7 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv on a fresh machine.
 # `make test` leaves out the long tests: `make test-share` runs a sixth of them, which SEED chooses
 # (else the clock), `make test-slow` all, `make test-all` every test; `make docs` builds the site.
+# The share leaves out files whose long tests take minutes each (MINUTES): `make test-slow` has them.
 # `make types` counts what pyright finds wrong and writes the numbers that have fallen.
 # All of them install the known versions of constraints.txt, which `make versions` renews.
 # `make lower-bounds` tests with the oldest versions that setup.cfg allows.
@@ -15,6 +16,11 @@ KNOWN := --constraint constraints.txt --build-constraint constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --durations=25
 
+MINUTES := $(addprefix analysis/test_, \
+	adapters adapters_sweep autoencoder_floors autoencoders circuits defence interchange \
+	modality_gap neurons steering subspaces tap) \
+	models/test_placement patching/test_direct_paths
+
 .PHONY: demo test test-share test-slow test-all types docs install versions lower-bounds
 
 demo: $(VENV)/.runtime
@@ -26,7 +32,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
 test-share: $(VENV)/.dev
-	$(PYTEST) -m slow --share 6 $(if $(SEED),--share-seed $(SEED))
+	$(PYTEST) -m slow --share 6 $(if $(SEED),--share-seed $(SEED)) $(MINUTES:%=--ignore=tests/%.py)
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
