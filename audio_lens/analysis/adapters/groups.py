@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from torch import nn
@@ -144,7 +145,7 @@ class Arms:
                 f"leave out the arm {ALL_EQUAL!r}"
             )
         ends = [total * (layer + 1) // self.n_layers for layer in range(self.n_layers)]
-        return dict(enumerate(b - a for a, b in zip([0, *ends], ends, strict=False)))
+        return dict(enumerate(b - a for a, b in pairwise([0, *ends])))
 
     def _drawn(self, seed: int) -> tuple[int, ...]:
         for layers in self._draws(seed):

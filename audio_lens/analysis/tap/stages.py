@@ -87,6 +87,7 @@ def unpacked(path: str | Path) -> tuple[dict[str, Part], dict[str, Any]]:
     return parts, head
 
 
+# of JSON, of netCDF, and of zip files: encrypted, or packed in an unknown way
 _ODD = (KeyError, TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError)
 
 
