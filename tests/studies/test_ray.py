@@ -11,7 +11,6 @@ import psutil
 import pytest
 from study_tools import (
     PATH,
-    all_items,
     by_case,
     kill_one,
     meanwhile,
@@ -28,19 +27,6 @@ ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 SMALL = {"object_store_memory": 100_000_000}
 TWO = studies.Ray(workers=2, options={"num_cpus": 2, **SMALL})
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return all_items(tmp_path_factory.mktemp("t"))
-
-
-@pytest.fixture(scope="module")
-def here(table: Path, tmp_path_factory: pytest.TempPathFactory) -> studies.Study:
-    """The study in this process."""
-    study = by_case(table, tmp_path_factory.mktemp("here") / "out")
-    study.run()
-    return study
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
-from study_tools import PATH, all_items, by_case, kill_one, meanwhile, same, tried_again, workers
+from study_tools import PATH, by_case, kill_one, meanwhile, same, tried_again, workers
 
 from audio_lens import studies
 from audio_lens.studies import StudyError
@@ -18,19 +17,6 @@ pytest.importorskip("zarr")
 pytest.importorskip("submitit")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 LOCAL = studies.Slurm(workers=2, cluster="local", wait=True, hours=0.5)
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return all_items(tmp_path_factory.mktemp("t"))
-
-
-@pytest.fixture(scope="module")
-def here(table: Path, tmp_path_factory: pytest.TempPathFactory) -> studies.Study:
-    """The study in this process."""
-    study = by_case(table, tmp_path_factory.mktemp("here") / "out")
-    study.run()
-    return study
 
 
 @pytest.fixture(autouse=True)
