@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -343,16 +344,13 @@ def _result(
 
     beside = {name: recovered(0, number) for number, name in enumerate(controls, start=1)}
     if gap.shape[-1] > 1:  # the metrics of items, with their log-probability as the second
-        beside |= {"log_prob": recovered(1, 0), "destroyed": _destroyed(runs, axes)}
+        level = torch.stack([-run.swapped[:, 0] for run in runs], dim=1)  # n streams
+        level = repeat(level, "n streams -> n streams layers", layers=len(axes["layer"]))
+        across = {"stream": axes["stream"], "layer": axes["layer"]}
+        destroyed = found(level, across, items, denominators=gap[..., 0], **drawn)
+        beside |= {"log_prob": recovered(1, 0), "destroyed": destroyed}
     beside["gap"] = found(gap[..., 0], {"stream": axes["stream"]}, items, **drawn)
     return replace(recovered(0, 0), controls=beside)
-
-
-def _destroyed(runs: Sequence[_Measured], axes: dict[str, list]) -> Result:
-    """What wiping out the other answer would recover by itself, in every layer the same."""
-    level = torch.stack([-run.swapped[:, 0].mean() / run.gap[:, 0].mean() for run in runs])
-    across = {"stream": axes["stream"], "layer": axes["layer"]}
-    return Result(level[:, None].repeat(1, len(axes["layer"])), (*across,), across)
 
 
 # -------------------------------------------------------------------------------- in words

@@ -188,7 +188,7 @@ class HookedComposed(AudioLLM):
             return [], None
         taps = self.connector.taps
         *given, resid = resid.split(self.cfg.need_encoder.d_model, dim=-1)
-        if len(given) != sum(tap < start for tap in taps):
+        if len(given) != sum(tap < start for tap in taps[:-1]):
             raise InputError(
                 f"the connector reads blocks {', '.join(map(str, taps))} of the encoder: start at "
                 f"encoder layer {min(taps)} or before"

@@ -90,13 +90,13 @@ def entering(
         residuals: the residual stream entering every block up to this one.
     """
     before = [residuals[block + 1] for block in sent_before(model, part, layer)]
-    return _side_by_side([*before, residuals[layer]])
+    return _side_by_side([*before, residuals[min(layer, sent_from(model, part)[-1] + 1)]])
 
 
 def sent_onwards(
     model: HookedAudioTransformer,
     part: str,
-    begun: Float[Tensor, "b t sd"],
+    begun: Float[Tensor, "b t begun_d"],
     context: Context,
     start: int = 0,
 ) -> Float[Tensor, "b t sd"]:
