@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from audio_lens import HookedAudioTransformer
 
 pytest_plugins = ["share", "pytester"]
+
+CHECKED = 8  # one in so many long tests runs with the checks of types
 
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("audio_lens")
@@ -40,12 +43,22 @@ def pytest_collection() -> Iterator[object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Tests marked `unchecked` run as users run the library, without the checks of types."""
-    jaxtyping.config.update("jaxtyping_disable", bool(item.get_closest_marker("unchecked")))
+    """Only some tests run with the checks of types, which take most of a test's time."""
+    jaxtyping.config.update("jaxtyping_disable", not is_checked(item))
     try:
         return (yield)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def is_checked(item: pytest.Item) -> bool:
+    """Whether types are checked: in quick tests not marked `unchecked`, and in one long test in 8.
+
+    The others run as users run the library.
+    """
+    if item.get_closest_marker("unchecked"):
+        return False
+    return not item.get_closest_marker("slow") or zlib.crc32(item.nodeid.encode()) % CHECKED == 0
 
 
 @pytest.fixture(params=("whisper", "qwen2_audio"))  # tiny.FAMILIES
