@@ -27,7 +27,7 @@ MOST_COPIES = 1_000_000
 KEPT = "kept"  # in `extra`: the frames of a segment that become tokens, where models choose some
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AudioInputs:
     """A batch of prompts: one row of tokens each, and the clips they hold.
 
@@ -75,8 +75,8 @@ class AudioInputs:
     audio: list[np.ndarray] | None = None
     text: list[str] | list[list[int]] | None = None
     sampling_rate: int = 16_000
-    remake: Callable[..., AudioInputs] | None = field(default=None, repr=False)
-    copies: int = field(default=1, repr=False)
+    remake: Callable[..., AudioInputs] | None = None
+    copies: int = 1
 
     def __post_init__(self) -> None:
         n_segments = len(self.clip_of_segment)
@@ -86,6 +86,18 @@ class AudioInputs:
                 f"{len(self.tokens)} prompts hold {n_segments} {what} by their tokens, but there "
                 f"are features of {len(self.features)} {what}"
             )
+
+    def __repr__(self) -> str:
+        n, n_clips = len(self), sum(self.clips_per_row)
+        heard = [len(x) / self.sampling_rate for x in self.audio or ()]
+        seconds = f" of {', '.join(f'{x:.2f}' for x in heard)} s" if heard else ""
+        padded = "" if self.attention_mask is None or self.attention_mask.all() else ", padded"
+        shape = " x ".join(map(str, self.features.shape))
+        tokens = f"tokens {n} x {self.tokens.shape[-1]}{padded}"
+        return (
+            f"AudioInputs of {n} prompt{'s' * (n != 1)}: {tokens}, "
+            f"{n_clips} clip{'s' * (n_clips != 1)}{seconds}, features {shape}, on {self.device}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: everything but `remake`, behind which is a whole model."""

@@ -261,6 +261,21 @@ class Timeline:
     def __init__(self, rows: list[Row]):
         self.rows = rows
 
+    def __repr__(self) -> str:
+        seconds = ", ".join(f"{x:.2f}" for row in self.rows for x in row.durations_s)
+        clips = f"clips of {seconds} s" if seconds else "no clips"
+        parts = "; ".join(map(self._told, self.rows[0].tracks)) if self.rows else "no parts"
+        return f"Timeline of {len(self)} prompt{'s' * (len(self) != 1)} with {clips}: {parts}"
+
+    def _told(self, part: str) -> str:
+        """The positions of a part in the first row, and how far apart they lie."""
+        track = Track.joined(self.rows[0].segments(part))
+        seconds = track.seconds[track.seconds.isfinite()].unique()
+        apart = f" every {seconds.diff().median().item():.3g} s" if len(seconds) > 1 else ""
+        timed = int(track.seconds.isfinite().sum())
+        of_audio = f", {timed} of audio" if 0 < timed < len(track.seconds) else ""
+        return f"{part} {len(track.seconds)} positions{of_audio}{apart}"
+
     def __len__(self) -> int:
         return len(self.rows)
 

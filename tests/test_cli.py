@@ -14,6 +14,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
+import audio_lens
 from audio_lens import HookedAudioTransformer, Span, cli, files, patching, report, results
 from audio_lens.cli import complete, shared
 from audio_lens.models import embedded as shipped
@@ -134,6 +135,52 @@ def test_map_of_several_sites_and_both_directions_is_one_page(run, clips):
     assert kept.exit_code == 2 and "keep one map" in kept.stderr
 
 
+def test_every_site_of_a_list_has_its_own_axes(run, clips):
+    several = ["--site", "connector.out,decoder.attn.z", "--window", "0.3", "--layer", "3"]
+    refused = run(*own(clips, *several))
+    assert refused.exit_code == 2 and "connector.out" in refused.stderr
+    result = run(*own(clips, *several[:-2], "--json"))
+    assert result.exit_code == 0, result.stderr
+    both = [one["top"][0] for one in json.loads(result.stdout)["maps"]]
+    assert ["start_s" in cell for cell in both] == [True, False]
+    assert ["head" in cell and "layer" in cell for cell in both] == [False, True]
+
+
+def test_map_of_chosen_layers_by_one_answer(run, clips, tmp_path):
+    answer = ["--answer", "seven", "--metric", "log_prob", "--layer", "1", "-l", "3"]
+    files = ["map", "--clean", clips.clean, "--corrupted", clips.corrupted, "-q", ASKED[1]]
+    result = run(*files, *answer, "--axes", "layer", "--save", "new/folder/map.nc")
+    assert result.exit_code == 0, result.output
+    assert "metric: log-probability of" in result.stdout
+    saved = patching.load(tmp_path / "new" / "folder" / "map.nc")
+    assert saved.coords["layer"] == [1, 3]
+
+
+def test_a_token_can_be_named_by_its_id(run, clips, embedded):
+    ids = [f"id:{embedded.to_single_token(word)}" for word in ("seven", "two")]
+    named = ["--answer", ids[0], "--against", ids[1], "--axes", "layer", "--json"]
+    one, other = (json.loads(run(*own(clips, *words)).stdout) for words in (named, named[4:]))
+    assert one["metric"] == other["metric"] and one["top"] == other["top"]
+
+
+def textgrid(tier, word):
+    """One word, in the short form of Praat."""
+    head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n0.6\n<exists>\n1\n'
+    return f'{head}"IntervalTier"\n"{tier}"\n0\n0.6\n1\n0.1\n0.5\n"{word}"\n'
+
+
+def test_words_of_a_textgrid_stand_below_the_wave(run, clips, monkeypatch, tmp_path):
+    (tmp_path / "clean.TextGrid").write_text(textgrid("words", "digit"))
+    (tmp_path / "other.TextGrid").write_text(textgrid("spoken", "number"))
+    drawn = {}
+    monkeypatch.setattr(report, "map_page", lambda *arguments, **options: drawn.update(options))
+    said = ["--textgrid", "clean.TextGrid", "--corrupted-textgrid", "other.TextGrid"]
+    run(*own(clips, *QUICK, *said))
+    assert drawn["words"] == [Span(0.1, 0.5, "digit")]
+    assert drawn["corrupted_words"] == [Span(0.1, 0.5, "number")]
+    assert_one_red_line(run("map", *said), "of your own clip")
+
+
 def test_map_takes_overlapping_windows(run, clips, tmp_path):
     result = run(*own(clips, "--axes", "time", "--stride", "0.2", "--save", "map.nc"))
     assert result.exit_code == 0, result.output
@@ -207,7 +254,11 @@ def test_clips_of_unequal_length_are_lengthened(run, clips):
     [
         (["--site", "decoder.resid_prr"], "resid_pre"),
         (["--axes", "layer,tone"], "tone"),
-        (["--answer", "seven hundred"], "one token"),
+        (["--answer", "seven hundred"], "not one: use a word that is one (mind the leading space)"),
+        (["--answer", "id:seven"], "'id:seven' names no token"),
+        (["--answer", "id:123456"], "123456"),
+        (["--metric", "ctc_diff"], "does not fit"),
+        (["--layer", "99"], "99"),
         (["--window", "0"], "positive"),
         (["--window", "0", "--stride", "0.5"], "positive"),
         (["--model", "no_such_directory/at_all/here"], "no_such_directory"),
@@ -234,7 +285,9 @@ def unloadable(monkeypatch, run):
         (["--axes", "layer,head,time", "--site", "decoder.attn.z"], "one or two axes"),
         (["--clean", "nothing.wav"], "nothing.wav"),
         (["--corrupted", "text.wav"], "text.wav cannot be read as audio"),
-        (["--out", "no_folder/map.html"], "no folder"),
+        (["--metric", "log_prob"], "--metric log_prob reads one answer: leave out --against"),
+        (["--textgrid", "gone.TextGrid"], "there is no file gone.TextGrid"),
+        (["--out", "clean.wav/map.html"], "there is no folder"),
         (["--out", "."], "is a folder"),
         (["--save", "."], "is a folder"),
         (["--checkpoint", "."], "is a folder"),
@@ -299,9 +352,11 @@ def test_nothing_is_generated_before_a_bad_clip_or_site(run, clips, monkeypatch,
     assert_one_red_line(run(*own(clips, "--site", "decoder.resid_prr")), "resid_pre")
 
 
-def test_a_direction_is_one_of_two(run, clips):
+def test_directions_and_metrics_are_those_that_are_named(run, clips):
     result = run(*own(clips, "--direction", "sideways"))
     assert result.exit_code == cli.BAD_INPUT and "'denoise', 'noise'" in result.stderr
+    metric = run(*own(clips, "--metric", "wer"))
+    assert metric.exit_code == cli.BAD_INPUT and "'logit_diff', 'log_prob'" in metric.stderr
     noise = json.loads(run(*own(clips, *QUICK, "--direction", "noise", "--json")).stdout)
     assert all(cell["effect"] == pytest.approx(1 - cell["recovery"]) for cell in noise["top"])
 
@@ -329,6 +384,17 @@ def test_other_failures_exit_with_one(run, monkeypatch):
     monkeypatch.setattr(shared, "load", fail)
     result = run("info")
     assert result.exit_code == 1 and result.stderr.strip() == "error: boom [red]"
+
+
+def test_version(run):
+    assert run("--version").stdout == f"audio-lens {audio_lens.__version__}\n"
+
+
+def test_models_fit_into_80_columns(run):
+    shown = run("models").stdout
+    table = shown[: shown.index("of each part")].splitlines()
+    assert max(map(len, table)) <= 80
+    assert any("audio_spectrogram_transformer" in line for line in table)
 
 
 def test_info_shows_parts_and_hooks(run, embedded):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,11 @@ from rich.table import Table
 
 from audio_lens.cli import shared
 from audio_lens.cli.shared import AsJson, Debug, ModelArgument, Verbose, app, out, plain_errors
+
+if TYPE_CHECKING:
+    from audio_lens.catalogue import Catalogue, Entry
+
+IN_COLUMNS = ("encoder", "connector", "decoder")
 
 
 @app.command()
@@ -31,17 +36,37 @@ def models(as_json: AsJson = False, verbose: Verbose = False, debug: Debug = Fal
         if as_json:
             shared.print_json(asdict(catalogue))
             return
-        rows = catalogue.rows()
-        table = Table(*rows[0], box=None, header_style="bold")
-        for row in rows:
-            table.add_row(*row.values())
-        out.print(table)
+        out.print(_families(catalogue))
+        out.print(
+            "[dim]of each part: hook points in a block, seconds from one position to the next[/]"
+        )
         versions = ", ".join(f"{name} {version}" for name, version in catalogue.versions.items())
         out.print(
             "[dim]float32, float64: largest difference from Hugging Face in any output, residual "
             f"stream or pattern, relative to the largest value ({escape(versions)}). "
             f"{escape(catalogue.not_in_float64())}[/]"
         )
+
+
+def _families(catalogue: Catalogue) -> Table:
+    """The table of families, no wider than 80 columns: further parts stand below their model."""
+    shape = {"box": None, "header_style": "bold", "padding": (0, 1, 0, 0)}
+    table = Table("model", *IN_COLUMNS, "float32", "float64", **shape)
+    for entry in catalogue.entries:
+        parts = {part: _part(entry, part) for part in entry.parts}
+        cells = [parts.get(part, "") for part in IN_COLUMNS]
+        table.add_row(entry.name, *cells, f"{entry.float32:.0e}", f"{entry.float64:.0e}")
+        for part in entry.parts:
+            if part not in IN_COLUMNS:
+                table.add_row(f"  and {part}: {parts[part]}")
+    return table
+
+
+def _part(entry: Entry, part: str) -> str:
+    """Hook points in one of a part's blocks, and the seconds between its positions."""
+    seconds = entry.seconds_per_position.get(part)
+    held = [str(entry.hooks_per_block.get(part, "")), "" if seconds is None else f"{seconds:g} s"]
+    return ", ".join(filter(None, held))
 
 
 @app.command()

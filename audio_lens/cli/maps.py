@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from audio_lens.cli import complete, shared
+from audio_lens.cli.cases import Case, MetricName
 from audio_lens.cli.shared import (
     AsJson,
     Debug,
@@ -49,17 +50,6 @@ _DIRECTIONS: dict[Direction, list[Literal["denoise", "noise"]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """Two clips, and the answer that tells them apart."""
-
-    clips: ClipPair
-    answer: str
-    against: str
-    words: Sequence[Any] = field(default=())
-    corrupted_words: Sequence[Any] = field(default=())
-
-
 @app.command("map")
 def map_command(
     model: ModelName = "embedded",
@@ -70,16 +60,32 @@ def map_command(
     corrupted: Annotated[
         Path | None, typer.Option(help="The clip that differs in what is asked.")
     ] = None,
-    question: Annotated[str | None, typer.Option(help="What an audio LLM is asked.")] = None,
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="What an audio LLM is asked.")
+    ] = None,
     answer: Annotated[
         str | None,
         typer.Option(
-            help="Answer to the clean clip: one token (mind a leading space), the name of a class, "
-            "or a transcript of a CTC model."
+            help="Answer to the clean clip: one token (mind a leading space; id:1234 is one by its "
+            "id), the name of a class, or a transcript of a CTC model."
         ),
     ] = None,
     against: Annotated[str | None, typer.Option(help="Answer to the corrupted clip.")] = None,
+    metric: Annotated[
+        MetricName | None,
+        typer.Option(
+            help="What the map is read by; default: logit_diff, of CTC models ctc_diff. Those of "
+            "one answer need no --against."
+        ),
+    ] = None,
     language: Language = None,
+    textgrid: Annotated[
+        Path | None,
+        typer.Option(help="A Praat TextGrid of the clean clip: its words stand below the wave."),
+    ] = None,
+    corrupted_textgrid: Annotated[
+        Path | None, typer.Option(help="The same of the corrupted clip.")
+    ] = None,
     site: Annotated[
         str,
         typer.Option(
@@ -89,12 +95,17 @@ def map_command(
         ),
     ] = "resid_pre",
     axes: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="One or two of layer, head, time, position, neuron, frequency.",
+            help="One or two of layer, head, time, position, neuron, frequency; default: as the "
+            "site has them, layer,time, of heads layer,head.",
             autocompletion=complete.axes,
         ),
-    ] = "layer,time",
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option("--layer", "-l", help="A layer to patch, may be repeated; default: all."),
+    ] = None,
     window: Annotated[
         float | None, typer.Option(help="Width of the time windows in seconds; default: 0.1.")
     ] = None,
@@ -148,11 +159,14 @@ def map_command(
     [green]audio-lens map --site encoder.resid_pre,decoder.resid_pre --direction both[/]
     """
     with plain_errors(debug, verbose, checkpoint):
-        shared.check_there(clean, corrupted)
+        textgrids = textgrid, corrupted_textgrid
+        shared.check_there(clean, corrupted, *textgrids)
         wanted, sites = _wanted_axes(axes), _wanted_sites(site)
-        case = _case(clean, corrupted, question, answer, against, language)
+        pairs = (clean, corrupted), question, (answer, against)
+        case = Case.of(*pairs, language, textgrids, metric)
         outputs = {"--out": html, "--save": save, "--checkpoint": checkpoint}
-        shared.check_outputs(outputs, [case.clips.clean, case.clips.corrupted], model)
+        read = case.clips.clean, case.clips.corrupted, *textgrids
+        shared.check_outputs(outputs, read, model)
         directions = _DIRECTIONS[direction]
         if checkpoint is None and checkpoint_every is not None:
             raise ValueError("--checkpoint-every belongs to --checkpoint: name a file to save to")
@@ -162,36 +176,36 @@ def map_command(
         listener = shared.load(model, device, dtype)
         _check_answers(listener, model)
         shared.check_limit(listener, model, max_new_tokens)
-        from audio_lens import metrics, patching, report
+        from audio_lens import patching, report
         from audio_lens.patching.engine.checkpoint import EVERY_S
 
-        for one in sites:
-            patching.Site.parse(one, listener)  # a mistyped one raises before any work
+        found = [patching.Site.parse(one, listener) for one in sites]  # raises before any work
         replace(case.clips, question=question).check_options(listener)
         if not listener.takes_question:
             case = replace(case, clips=replace(case.clips, question=None))
         _tell_lengths(case.clips)
         pair = case.clips.inputs(listener)
-        is_ctc = listener.cfg.output_kind == "ctc"
-        difference = metrics.ctc_diff if is_ctc else metrics.logit_diff
-        metric = difference(case.answer, case.against)
+        measure = case.measured_by(listener)
+        across = {str(one): wanted or _axes_of(one) for one in found}
+        is_timed = any("time" in own for own in across.values())
         plans = [
             patching.plan(
                 listener,
                 clean=pair[0],
                 corrupted=pair[1],
                 site=one,
-                axes=wanted,
-                windows=_windows(window, stride),
-                metric=metric,
+                axes=own,
+                layers=layer or None,
+                windows=None if is_timed and "time" not in own else _windows(window, stride),
+                metric=measure,
                 direction=way,
             )
-            for one in sites
+            for one, own in across.items()
             for way in directions
         ]
-        before = _listen(listener, case.clips, pair, metric, max_new_tokens)
+        before = _listen(listener, case.clips, pair, measure, max_new_tokens)
         if not as_json:
-            _print_baselines(case, before)
+            _print_baselines(case, before, measure)
         if before["alike"]:
             raise ValueError(
                 "the metric is the same for both clips, so a map would be meaningless: choose "
@@ -215,10 +229,10 @@ def map_command(
             results,
             pair[0].need_audio[0],
             html,
-            words=case.words,
-            corrupted_words=case.corrupted_words,
+            **case.said[0],
+            **{f"corrupted_{tier}": spans for tier, spans in case.said[1].items()},
             corrupted_audio=pair[1].need_audio[0],
-            title=f"What decides {case.answer.strip()!r} against {case.against.strip()!r}",
+            title=case.title,
             sampling_rate=listener.cfg.sampling_rate,
         )
         written, failures = shared.write_each(writers)
@@ -264,44 +278,6 @@ def _as_data(result: Any) -> dict[str, Any]:
     }
 
 
-def _case(
-    clean: Path | None,
-    corrupted: Path | None,
-    question: str | None,
-    answer: str | None,
-    against: str | None,
-    language: str | None,
-) -> Case:
-    """The user's clips with their answers, or the shipped pair with what is not overridden."""
-    shared.check_not_empty({"--question": question, "--answer": answer, "--against": against})
-    if clean is None and corrupted is None:
-        return _shipped_case(question, answer, against, language)
-    given = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--against": against}
-    if clean is None or corrupted is None or answer is None or against is None:
-        missing = [option for option, value in given.items() if value is None]
-        raise ValueError(f"your own clips also need {', '.join(missing)}")
-    from audio_lens.patching.clip_pair import ClipPair
-
-    return Case(ClipPair(clean, corrupted, question, language), answer, against)
-
-
-def _shipped_case(
-    question: str | None, answer: str | None, against: str | None, language: str | None
-) -> Case:
-    from audio_lens.models.embedded import default_pair
-    from audio_lens.patching.clip_pair import ClipPair
-
-    pair = default_pair()
-    asked = pair.question if question is None else question
-    return Case(
-        clips=ClipPair(pair.clean, pair.corrupted, asked, language),
-        answer=pair.answer if answer is None else answer,
-        against=pair.against if against is None else against,
-        words=pair.words,
-        corrupted_words=pair.corrupted_words,
-    )
-
-
 def _tell_lengths(clips: ClipPair) -> None:
     shorter, longer = sorted(clips.seconds)
     if shorter < longer:
@@ -331,7 +307,10 @@ def _listen(
     }
 
 
-def _wanted_axes(axes: str) -> list[str]:
+def _wanted_axes(axes: str | None) -> list[str]:
+    """The axes that are named; none where each site has its own."""
+    if axes is None:
+        return []
     wanted = [axis.strip() for axis in axes.split(",")]
     if len(wanted) > 2:
         raise ValueError(f"a map has one or two axes, got {', '.join(wanted)}")
@@ -339,6 +318,13 @@ def _wanted_axes(axes: str) -> list[str]:
     if unknown:
         raise ValueError(f"unknown axis {unknown[0]!r}: choose of {', '.join(complete.AXES)}")
     return wanted
+
+
+def _axes_of(site: Any) -> list[str]:
+    """The axes of a site where none are named."""
+    if site.n_layers is None:
+        return ["time"]
+    return ["layer", "head" if site.unit == "head" else "time"]
 
 
 def _windows(window: float | None, stride: float | None) -> float | tuple[float, float] | None:
@@ -361,7 +347,7 @@ def _told(case: Case, before: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in told.items() if text is not None}
 
 
-def _print_baselines(case: Case, before: dict[str, Any]) -> None:
+def _print_baselines(case: Case, before: dict[str, Any], metric: Any) -> None:
     if case.clips.question:
         out.print(f"question: [bold]{escape(case.clips.question)}[/]")
     table = Table("clip", "file", "the model answers", "metric", box=None, header_style="dim")
@@ -369,14 +355,10 @@ def _print_baselines(case: Case, before: dict[str, Any]) -> None:
         answer, value = before["answers"][name], before["metric"][name]
         table.add_row(name, escape(path.name), f"[bold]{escape(answer)}[/]", f"{value:+.3f}")
     out.print(table)
-    answer, against = (escape(repr(word)) for word in (case.answer, case.against))
-    out.print(f"[dim]metric: logit of {answer} minus logit of {against}[/]")
-    if before["answers"]["clean"] == before["answers"]["corrupted"]:
-        shared.warn("the model answers both clips the same: a map can hardly explain that")
-    elif before["metric"]["clean"] < before["metric"]["corrupted"]:
-        shared.warn(
-            "the metric is larger for the corrupted clip: are --answer and --against swapped?"
-        )
+    out.print(f"[dim]metric: {escape(metric.name)}[/]")
+    doubt = case.doubts(before["answers"], before["metric"])
+    if doubt is not None:
+        shared.warn(doubt)
 
 
 def _print_map(result: Any) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,6 @@ CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 
 app = typer.Typer(
     name="audio-lens",
-    help="See which layer, head and moment of audio decide what a model answers.",
     epilog="Exit codes: 0 done, 2 input that cannot be used, 1 anything else, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -95,6 +94,28 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is don
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def _print_version(is_asked: bool) -> bool:
+    """End the command with the version, if that is asked."""
+    if is_asked:
+        from importlib.metadata import version
+
+        typer.echo(f"audio-lens {version('audio_lens')}")
+        raise typer.Exit
+    return is_asked
+
+
+@app.callback()
+def main(
+    is_asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """See which layer, head and moment of audio decide what a model answers."""
+
+
 @contextmanager
 def plain_errors(
     debug: bool, verbose: bool = False, checkpoint: Path | None = None
@@ -155,7 +176,7 @@ def _print_warning(message: Warning | str, *_: Any, name: str = "") -> None:
 
 
 def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
-    """The model, with progress of what takes long where somebody can see it."""
+    """The model; with --verbose, in a terminal, how its weights are read."""
     import torch
     import transformers
 
@@ -163,7 +184,8 @@ def load(name: str, device: Any = None, dtype: Precision | Any = None) -> Any:
     from audio_lens.models.loading.checkpoints import EMBEDDED
 
     precision = getattr(torch, dtype.value) if isinstance(dtype, Precision) else dtype
-    started, is_quiet = time.monotonic(), name == EMBEDDED or not err.is_terminal
+    is_told = logging.getLogger("audio_lens").isEnabledFor(logging.INFO)
+    started, is_quiet = time.monotonic(), name == EMBEDDED or not (err.is_terminal and is_told)
     if is_quiet:
         transformers.utils.logging.disable_progress_bar()
     else:
@@ -240,6 +262,8 @@ def check_outputs(
 ) -> None:
     """Raise before the work if what it gives could not be written, or over what it reads.
 
+    Folders that do not exist are made.
+
     Args:
         outputs: files to write by the option that names them.
         inputs: files that the command reads.
@@ -253,6 +277,8 @@ def check_outputs(
     checkpoint = [path for path in there if path.suffix in CHECKPOINT_SUFFIXES]
     files.check_apart(named, [*filter(None, inputs), *checkpoint])
     for path in named.values():
+        with suppress(OSError):  # which is told of below, as every file that cannot be written
+            path.parent.mkdir(parents=True, exist_ok=True)
         files.try_out(path)
 
 

@@ -25,6 +25,7 @@ from audio_lens.models.loading.lora import Adaptable
 from audio_lens.models.loading.placement import Devices, Placed, moved
 from audio_lens.models.mixins.decoding import GreedyDecoding
 from audio_lens.models.mixins.hearing import Hearing
+from audio_lens.models.mixins.shown import Shown
 from audio_lens.models.mixins.vocabulary import Vocabulary
 from audio_lens.models.mixins.writing import ReturnType, Writing
 from audio_lens.models.part import Part
@@ -49,7 +50,7 @@ class AudioPlaces(NamedTuple):
 
 
 class HookedAudioTransformer(
-    GreedyDecoding, Hearing, Writing, Vocabulary, Adaptable, Placed, Family, ABC
+    GreedyDecoding, Hearing, Writing, Vocabulary, Shown, Adaptable, Placed, Family, ABC
 ):
     """A model that listens, with a named `HookPoint` on everything it computes.
 

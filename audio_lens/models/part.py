@@ -82,6 +82,13 @@ class Part(Generic[Model]):
     def __init__(self, model: Model, name: str):
         self.model, self.name = model, name
 
+    def __repr__(self) -> str:
+        cfg = self.model.cfg.parts[self.name]
+        return (
+            f"{self.name} of {self.model.cfg.model_name}: {cfg.n_layers} layers of {cfg.n_heads} "
+            f"heads, d_model {cfg.d_model}, {len(self.hook_dict)} hook points"
+        )
+
     # ---------------------------------------------------------------- what TransformerLens reads
 
     @property

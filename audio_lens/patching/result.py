@@ -100,7 +100,7 @@ def _recovery(values: Tensor, clean: Tensor, corrupted: Tensor) -> Float[Tensor,
     return (values - corrupted) / gap.masked_fill(useless, math.nan)
 
 
-@dataclass(init=False)
+@dataclass(init=False, repr=False)
 class SweepResult(Result):
     """Metric values of every patched cell of a sweep, labelled, with both baselines.
 

@@ -30,6 +30,7 @@ from audio_lens.results.labels import (
     time_coords,
 )
 from audio_lens.results.plain import coordinate, plain
+from audio_lens.results.shown import as_table, in_a_line
 from audio_lens.results.stored import (
     OPTIONAL,
     attributes,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from audio_lens.audio import AudioSource
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """Values of named dimensions, with what they were made from.
 
@@ -97,6 +98,12 @@ class Result:
 
     def __post_init__(self) -> None:
         self._check()
+
+    def __repr__(self) -> str:
+        return in_a_line(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: of a selection, no more than it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from audio_lens.arguments import suggest
 from audio_lens.errors import AudioLensError
-from audio_lens.inputs import InputError
+from audio_lens.inputs import AudioInputs, InputError
 from audio_lens.models.mixins.host import Host
 
 
@@ -30,8 +31,6 @@ class Vocabulary(Host):
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(f"token ids are whole numbers, got {tokens.dtype}")
         n = self.cfg.output.need_d_vocab
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise InputError(f"token ids are whole numbers, got {tokens.dtype}")
         unknown = tokens[(tokens < 0) | (tokens >= n)]
         if len(unknown):
             raise InputError(f"no token {unknown[0].item()}: the vocabulary has {n} tokens")
@@ -69,6 +68,36 @@ class Vocabulary(Host):
         if ids[0] == tokenizer.unk_token_id:
             raise TokenError(f"{text!r} is unknown to the tokenizer")
         return self._checked_token(ids[0])
+
+    def to_str_tokens(
+        self, text: str | Tensor | Sequence[int] | AudioInputs
+    ) -> list[str] | list[list[str]]:
+        """What each token says by itself, as `transformer_lens` writes it.
+
+        Args:
+            text: words to be cut into tokens; token ids ``t`` or ``b t``; or inputs, whose prompts
+                are shown with their placeholders of audio and their padding.
+
+        Returns:
+            One string per token; of several prompts, a list for each.
+
+        Raises:
+            TokenError: a model without a tokenizer.
+            InputError: ids that are not in the vocabulary.
+        """
+        tokenizer = self.need_tokenizer("the words of tokens")
+        if isinstance(text, str):
+            ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
+        else:
+            ids = text.tokens if isinstance(text, AudioInputs) else torch.as_tensor(text)
+        if ids.ndim not in (1, 2):
+            raise InputError(f"token ids have one or two axes, got shape {list(ids.shape)}")
+        self.check_tokens(ids)
+        rows = [
+            [tokenizer.decode([token]) for token in row]
+            for row in ids.view(-1, ids.shape[-1]).tolist()
+        ]
+        return rows[0] if ids.ndim == 1 else rows
 
     def _label(self, name: str) -> int:
         labels = self.cfg.labels
