@@ -150,7 +150,7 @@ def model_table() -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     versions = ", ".join(f"{name} {version}" for name, version in catalogue.versions.items())
-    return f"{table}\n\nMeasured with {versions}."
+    return f"{table}\n\nMeasured with {versions}. The column {catalogue.not_in_float64()}"
 
 
 def commands() -> str:
@@ -202,12 +202,6 @@ def extras() -> str:
     return "\n".join(["| extra | installs |", "|---|---|", *lines])
 
 
-def measured() -> str:
-    """The figures of the README, which are measured by the commands it names."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return readme.partition("\n## Measured\n")[2].partition("\n## ")[0].strip()
-
-
 def notebooks() -> str:
     """The notebooks: their titles and first paragraphs."""
     lines = ["| notebook | what it shows |", "|---|---|"]
@@ -249,7 +243,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": model_table,
     "commands": commands,
     "extras": extras,
-    "measured": measured,
     "notebooks": notebooks,
     "transformer_lens": transformer_lens,
 }
