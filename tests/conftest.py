@@ -19,12 +19,16 @@ import hypothesis
 import jaxtyping
 import pytest
 
+import type_checks
+
 if TYPE_CHECKING:
     from audio_lens import HookedAudioTransformer
 
 pytest_plugins = ["share", "pytester"]
 
 CHECKED = 8  # one in so many long tests runs with the checks of types
+
+type_checks.install()
 
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("audio_lens")
