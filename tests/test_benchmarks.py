@@ -288,7 +288,6 @@ def test_a_small_study_of_conflict_items_stays_in_its_time(data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_studies_have_the_same_bits() -> None:
     ray = pytest.importorskip("ray")
     app = typer.Typer()

@@ -20,7 +20,6 @@ import pytest
 def test_long(family, way): pass
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone")
 def test_one(): pass
 
 @pytest.mark.parametrize("lot", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -110,7 +109,7 @@ def test_workers_run_the_share_that_one_process_does(suite: pytest.Pytester) -> 
     assert re.fullmatch(r"--share 3 --share-seed \d+", options)
     assert counts == f"{len(alone)} of 14" and len(alone) in (4, 5)
     assert {name[10] for name in alone if "long" in name} == set("abcd")
-    workers = ("-n", "2", "--dist", "loadgroup")
+    workers = ("-n", "2", "--dist", "loadfile")
     assert run(suite, "-m", "slow", *workers, *options.split()) == (alone, (counts, options))
 
 
@@ -153,5 +152,5 @@ def test_most_cases_of_a_thinned_test_are_long(suite: pytest.Pytester) -> None:
     assert len(quick) == 3 + 1 and "test_alone" in quick and len(long) == 4 + 9
     assert len({name[13] for name in quick if name != "test_alone"}) == 3  # families
     assert not quick & long and not any(name.endswith("-3]") for name in quick)
-    workers, _ = run(suite, "test_thinned.py", "-m", "not slow", "-n", "2", "--dist", "loadgroup")
+    workers, _ = run(suite, "test_thinned.py", "-m", "not slow", "-n", "2", "--dist", "loadfile")
     assert workers == quick
