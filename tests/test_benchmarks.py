@@ -58,6 +58,7 @@ def test_all_that_is_installed_agrees(tmp_path: Path) -> None:
         assert row["outcomes"]["expert"]["absent"] is None
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_that_are_not_installed_are_listed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
