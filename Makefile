@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch
 KNOWN := --constraint constraints.txt --build-constraint constraints.txt
 export OMP_WAIT_POLICY ?= PASSIVE
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --durations=25
+# One worker runs a file, so that what its tests share is made once; the last files are quick ones.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 MINUTES := $(addprefix analysis/test_, \
 	adapters adapters_sweep autoencoder_floors autoencoders circuits defence interchange \

@@ -19,12 +19,17 @@ import hypothesis
 import jaxtyping
 import pytest
 
+import type_checks
+
 if TYPE_CHECKING:
     from audio_lens import HookedAudioTransformer
 
 pytest_plugins = ["share", "pytester"]
 
 CHECKED = 8  # one in so many long tests runs with the checks of types
+CHECKED_CASES = 3  # one in so many quick cases of tests that have several
+
+type_checks.install()
 
 hypothesis.settings.register_profile("audio_lens", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("audio_lens")
@@ -43,7 +48,7 @@ def pytest_collection() -> Iterator[object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Only some tests run with the checks of types, which take most of a test's time."""
+    """Only some tests run with the checks of types, which take time."""
     jaxtyping.config.update("jaxtyping_disable", not is_checked(item))
     try:
         return (yield)
@@ -52,13 +57,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
 
 
 def is_checked(item: pytest.Item) -> bool:
-    """Whether types are checked: in quick tests not marked `unchecked`, and in one long test in 8.
+    """Whether types are checked: where nothing says `unchecked`, in quick tests of one case, in one
+    quick case in 3 of others, and in one long test in 8.
 
     The others run as users run the library.
     """
     if item.get_closest_marker("unchecked"):
         return False
-    return not item.get_closest_marker("slow") or zlib.crc32(item.nodeid.encode()) % CHECKED == 0
+    is_case = hasattr(item, "callspec")
+    share = CHECKED if item.get_closest_marker("slow") else CHECKED_CASES if is_case else 1
+    return zlib.crc32(item.nodeid.encode()) % share == 0
 
 
 @pytest.fixture(params=("whisper", "qwen2_audio"))  # tiny.FAMILIES

@@ -16,8 +16,6 @@ CASES = Path(__file__).parent / "bad_input"
 ASKED_OF_A_RUN = "Caches"  # a subject, which takes a run to have
 MOST_S = 5.0
 
-pytestmark = pytest.mark.xdist_group("bad_input")
-
 
 @pytest.fixture(scope="module")
 def found() -> list[page.Outcome]:

@@ -58,6 +58,7 @@ def test_all_that_is_installed_agrees(tmp_path: Path) -> None:
         assert row["outcomes"]["expert"]["absent"] is None
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_that_are_not_installed_are_listed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,7 +289,6 @@ def test_a_small_study_of_conflict_items_stays_in_its_time(data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_studies_have_the_same_bits() -> None:
     ray = pytest.importorskip("ray")
     app = typer.Typer()

@@ -231,6 +231,7 @@ def test_head_results_are_computed_once(cache, family):
     assert cache["result", 1] is held
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("mlp_input", [False, True])
 @pytest.mark.parametrize("expand_neurons", [False, True])

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -110,9 +110,6 @@ def test_named_files_exist(page: str) -> None:
 # -------------------------------------------------------------------------------- hook names
 
 
-of_tables = pytest.mark.xdist_group("tables")  # one worker builds a model of every family
-
-
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
     return script("tables")
@@ -123,7 +120,6 @@ def tiny_models(tables: ModuleType) -> list[tuple[str, Any, dict[str, tuple[int,
     return tables.tiny_models()
 
 
-@of_tables
 def test_hook_tables_hold_every_name(tables: ModuleType, tiny_models: list) -> None:
     sections = re.split(r"^### ", tables.hook_tables(), flags=re.MULTILINE)[1:]
     by_family = {
@@ -149,7 +145,6 @@ def test_numbers_in_hook_names_become_letters() -> None:
     assert place_and_leaf("decoder.hook_code_embed.0") == ("decoder", "hook_code_embed.{k}")
 
 
-@of_tables
 def test_axes_of_blocks_are_what_the_letters_say(tables: ModuleType, tiny_models: list) -> None:
     for family, model, shapes in tiny_models:
         for part, cfg in model.cfg.parts.items():
@@ -162,7 +157,6 @@ def test_axes_of_blocks_are_what_the_letters_say(tables: ModuleType, tiny_models
                         assert size in sizes.get(letter, {size}), (family, name, axes, shape)
 
 
-@of_tables
 def test_drawn_names_exist(tiny_models: list) -> None:
     drawings = script("drawings")
     known = {name.rpartition(".")[2] for _, _, shapes in tiny_models for name in shapes}
@@ -171,11 +165,6 @@ def test_drawn_names_exist(tiny_models: list) -> None:
 
 
 # -------------------------------------------------------------------------------- the site
-
-
-def of_site(test: Callable) -> Callable:
-    """Marks a long test of the site; one worker runs them all, and builds it once."""
-    return pytest.mark.slow(pytest.mark.xdist_group("site")(test))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +184,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     return {path: Page(path) for path in folder.rglob("*.html")}
 
 
-@of_site
+@pytest.mark.slow
 def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
     for path, page in site.items():
         for address in page.loads:
@@ -210,7 +199,7 @@ def test_site_loads_nothing_from_elsewhere(site: dict[Path, Page]) -> None:
         assert not REMOTE.search(sheet.read_text(encoding="utf-8")), sheet.name
 
 
-@of_site
+@pytest.mark.slow
 def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     n_checked = 0
     for path, page in site.items():
@@ -226,7 +215,7 @@ def test_links_and_anchors_lead_somewhere(site: dict[Path, Page]) -> None:
     assert n_checked > 500
 
 
-@of_site
+@pytest.mark.slow
 def test_no_table_is_left_out(site: dict[Path, Page]) -> None:
     for path in site:
         assert "<!-- table" not in path.read_text(encoding="utf-8"), path.name
@@ -247,7 +236,7 @@ def public_names(module: ModuleType) -> set[str]:
     }
 
 
-@of_site
+@pytest.mark.slow
 def test_reference_holds_every_public_name(site: dict[Path, Page]) -> None:
     reference = {
         anchor

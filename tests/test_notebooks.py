@@ -22,7 +22,6 @@ TIMEOUT_S = 300
 
 LONG = ("6_throughput",)  # loops of whole forwards
 
-pytestmark = pytest.mark.xdist_group("notebooks")  # one worker starts a kernel
 each_notebook = pytest.mark.parametrize(
     "path",
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from share import chosen
+from share import chosen, in_turn
 
 FAMILIES = {"small": 2, "whisper": 6, "moshi": 13, "beats": 40}
 CASES = [(name, f"test[{name}-{i}]") for name, count in FAMILIES.items() for i in range(count)]
@@ -20,7 +20,6 @@ import pytest
 def test_long(family, way): pass
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("alone")
 def test_one(): pass
 
 @pytest.mark.parametrize("lot", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -67,6 +66,19 @@ def test_the_seed_alone_decides() -> None:
     assert chosen(CASES, 1, 8) == {name for _, name in CASES}
 
 
+@pytest.mark.parametrize("count", [1, 4, 6, 15])
+def test_the_seeds_of_a_turn_choose_each_of_a_row_once(count: int) -> None:
+    shares = [in_turn(count, 6, seed, "tests/test_row.py") for seed in range(12, 18)]
+    assert sorted(at for share in shares for at in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(share == list(range(share[0], share[-1] + 1)) for share in shares if share)
+
+
+def test_short_rows_are_not_all_of_one_share() -> None:
+    of_one = [len(in_turn(1, 6, 0, f"tests/test_{name}.py")) for name in range(120)]
+    assert 10 <= sum(of_one) <= 30
+
+
 # -------------------------------------------------------------------------------- runs
 
 
@@ -95,18 +107,26 @@ def run(suite: pytest.Pytester, *options: str) -> tuple[set[str], tuple[str, str
 def test_workers_run_the_share_that_one_process_does(suite: pytest.Pytester) -> None:
     alone, (counts, options) = run(suite, "-m", "slow", "--share", "3")
     assert re.fullmatch(r"--share 3 --share-seed \d+", options)
-    assert counts == "6 of 14" and len(alone) == 6
+    assert counts == f"{len(alone)} of 14" and len(alone) in (4, 5)
     assert {name[10] for name in alone if "long" in name} == set("abcd")
-    workers = ("-n", "2", "--dist", "loadgroup")
+    workers = ("-n", "2", "--dist", "loadfile")
     assert run(suite, "-m", "slow", *workers, *options.split()) == (alone, (counts, options))
 
 
 def test_only_long_tests_are_left_out(suite: pytest.Pytester) -> None:
     names, _ = run(suite, "--share", "12", "--share-seed", "0")
-    assert {"test_quick", "test_both[0]", "test_both[1]", "test_one"} <= names
-    assert len(names) == 5
+    assert {"test_quick", "test_both[0]"} <= names
+    assert sum("long" in name for name in names) == 1
     everything, told = run(suite)
     assert len(everything) == 16 and not told
+
+
+def test_the_shares_of_a_turn_are_all_long_tests_once(suite: pytest.Pytester) -> None:
+    shares = [
+        run(suite, "-m", "slow", "--share", "3", "--share-seed", f"{i}")[0] for i in (3, 4, 5)
+    ]
+    everything, _ = run(suite, "-m", "slow")
+    assert set.union(*shares) == everything and sum(map(len, shares)) == len(everything) == 14
 
 
 def test_the_share_does_not_depend_on_what_else_is_asked(suite: pytest.Pytester) -> None:
@@ -132,5 +152,5 @@ def test_most_cases_of_a_thinned_test_are_long(suite: pytest.Pytester) -> None:
     assert len(quick) == 3 + 1 and "test_alone" in quick and len(long) == 4 + 9
     assert len({name[13] for name in quick if name != "test_alone"}) == 3  # families
     assert not quick & long and not any(name.endswith("-3]") for name in quick)
-    workers, _ = run(suite, "test_thinned.py", "-m", "not slow", "-n", "2", "--dist", "loadgroup")
+    workers, _ = run(suite, "test_thinned.py", "-m", "not slow", "-n", "2", "--dist", "loadfile")
     assert workers == quick

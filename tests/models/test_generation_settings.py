@@ -53,7 +53,7 @@ def alike(hf: nn.Module, ours: Tensor, expected: Tensor) -> bool:
 # -------------------------------------------------------------------------------- honoured
 
 
-@pytest.mark.mostly_slow(2)
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("name", ("whisper", *HEARING))
 def test_settings_act_as_in_hugging_face(name: str) -> None:
     hf, model, batch = writing(name)

@@ -162,7 +162,7 @@ def valid(timeline: Timeline, part: str) -> Tensor:
 # -------------------------------------------------------------------------------- feature steps
 
 
-@pytest.mark.mostly_slow(2)
+@pytest.mark.mostly_slow(4)
 @each_case
 def test_a_feature_step_lights_what_the_map_names(
     family: Family, durations: tuple[float, ...]
@@ -202,7 +202,7 @@ def nudged(scene: Scene, segment: int, step: int) -> Scene:
 # -------------------------------------------------------------------------------- waveforms
 
 
-@pytest.mark.mostly_slow(2)
+@pytest.mark.mostly_slow(4)
 @each_case
 def test_a_click_lights_what_the_map_names(family: Family, durations: tuple[float, ...]) -> None:
     check_clicks(family, durations)

@@ -196,7 +196,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.mostly_slow(4)
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize("from_memory", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name, one in ALL_FAMILIES.items() if one.is_hf])

@@ -79,7 +79,7 @@ def edit(path: Path, change: Callable[[dict], Any]) -> None:
 # -------------------------------------------------------------------------------- parity with peft
 
 
-@pytest.mark.mostly_slow(2)
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_live_disabled_and_merged_agree_with_peft(
     family: str, config: dict, tmp_path: Path
@@ -233,6 +233,7 @@ def test_gradients_reach_the_adapter(family: str, live: HookedAudioTransformer) 
     assert all(one.lora_A.grad.abs().sum() > 0 for one in live.lora.linears.values())
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(
     "site", ["decoder.resid_pre", "decoder.mlp.post", "decoder.attn.z", "decoder.attn.v"]
 )

@@ -55,7 +55,7 @@ CELLS = {
 }
 
 
-@pytest.mark.mostly_slow(3)
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("function", CELLS)
 def test_transformer_lens_patching_is_right(small, pair, part, function):
@@ -85,6 +85,7 @@ def test_transformer_lens_patching_is_right(small, pair, part, function):
             torch.testing.assert_close(found[cell], by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("part", PARTS)
 def test_patching_in_bulk(small, pair, part):
     """The functions that sweep several activations, per example and with a baseline."""

@@ -61,6 +61,7 @@ def test_made_up_devices_refuse_to_mix(machine: Machine) -> None:
         _ = x + torch.ones(2)
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("devices", SPLITS.values(), ids=SPLITS)
 def test_logits_and_caches_are_the_same(
     family: str, whole: HookedAudioTransformer, machine: Machine, devices: Any

@@ -52,7 +52,7 @@ def summed(product: Tensor, site: Site) -> Tensor:
     return product.movedim(site.position_dim, 0).flatten(1).sum(1)
 
 
-@pytest.mark.mostly_slow(3)
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_site_is_gradient_times_difference(name, part):

@@ -24,7 +24,7 @@ from audio_lens import Items, studies
 
 pytest.importorskip("zarr")
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 SMALL = {"object_store_memory": 100_000_000}
 TWO = studies.Ray(workers=2, options={"num_cpus": 2, **SMALL})
 

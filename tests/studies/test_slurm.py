@@ -15,7 +15,7 @@ from audio_lens.studies.engines import slurm
 
 pytest.importorskip("zarr")
 pytest.importorskip("submitit")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 LOCAL = studies.Slurm(workers=2, cluster="local", wait=True, hours=0.5)
 
 
