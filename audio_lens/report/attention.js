@@ -39,14 +39,28 @@ function audible(spans, seconds) {
 
 await start(async (data, stage) => {
   [...data.letters].forEach((letter, rank) => { RANK[letter.charCodeAt(0)] = rank; });
-  const [site, layer, head, colours, part] =
-    ["site", "layer", "head", "colours", "part"].map(byId);
+  const [site, layer, head, colours, part, naming] =
+    ["site", "layer", "head", "colours", "part", "rows"].map(byId);
   let query = null; // the chosen row
   let queue = []; // stretches still to be played
   let playing = null; // the stretch of the queue that is heard now
 
   const view = () => data.views[Number(site.value)];
   const number = (select) => select.selectedIndex;
+
+  // what a row is called: the token that it decides on, or the one that is read there
+  const isOfNext = () => naming.value === "decides" && view().decides.length > 0;
+  const labelOf = (row) => (isOfNext() ? view().decides : view().queries.map(({ label }) => label))[row];
+  const cut = (text) => (text.length <= data.most ? text : `${text.slice(0, data.most - 1)}…`);
+
+  // the layout with the rows called so
+  function named({ layout, traces: [, heat], timed }) {
+    const axis = `yaxis${heat.yaxis.slice(1)}`;
+    const { tickvals } = layout[axis];
+    if (timed || !tickvals) return layout;
+    const ticktext = Array.from(tickvals, (row) => marked(cut(labelOf(row))));
+    return { ...layout, [axis]: { ...layout[axis], ticktext } };
+  }
 
   // the shares of the chosen head, row by row
   function pattern() {
@@ -63,13 +77,13 @@ await start(async (data, stage) => {
   const listened = (rows) => query === null ? [] : stretches(rows[query], view().edges, Number(part.value));
 
   function painted(rows) {
-    const { traces: [profile, heat], edges, queries } = view();
+    const { traces: [profile, heat], edges } = view();
     const perRow = colours.value === "row";
     const peakOf = (row) => Math.max(...row) || 1;
     const z = perRow ? rows.map((row) => row.map((x) => x / peakOf(row))) : rows;
     const zmax = perRow ? 1 : Math.max(...rows.map(peakOf));
     const hover = rows.map((row, i) => row.map((x) =>
-      `${queries[i].drawn}: ${(100 * x).toFixed(2)} %`));
+      `${marked(labelOf(i))}: ${(100 * x).toFixed(2)} %`));
     const widths = edges.slice(1).map((end, i) => end - edges[i]);
     const centres = edges.slice(1).map((end, i) => (end + edges[i]) / 2);
     const y = query === null ? mean(rows) : rows[query];
@@ -97,12 +111,14 @@ await start(async (data, stage) => {
 
   async function draw() {
     const rows = pattern();
-    await stage.draw(painted(rows), { ...view().layout, shapes: boxes(rows) });
+    await stage.draw(painted(rows), { ...named(view()), shapes: boxes(rows) });
+    byId("naming").hidden = !view().decides.length;
     byId("of-layer").textContent = layer.value;
     byId("share-head").textContent = view().share_head;
     byId("how").textContent = view().how;
     fillQueries();
     fillSummary();
+    fillGrid();
     byId("stage").dataset.shown = [view().site, layer.value, head.value, query ?? ""].join(" ");
   }
 
@@ -118,7 +134,7 @@ await start(async (data, stage) => {
       return made;
     };
     const held = document.activeElement?.closest("#queries");
-    byId("queries").replaceChildren(...(timed ? [] : queries.map(({ label }, i) => button(label, i))));
+    byId("queries").replaceChildren(...(timed ? [] : queries.map((_, i) => button(labelOf(i), i))));
     if (held) byId("queries").children[query]?.focus();
   }
 
@@ -129,7 +145,7 @@ await start(async (data, stage) => {
       if (String(n) === head.value) row.setAttribute("aria-current", "true");
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: n });
       button.setAttribute("aria-label", `Show head ${n}`);
-      button.addEventListener("click", () => { head.value = n; draw(); });
+      button.addEventListener("click", () => { head.value = n; redraw(); });
       row.insertCell().append(button);
       const cells = [`${(100 * onAudio).toFixed(1)} %`, entropy.toFixed(2), peak.toFixed(2)];
       cells.forEach((text) => { row.insertCell().textContent = text; });
@@ -137,12 +153,57 @@ await start(async (data, stage) => {
     }));
   }
 
+  // every head's pattern, small; drawn once a site, when somebody looks
+  function fillGrid() {
+    const grid = byId("grid");
+    if (!byId("every").open) return;
+    if (grid.dataset.site !== site.value) {
+      grid.dataset.site = site.value;
+      const { layers, heads } = view();
+      grid.style.gridTemplateColumns = `max-content repeat(${heads.length}, minmax(0, 1fr))`;
+      grid.replaceChildren(...layers.flatMap((l, i) => [
+        Object.assign(document.createElement("span"), { textContent: `layer ${l}` }),
+        ...heads.map((h, j) => thumbnail(i, j, `layer ${l}, head ${h}`)),
+      ]));
+    }
+    const chosen = `layer ${layer.value}, head ${head.value}`;
+    grid.querySelectorAll("button").forEach((one) => one.setAttribute("aria-pressed", one.title === chosen));
+  }
+
+  function thumbnail(i, j, title) {
+    const { shares, edges, queries, timed } = view();
+    const [width, height] = [edges.length - 1, queries.length];
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const pixels = new ImageData(width, height);
+    for (let at = 0; at < width * height; at += 1) {
+      const row = Math.floor(at / width);
+      const to = (timed ? height - 1 - row : row) * width + (at % width); // seconds go upwards
+      const shade = RANK[shares[i][j].charCodeAt(at)] / (data.letters.length - 1);
+      pixels.data.set([33, 113, 181, 255 * shade], 4 * to);
+    }
+    canvas.getContext("2d").putImageData(pixels, 0, 0);
+    const made = Object.assign(document.createElement("button"), { type: "button", title });
+    made.append(canvas);
+    made.addEventListener("click", () => {
+      [layer.selectedIndex, head.selectedIndex] = [i, j];
+      redraw();
+    });
+    return made;
+  }
+
+  // another head or another way to see it: the words below the picture are of that
+  async function redraw() {
+    await draw();
+    say(query === null ? "" : describe(pattern()));
+  }
+
   function describe(rows) {
-    const { queries, on_audio: onAudio, share_of: shareOf } = view();
+    const { on_audio: onAudio, share_of: shareOf } = view();
     const share = onAudio[number(layer)][number(head)][query];
     const spans = listened(rows).map((span) => inSeconds(...span)).join(", ");
     const held = spans ? `; ${part.selectedOptions[0].text.replace("what holds ", "")} of that in ${spans}` : "";
-    return `${queries[query].label}: ${(100 * share).toFixed(1)} % ${shareOf}${held}`;
+    const deciding = isOfNext() ? "deciding " : "";
+    return `${deciding}${labelOf(query)}: ${(100 * share).toFixed(1)} % ${shareOf}${held}`;
   }
 
   async function choose(index, plays = false) {
@@ -198,7 +259,7 @@ await start(async (data, stage) => {
     const next = select.selectedIndex + by;
     if (next < 0 || next >= select.options.length) return;
     select.selectedIndex = next;
-    draw();
+    redraw();
   }
 
   const down = () => (view().timed ? -1 : 1); // rows of seconds go upwards
@@ -212,8 +273,12 @@ await start(async (data, stage) => {
     Enter: playListened,
   };
 
-  site.addEventListener("change", chooseSite);
-  [layer, head, colours, part].forEach((select) => select.addEventListener("change", draw));
+  site.addEventListener("change", async () => {
+    await chooseSite();
+    say("");
+  });
+  [layer, head, colours, part, naming].forEach((select) => select.addEventListener("change", redraw));
+  byId("every").addEventListener("toggle", fillGrid);
   byId("stage").addEventListener("keydown", (event) => {
     if (!(event.key in keys)) return;
     keys[event.key]();

@@ -25,6 +25,7 @@ from audio_lens.timeline import Span
 
 ROOM_PER_S, LEAST_ROOM_S = 35_000, 10  # compressed bytes for patterns; a 10 s clip stays < 3 MB
 PROFILE_PX, TOKEN_PX, MOST_PX, SQUARE_PX = 70, 18, 620, 420
+NEXT = "what comes next"  # what the last row decides
 LABEL_LETTERS, MOST_LABELS = 22, 40
 BLUES = sequential.Blues  # safe for colour-blind readers
 SCALE = [[(i / (len(BLUES) - 1)) ** 2, colour] for i, colour in enumerate(BLUES)]  # of roots
@@ -119,15 +120,17 @@ def write_attention(
     room = int(ROOM_PER_S * max(LEAST_ROOM_S, prompt.seconds))
     fitting = fitted(found, room, keeps_layers)
     rows = Rows([clip_of(prompt, tiers)])
+    views = [_view(one, rows) for one in fitting]
     return write_page(
         path,
         "attention.html",
         rows,
-        {"views": [_view(one, rows) for one in fitting], "letters": LETTERS},
+        {"views": views, "letters": LETTERS, "most": LABEL_LETTERS},
+        height=views[0]["layout"]["height"],
         title=title,
         sites=[one.name for one in fitting],
         shares=SHARES,
-        facts=prompt.facts(),
+        facts=_facts(prompt, fitting),
         notes=_notes(fitting) + _left_out(found, fitting) + notes_on(prompt),
     )
 
@@ -206,7 +209,7 @@ def _view(attention: ClipAttention, rows: Rows) -> dict[str, Any]:
         hovertemplate="%{x:.2f} s: %{y:.1%}<extra></extra>",
         meta={"spans": np.stack([attention.edges[:-1], attention.edges[1:]], axis=1).tolist()},
     )
-    percent = {"title": {"text": "share"}, "rangemode": "tozero", "tickformat": ".0%", "nticks": 3}
+    percent = {"title": {"text": "share"}, "rangemode": "tozero", "tickformat": ".1~%", "nticks": 3}
     panels = [Panel(PROFILE_PX, yaxis=percent), _pattern_panel(attention)]
     return {
         "site": attention.site,
@@ -219,6 +222,7 @@ def _view(attention: ClipAttention, rows: Rows) -> dict[str, Any]:
             {"label": query.label, "drawn": escaped(query.label), "span": query.span}
             for query in attention.queries
         ],
+        "decides": [] if attention.is_timed or attention.is_read else _decided(attention),
         "shares": letters_of(attention),
         "peaks": attention.peaks().tolist(),
         "on_audio": attention.on_audio.round(4).tolist(),
@@ -229,6 +233,19 @@ def _view(attention: ClipAttention, rows: Rows) -> dict[str, Any]:
         "traces": traces_json([profile.update(rows.axes(0)), heat.update(rows.axes(1))]),
         "layout": rows.layout(panels).to_plotly_json(),
     }
+
+
+def _facts(prompt: Prompt, found: Sequence[ClipAttention]) -> dict[str, str]:
+    """What there is to say of the prompt; its words where a site reads them."""
+    facts = prompt.facts()
+    if all(one.site.startswith("encoder.") for one in found):
+        facts.pop("prompt", None)
+    return facts
+
+
+def _decided(attention: ClipAttention) -> list[str]:
+    """The token behind each, which a row decides."""
+    return [*(query.label for query in attention.queries[1:]), NEXT]
 
 
 def _told(attention: ClipAttention) -> dict[str, str]:

@@ -6,19 +6,19 @@ const LETTER_PX = 7.5, BESIDE_PX = 190; // beside the panels: labels and the col
 
 const unmarked = (text) => new DOMParser()
   .parseFromString(text.replaceAll("<br>", ", "), "text/html").documentElement.textContent;
-const marked = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
-// a label in so many letters; empty where that says nothing
+// a label in so many letters, without the blank that most words begin with; empty where that says
+// nothing
 function fitting(label, room) {
-  const text = unmarked(label);
-  if (text.length <= room) return label;
+  const text = unmarked(label).replace(/^␣(?=.)/, "");
+  if (text.length <= room) return marked(text);
   return room >= 3 ? marked(`${text.slice(0, room - 1)}…`) : "";
 }
 
 await start(async (data, stage) => {
   const select = byId("view");
   const steps = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] };
-  let chosen = { row: 0, column: 0 };
+  let chosen = null; // {row, column}
 
   const view = () => data.views[Number(select.value)];
   const part = () => data.parts[view().part];
@@ -44,7 +44,7 @@ await start(async (data, stage) => {
     const texts = Array(count).fill("");
     if (key !== "lens") return texts;
     const isTimed = part().traces[trace].name === "audio";
-    const width = byId("plot").clientWidth - BESIDE_PX;
+    const width = byId("plot")._fullLayout?.xaxis._length ?? byId("plot").clientWidth - BESIDE_PX;
     const likeliest = (column) => tokens[row][column + offset(trace)][0];
     const size = (first, last) =>
       (isTimed ? (edges[last + 1] - edges[first]) / (edges.at(-1) - edges[0]) : 1 / count);
@@ -77,12 +77,15 @@ await start(async (data, stage) => {
   }
 
   async function show() {
-    chosen = { row: 0, column: 0 };
     document.querySelectorAll("[data-part]").forEach((table) => {
       table.hidden = table.dataset.part !== view().part;
     });
     await stage.draw(painted(), part().layout);
     byId("stage").dataset.shown = `${view().part} ${view().key}`;
+    const { streams, names } = part();
+    chosen = { row: streams.length - 1, column: names.flat().length - 1 };
+    if (nAudio() < names.flat().length) tell(); // behind the last token stands what was asked for
+    else say("");
   }
 
   // trace and column in it of the chosen cell
@@ -100,13 +103,17 @@ await start(async (data, stage) => {
 
   function choose([up, right]) {
     const within = (x, count) => Math.min(Math.max(x, 0), count - 1);
-    const { streams, names, traces } = part();
+    const { streams, names } = part();
     chosen = {
       row: within(chosen.row + up, streams.length),
       column: within(chosen.column + right, names.flat().length),
     };
+    tell();
+  }
+
+  function tell() {
     const [trace, column] = located();
-    stage.outline(traces[trace], chosen.row, column);
+    stage.outline(part().traces[trace], chosen.row, column);
     const span = spanOf(point());
     if (span) stage.frame(...span);
     else stage.hideFrame();
@@ -116,9 +123,15 @@ await start(async (data, stage) => {
   select.addEventListener("change", show);
   byId("stage").addEventListener("keydown", (event) => {
     if (event.key in steps) choose(steps[event.key]);
-    else if (event.key === "Enter") stage.playPoint(point());
+    else if (event.key === "Enter") stage.playPoint(point(), event.shiftKey);
     else return;
     event.preventDefault();
   });
   await show();
+  stage.on("plotly_click", ({ points: [{ data: { name }, pointIndex }] }) => {
+    const at = part().traces.findIndex((trace) => trace.name === name);
+    if (at < 0) return;
+    chosen = { row: pointIndex[0], column: pointIndex[1] + offset(at) };
+    stage.outline(part().traces[at], ...pointIndex);
+  });
 });

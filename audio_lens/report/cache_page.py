@@ -31,10 +31,11 @@ MOST_COLUMNS = 1500
 LEAST_S = 0.1  # what a click on a shorter position plays
 TICKS = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)]
 BAR = {"thickness": 12, "len": 0.5, "y": 0, "yanchor": "bottom"}
+NORMS_SHOWN = 98  # per cent of the norms that lie within the colours
 BLUES = sequential.Blues  # safe for colour-blind readers
 CHANCES = {
     "colorscale": [[i / (len(BLUES) - 1), colour] for i, colour in enumerate(BLUES)],
-    "colorbar": BAR | {"title": "probability"},
+    "colorbar": BAR | {"title": {"text": "probability"}},
     "zmin": 0,
     "zmax": 1,
 }
@@ -106,11 +107,13 @@ def write_streams(
     rows = Rows([clip_of(prompt, tiers)])
     drawings = [Drawing.of(prompt, streams, rows) for streams in found]
     views = [view for drawing in drawings for view in drawing.views]
+    parts = {drawing.part: drawing.to_json(rows) for drawing in drawings}
     return write_page(
         path,
         "cache.html",
         rows,
-        {"parts": {drawing.part: drawing.to_json(rows) for drawing in drawings}, "views": views},
+        {"parts": parts, "views": views},
+        height=parts[views[0]["part"]]["layout"]["height"],
         title=title,
         views=views,
         tables={streams.part: layer_lines(prompt, streams) for streams in found},
@@ -372,9 +375,9 @@ def _views(prompt: Prompt, streams: Streams, columns: Columns) -> list[dict[str,
 def _norms(norms: Float[np.ndarray, "streams columns"]) -> dict[str, Any]:
     """Logarithms of norms, with ticks that say the norms themselves."""
     logs = np.log10(np.maximum(norms, TICKS[0]))
-    low, high = float(logs.min()), float(logs.max())
+    low, high = (float(x) for x in np.percentile(logs, [0, NORMS_SHOWN]))
     ticks = [tick for tick in TICKS if low <= np.log10(tick) <= high]
-    bar = {"title": "norm", "tickvals": np.log10(ticks).tolist()}
+    bar = {"title": {"text": "norm"}, "tickvals": np.log10(ticks).tolist()}
     bar["ticktext"] = [f"{tick:g}" for tick in ticks]
     style = {"colorscale": "Cividis", "colorbar": BAR | bar, "zmin": low, "zmax": high}
     return {"z": _short(logs), "style": style}
@@ -408,7 +411,8 @@ def _notes(drawings: Sequence[Drawing]) -> list[str]:
     """How to read the page."""
     notes = [
         "Layer l is the residual stream that layer l reads; out is the one behind the last layer.",
-        "Norms are lengths of the vectors (L2); their colours are logarithmic.",
+        "Norms are lengths of the vectors (L2); their colours are logarithmic and end where "
+        f"{NORMS_SHOWN} % of them lie below, so that one large column does not take them all.",
         f"A click plays at least {LEAST_S:g} s about the position.",
     ]
     if any(drawing.has_lens for drawing in drawings):

@@ -21,7 +21,7 @@ from audio_lens.files import write
 
 
 def write_page(
-    path: str | Path, template: str, rows: Rows, data: dict[str, Any], **shown: Any
+    path: str | Path, template: str, rows: Rows, data: dict[str, Any], *, height: int, **shown: Any
 ) -> Path:
     """Write a page of clips with panels below them.
 
@@ -30,6 +30,7 @@ def write_page(
         template: a template of this folder that extends ``base.html``.
         rows: the clips; their sound and their traces are what scripts find as ``data.clips``.
         data: what else scripts find in ``data``, as plain JSON.
+        height: of the picture in pixels, which the page keeps free until it is drawn.
         shown: what the template shows; strings are escaped.
     """
     clips = [
@@ -43,7 +44,7 @@ def write_page(
     ]
     heard = {"clips": clips, "rate": rows.clips[0].sampling_rate}
     names = [clip.name for clip in rows.clips]
-    return write_drawn(path, template, heard | data, clips=names, **shown)
+    return write_drawn(path, template, heard | data, clips=names, height=height, **shown)
 
 
 def write_drawn(path: str | Path, template: str, data: dict[str, Any], **shown: Any) -> Path:

@@ -1,12 +1,17 @@
 // The map under its clips: its choices, and a cell chosen by keys. `data.views` holds one drawn map
 // for every choice of result and metric.
 
+const MARK_PX = 15, BESIDE_PX = 190; // of a rank; beside the map: labels and the colour bar
+
 await start(async (data, stage) => {
   const selects = [...document.querySelectorAll("select[data-facet]")];
-  const column = { effect: 1, recovery: 2, value: 3 }; // in the customdata of a cell
+  const column = Object.fromEntries(data.quantities.map((name, i) => [name, i + 1])); // of customdata
   const steps = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] };
   let shown = data.first;
-  let chosen = { row: 0, column: 0 };
+  let chosen = null; // {row, column}, once there is one
+
+  // the ranks are written on cells that are wide enough
+  const isWide = ({ x }) => (byId("plot").clientWidth - BESIDE_PX) / (x.length - 1) > MARK_PX;
 
   // the trace and layout of a view, coloured by a quantity
   function painted({ trace, layout, limits, shades }, quantity) {
@@ -14,9 +19,11 @@ await start(async (data, stage) => {
     const number = (cell) => cell && cell[column[quantity]];
     if (trace.type === "heatmap") {
       const z = trace.customdata.map((row) => row.map(number));
-      const limit = limits[quantity];
+      const limit = Number(quantity === "value" || quantity === "change" ? "" : byId("limit")?.value)
+        || limits[quantity];
+      const texttemplate = isWide(trace) ? trace.texttemplate : "";
       const colorbar = { ...trace.colorbar, title, ...layout.meta.bar };
-      return [{ ...trace, z, zmin: -limit, zmax: limit, colorbar }, layout];
+      return [{ ...trace, z, zmin: -limit, zmax: limit, colorbar, texttemplate }, layout];
     }
     const y = trace.customdata.map(number);
     const marker = { ...trace.marker, color: shades[quantity] };
@@ -26,7 +33,7 @@ await start(async (data, stage) => {
 
   async function show(index) {
     shown = index;
-    chosen = { row: 0, column: 0 };
+    chosen = null;
     const { facets } = data.views[index];
     selects.forEach((select) => { select.value = facets[select.dataset.facet]; });
     document.querySelectorAll("[data-view]").forEach((part) => {
@@ -57,32 +64,48 @@ await start(async (data, stage) => {
     return { data: data.views[shown].trace, pointIndex };
   }
 
-  // go a step to the next cell, over gaps; stay at the border
+  // the first cell there is, or a step to the next one, over gaps; stay at the border
   function choose([up, right]) {
     const rows = cells();
-    let { row, column } = chosen;
-    do [row, column] = [row + up, column + right];
+    let { row, column } = chosen ?? { row: 0, column: -1 };
+    const [by, along] = chosen ? [up, right] : [0, 1];
+    do [row, column] = [row + by, column + along];
     while (rows[row] && column in rows[row] && !rows[row][column]);
     if (rows[row]?.[column]) chosen = { row, column };
-    const [place, ...numbers] = rows[chosen.row][chosen.column];
-    const [effect, recovery, value] = numbers.map((x) => x ?? NaN);
+    if (chosen) tell();
+  }
+
+  function tell() {
+    const [place, ...numbers] = cells()[chosen.row][chosen.column];
     const span = spanOf(point());
     if (span) stage.frame(...span);
     stage.outline(data.views[shown].trace, chosen.row, chosen.column);
     const text = new DOMParser().parseFromString(place, "text/html").documentElement.textContent;
     const { metric } = data.views[shown].facets;
-    say(`${text}: effect ${effect}, recovery ${recovery}, ${metric} ${value}`);
+    const told = numbers.map((x, i) => [data.quantities[i], x ?? NaN])
+      .filter(([name]) => name === "value" || !data.unsaid.includes(name))
+      .map(([name, x]) => `${name === "value" ? metric : name} ${x}`);
+    say(`${text}: ${told.join(", ")}`);
   }
 
   selects.forEach((select) => {
-    select.addEventListener("change", () => show(closest(select.dataset.facet, select.value)));
+    select.addEventListener("change", async () => {
+      await show(closest(select.dataset.facet, select.value));
+      say("");
+    });
   });
-  byId("quantity").addEventListener("change", () => show(shown));
+  for (const id of ["quantity", "limit"]) byId(id)?.addEventListener("change", () => show(shown));
   byId("stage").addEventListener("keydown", (event) => {
     if (event.key in steps) choose(steps[event.key]);
-    else if (event.key === "Enter") stage.playPoint(point());
+    else if (event.key === "Enter") { if (chosen) stage.playPoint(point(), event.shiftKey); }
     else return;
     event.preventDefault();
   });
   await show(data.first);
+  stage.on("plotly_click", ({ points: [{ data: { name }, pointIndex }] }) => {
+    if (name !== "map") return;
+    const [row, at] = [pointIndex].flat().length > 1 ? pointIndex : [0, pointIndex];
+    chosen = { row, column: at };
+    stage.outline(data.views[shown].trace, row, at);
+  });
 });

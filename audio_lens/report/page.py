@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ SENTENCES = {
     ),
     "edit": "One run was edited, a place at a time; change is the metric minus that without edit.",
 }
+
+LARGE = 1000  # from which on a number is written in four digits
+MOST_NUMBERS = 50_000  # of a batch, up to which each item has its own map
 
 Results = SweepResult | Sequence[SweepResult] | Mapping[str, SweepResult]
 
@@ -89,17 +92,22 @@ def map_page(
     for view in views:
         clips[0].check_windows(view.result.coords.get("time", ()))
     rows = Rows(clips)
+    known = views[0].result.quantities
+    unsaid = [name for name in known if not any(name in view.columns for view in views)]
+    drawn = [view.to_json(rows) for view in views]
     return write_page(
         path,
         "map.html",
         rows,
-        {"views": [view.to_json(rows) for view in views], "first": first},
+        {"views": drawn, "first": first, "quantities": list(known), "unsaid": unsaid},
+        height=drawn[first]["layout"]["height"],
         title=title,
         views=views,
         first=first,
         facets=_choices(views),
-        quantities=views[0].result.quantities,
-        quantity=quantity or next(iter(views[0].result.quantities)),
+        quantities={name: label for name, label in known.items() if name not in unsaid},
+        quantity=quantity or next(iter(known)),
+        has_shares="effect" in known,
         seconds=rows.seconds,
     )
 
@@ -114,7 +122,27 @@ class View:
 
     @property
     def sentence(self) -> str:
-        return SENTENCES[self.result.direction]
+        said = SENTENCES[self.result.direction]
+        if "stimulus" not in self.result.dims:
+            return said
+        count = len(self.result.coords["stimulus"])
+        return f"{said} The sound is that of one clip, the values are means over {count}."
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What the table says of a cell, by name: an effect is said once where it is a recovery."""
+        told = {**self.result.quantities, "value": "metric"}
+        if self.result.direction == "denoise":
+            del told["recovery"]
+        return told
+
+    @property
+    def format(self) -> str:
+        """As many decimals in every row, unless a number is too large for that."""
+        largest = max(
+            (abs(getattr(c, name)) for c in self.cells for name in self.columns), default=0
+        )
+        return "%+.3f" if largest < LARGE else "%+.4g"
 
     @property
     def metric(self) -> str:
@@ -161,9 +189,10 @@ class View:
 
 def _views(results: Results, quantity: str | None) -> list[View]:
     views = [
-        View(facets, one, draw_map(one, quantity))
+        View(facets, each, draw_map(each, quantity))
         for name, result in _named(results)
-        for facets, one in _metrics(name, result)
+        for of_metric, one in _metrics(name, result)
+        for facets, each in _items(of_metric, one)
     ]
     _check_distinct(views)
     return views
@@ -194,6 +223,20 @@ def _metrics(name: str | None, result: SweepResult) -> list[tuple[dict[str, str]
     metrics = result.coords["metric"] if "metric" in result.dims else [None]
     several = [result.of_metric(metric) for metric in metrics]
     return [(facets | {"metric": one.meta.get("metric", "metric")}, one) for one in several]
+
+
+def _items(
+    facets: dict[str, str], result: SweepResult
+) -> Iterator[tuple[dict[str, str], SweepResult]]:
+    """The mean over a batch and, while the page stays small, each of its items."""
+    if "stimulus" not in result.dims:
+        yield facets, result
+        return
+    labels = result.coords["stimulus"]
+    yield facets | {"item": f"mean of {len(labels)}"}, result
+    if result.values.numel() <= MOST_NUMBERS:
+        for label in labels:
+            yield facets | {"item": str(label)}, result.select(stimulus=label)
 
 
 def _check_distinct(views: Sequence[View]) -> None:

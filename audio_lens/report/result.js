@@ -9,7 +9,7 @@ async function show(section, figures) {
     selects.every(({ dataset, value }) => facets[dataset.facet] === value));
   if (!chosen) return;
   const plot = section.querySelector(".figure");
-  await Plotly.react(plot, chosen.figure.data, chosen.figure.layout, PLOTLY);
+  await Plotly.react(plot, chosen.figure.data, themed(chosen.figure.layout), PLOTLY);
 }
 
 try {

@@ -1,7 +1,10 @@
 // The picture of a page: rows of clips above panels on one axis of seconds, with a frame around a
 // stretch, a cursor where it plays, and the buttons of `base.html`.
 
+const AROUND_S = 0.4; // what Shift plays before and behind a stretch
+
 const say = (text) => { byId("status").textContent = text; };
+const marked = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const inSeconds = (start, end) => `${start.toFixed(2)}–${end.toFixed(2)} s`;
 
 // the [start, end] in seconds and the [low, high] in Hz that a plotly point stands for, or null:
@@ -38,7 +41,8 @@ class Stage {
     const shapes = [...(layout.shapes ?? []), ...clip.bounds.map((at) => bound(at, layout.meta.bottom))];
     const range = this.#plot.layout?.xaxis?.range; // stay zoomed
     const xaxis = { ...layout.xaxis, ...(range && { range }) };
-    await Plotly.react(this.#plot, [...clip.traces, ...traces], { ...layout, xaxis, shapes }, PLOTLY);
+    const drawn = [...clip.traces, ...traces].map(tinted);
+    await Plotly.react(this.#plot, drawn, themed({ ...layout, xaxis, shapes }), PLOTLY);
     this.hideFrame();
     this.hideOutline();
     this.#moveCursor(this.#heard);
@@ -56,10 +60,15 @@ class Stage {
     this.#showPlaying();
   }
 
-  // play what a plotly point stands for: a stretch, a band of the spectrum, or both
-  async playPoint(point) {
+  // play what a plotly point stands for: a stretch, a band of the spectrum, or both; with `widely`
+  // a little of what is before and behind it, too
+  async playPoint(point, widely = false) {
     const [span, band] = [spanOf(point), bandOf(point)];
-    if (span || band) await this.play(...(span ?? [0, this.#seconds]), band);
+    if (span || band) await this.play(...this.#around(span ?? [0, this.#seconds], widely), band);
+  }
+
+  #around([start, end], widely) {
+    return widely ? [Math.max(0, start - AROUND_S), Math.min(this.#seconds, end + AROUND_S)] : [start, end];
   }
 
   // play the clip from the cursor (or a given second) on, or stop it
@@ -133,7 +142,8 @@ class Stage {
     document.querySelectorAll("button[data-start]").forEach((button) => {
       const { start, end, low, high } = button.dataset;
       const band = low === undefined ? null : [+low, +high];
-      button.addEventListener("click", () => this.play(+start, +end, band));
+      button.addEventListener("click", ({ shiftKey }) =>
+        this.play(...this.#around([+start, +end], shiftKey), band));
     });
     this.#stage.addEventListener("keydown", (event) => {
       if (event.key === " ") this.playOn();
@@ -142,8 +152,14 @@ class Stage {
       event.preventDefault();
     });
     // paper is narrower than the screen
-    window.addEventListener("beforeprint", () => Plotly.relayout(this.#plot, { width: 1000 }));
-    window.addEventListener("afterprint", () => Plotly.relayout(this.#plot, { width: null }));
+    const onto = (paper, width) => async () => {
+      onPaper = paper;
+      await this.redraw();
+      await Plotly.relayout(this.#plot, { width });
+    };
+    window.addEventListener("beforeprint", onto(true, 1000));
+    window.addEventListener("afterprint", onto(false, null));
+    screen.addEventListener("change", () => this.redraw());
   }
 
   #wirePlot() {
@@ -157,9 +173,9 @@ class Stage {
       this.hideOutline();
       this.#moveCursor(this.#heard);
     });
-    this.on("plotly_click", ({ points: [point] }) => {
+    this.on("plotly_click", ({ points: [point], event }) => {
       if (point.data.meta?.seek) this.playOn(point.x);
-      else this.playPoint(point);
+      else this.playPoint(point, event?.shiftKey);
     });
   }
 }

@@ -398,3 +398,20 @@ def test_hover_tells_the_share(page):
     page.wait_for_selector(".hovertext")
     share = float(page.text_content(".hovertext").split(": ")[1].split(" %")[0])
     assert share == pytest.approx(30, abs=1)
+
+
+def test_rows_are_called_by_what_they_decide(page):
+    axis = "plot.layout[`yaxis${plot.data.find((t) => t.name === 'attention').yaxis.slice(1)}`]"
+    read = page.evaluate(f"[...{axis}.ticktext]")
+    page.select_option("#rows", "label")
+    until(page, f"{axis}.ticktext[1] === {read[0]!r}")
+    assert read[-1] == "what comes next"
+
+
+def test_every_head_is_a_small_picture(page, embedded):
+    page.click("#every summary")
+    cfg = embedded.cfg.decoder
+    until(page, f"grid.querySelectorAll('canvas').length === {cfg.n_layers * cfg.n_heads}")
+    page.click("#grid button[title='layer 1, head 2']")
+    until(page, "stage.dataset.shown.includes(' 1 2 ')")
+    assert page.get_attribute("#grid button[title='layer 1, head 2']", "aria-pressed") == "true"

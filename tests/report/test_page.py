@@ -17,6 +17,7 @@ from audio_lens import audio
 from audio_lens.models.embedded import default_pair
 from audio_lens.patching.result import SweepResult
 from audio_lens.report import map_page
+from audio_lens.report import page as maps
 from audio_lens.timeline import Band, Span
 
 RATE = 16_000
@@ -247,9 +248,39 @@ def test_views_are_all_sites_directions_and_metrics(tmp_path):
     ]
     assert page.data["first"] == 1
     facets = [select.get("data-facet", select.get("id")) for select in page.all("select")]
-    assert facets == ["site", "axes", "direction", "metric", "quantity"]
+    assert facets == ["site", "axes", "direction", "metric", "quantity", "limit"]
     one = page_of(tmp_path)
-    assert [select["id"] for select in one.all("select")] == ["quantity"]
+    assert [select["id"] for select in one.all("select")] == ["quantity", "limit"]
+
+
+def batch():
+    """Two items, of which the second is answered the other way round."""
+    one = sweep()
+    return SweepResult(
+        torch.stack([one.values, -one.values]),
+        ("stimulus", *one.dims),
+        {"stimulus": ["up", "down"]} | one.coords,
+        torch.tensor([1.0, -1.0]),
+        torch.zeros(2),
+        one.site,
+        one.direction,
+    )
+
+
+def test_every_item_of_a_batch_has_a_map(tmp_path, monkeypatch):
+    page = page_of(tmp_path, batch())
+    assert [view["facets"]["item"] for view in page.views] == ["mean of 2", "up", "down"]
+    assert "values are means over 2" in page.text["p"]
+    values = [[x[-1] for x in view["trace"]["customdata"][0]] for view in page.views]
+    assert values[1][0] == pytest.approx(-values[2][0]) and values[0][0] == pytest.approx(0)
+    monkeypatch.setattr(maps, "MOST_NUMBERS", 10)
+    assert len(page_of(tmp_path, batch()).views) == 1
+
+
+def test_a_number_is_said_once(tmp_path):
+    same, other = page_of(tmp_path), page_of(tmp_path, sweep(direction="noise"))
+    assert "recovery" not in same.text["th"] and "recovery" in other.text["th"]
+    assert "recovery" not in same.text["option"] and "recovery" in other.text["option"]
 
 
 def test_results_that_cannot_stand_on_one_page(tmp_path):
@@ -422,6 +453,39 @@ def test_a_cell_of_a_band_plays_through_it(tmp_path, browse):
     page.mouse.click(*at(page, 0.25, page.evaluate(f"{HEAT}.y[1] + 1"), "yaxis3"))
     assert last_sound(page, 1)["from"] == pytest.approx(0.2)
     assert page.text_content("#status").endswith(f"800{EN_DASH}3000 Hz")
+
+
+def test_shift_plays_what_is_around_too(tmp_path, browse):
+    page = browse(write(tmp_path, sweep({"layer": [0, 1], "time": WINDOWS[:3]})))
+    page.keyboard.down("Shift")
+    page.mouse.click(*at(page, 0.25, 0, "yaxis3"))
+    played = last_sound(page, 1)
+    assert [played["from"], played["length"]] == pytest.approx([0, 0.5])
+
+
+def test_keys_go_on_from_a_click(tmp_path, browse):
+    page = browse(write(tmp_path))
+    page.mouse.click(*at(page, 0.25, 1, "yaxis3"))
+    page.focus("#stage")
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#status").startswith(f"layer 1, 0.30{EN_DASH}0.40 s: effect")
+
+
+def test_colours_can_end_at_one_to_compare_maps(tmp_path, browse):
+    page = browse(write(tmp_path, sweep(clean=4.0)))
+    limit = "plot.data.find(({ name }) => name === 'map').zmax"
+    assert page.evaluate(limit) < 0.5
+    page.select_option("#limit", "1")
+    until(page, f"{limit} === 1")
+
+
+def test_dark_and_narrow_screens(tmp_path, browse):
+    page = browse(write(tmp_path, batch(), words=WORDS))
+    page.emulate_media(color_scheme="dark")
+    until(page, "plot._fullLayout.plot_bgcolor === '#22282d'")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 27, 31)"
+    page.set_viewport_size({"width": 420, "height": 900})
+    until(page, "document.documentElement.scrollWidth <= 420")
 
 
 def test_prints_on_few_pages(pair, tmp_path):
