@@ -1,0 +1,139 @@
+"""The maps of a session: what each layer and moment, and each head, does to the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from audio_lens import metrics
+from audio_lens.edits import Scale
+from audio_lens.edits.edit import Laid
+from audio_lens.errors import InputError
+from audio_lens.explorer.touches import SOURCES
+from audio_lens.hooks import DeadHookError
+from audio_lens.patching.refine import streamed
+from audio_lens.patching.result import SweepResult
+from audio_lens.patching.spec import SweepSpec
+from audio_lens.patching.sweep import sweep
+from audio_lens.sites import Site
+
+if TYPE_CHECKING:
+    from audio_lens.explorer.session import Session
+
+COARSE = 8  # windows of a clip in the first round
+LEAST_WINDOW_S = 0.1
+THRESHOLD = 0.05  # of the gap between clip and source: where windows are split
+TOGETHER = 6  # cells between two pictures
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """A map as it stands: what putting a source into one layer and stretch does to an answer.
+
+    Attributes:
+        spans: the windows in seconds, the narrowest known.
+        change: of the answer's probability, ``layers x windows``; None where nothing is known yet.
+        now: the probability that it changes.
+    """
+
+    part: str
+    by: str
+    token: int
+    layers: list[int]
+    spans: list[tuple[float, float]]
+    change: list[list[float | None]]
+    now: float
+
+
+def layer_map(session: Session, part: str, by: str, token: int) -> Iterator[LayerMap]:
+    """The map of a part, coarse at first, with the touches in force.
+
+    Every cell is what touching that stretch and layer with `Stretch` would do. Between two pictures
+    others may use the model.
+
+    Raises:
+        InputError: a part, source or token that there is not.
+    """
+    if part not in session.parts:
+        raise InputError(f"a map is of {' or '.join(session.parts) or 'no part here'}: not {part}")
+    if by not in SOURCES:
+        raise InputError(f"a map puts in {', '.join(SOURCES)}; got {by!r}")
+    token = session.check_token(token)
+    with _attached(session) as hooks:
+        spec = _spec(session, part, by, token)
+        pictures = streamed(session.model, spec, TOGETHER)
+        while (result := _next(session, hooks, pictures)) is not None:
+            yield _read(result, part, by, token)
+
+
+@contextmanager
+def _attached(session: Session) -> Iterator[list[Any]]:
+    """Hooks of the touches: the same ones, whenever the map goes on."""
+    laid = [Laid.of(session.model, edit) for edit in session.edits]
+    yield [hook for one in laid for hook in one.hooks()]
+
+
+def _next(
+    session: Session, hooks: list[Any], pictures: Iterator[SweepResult]
+) -> SweepResult | None:
+    """The next picture, made with the hooks attached; None behind the last."""
+    result = None
+    try:
+        with session.model.hooks(hooks):
+            result = next(pictures, None)
+    except DeadHookError:
+        if result is not None:
+            raise
+    return result  # behind the last, nothing ran that hooks could act on
+
+
+def _spec(session: Session, part: str, by: str, token: int) -> SweepSpec:
+    width = max(LEAST_WINDOW_S, session.clip.seconds / COARSE)
+    return SweepSpec.of(
+        session.model,
+        clean=session.inputs,
+        corrupted=session.source(by),
+        site=f"{part}.resid_pre",
+        axes=("layer", "time"),
+        metric=metrics.prob(token),
+        windows=width,
+        direction="noise",
+        refine=THRESHOLD,
+    )
+
+
+def _read(result: SweepResult, part: str, by: str, token: int) -> LayerMap:
+    one = result.mean()
+    now = float(one.clean)
+    spans = [(float(span.start_s), float(span.end_s)) for span in one.coords["time"]]
+    change = [
+        [None if value != value else round(value - now, 6) for value in row]
+        for row in one.values.tolist()
+    ]
+    return LayerMap(part, by, token, list(one.coords["layer"]), spans, change, now)
+
+
+def head_map(session: Session, site: str, token: int) -> list[list[float]]:
+    """What turning off each head of a site does to an answer's probability: ``layers x heads``.
+
+    Raises:
+        InputError, SiteError: a site or token that there is not.
+    """
+    token = session.check_token(token)
+    Site.parse(f"{site}.z", session.model)
+    with torch.no_grad(), session.in_force():
+        result = sweep(
+            session.model,
+            clean=session.inputs,
+            corrupted=session.inputs,
+            site=f"{site}.z",
+            axes=("layer", "head"),
+            metric=metrics.prob(token),
+            do=Scale(0.0),
+            progress=False,
+        ).mean()
+    return (result.values - result.clean).tolist()
