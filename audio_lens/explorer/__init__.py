@@ -1,7 +1,7 @@
 """The live explorer: touch a model and hear it answer, as a page or a notebook's widget."""
 
 from audio_lens.explorer.code import python_code
-from audio_lens.explorer.maps import LayerMap, head_map, layer_map
+from audio_lens.explorer.maps import HeadMap, LayerMap, head_map, layer_map
 from audio_lens.explorer.session import Option, Session
 from audio_lens.explorer.shared import read, save
 from audio_lens.explorer.touches import Deafened, Head, Stretch, Touch, touch_of
@@ -10,6 +10,7 @@ from audio_lens.explorer.widget import explore
 __all__ = [
     "Deafened",
     "Head",
+    "HeadMap",
     "LayerMap",
     "Option",
     "Session",

@@ -87,7 +87,7 @@ def _sound(session: Session) -> str:
 def _changes(session: Session) -> str:
     lines = []
     for touch in session.touches:
-        edit = touch.edit(lambda by: _Named(f"asked({by})"))
+        edit = touch.edit(lambda stretch: _Named(f"asked({stretch.by})"))
         if edit is not None:
             lines += [f"    # {touch.label}", f"    {edit_code(edit)},"]
     return "\n".join(["changes = [", *lines, "]"]) if lines else "changes = []"

@@ -188,8 +188,8 @@ class Desk:
 
     def _do_head_map(self, message: Message) -> Iterator[Event]:
         session, site = self._seat(message).session, _text(message, "site")
-        change = head_map(session, site, message.get("token"))  # type: ignore[arg-type]
-        yield {"event": "head_map", "site": site, "change": change}
+        found = head_map(session, site, message.get("token"))  # type: ignore[arg-type]
+        yield {"event": "head_map", **asdict(found)}
 
     def _do_other(self, message: Message) -> Iterator[Event]:
         session = self._seat(message).session

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from audio_lens import metrics
 from audio_lens.edits import Scale
@@ -36,8 +38,10 @@ class LayerMap:
 
     Attributes:
         spans: the windows in seconds, the narrowest known.
-        change: of the answer's probability, ``layers x windows``; None where nothing is known yet.
-        now: the probability that it changes.
+        change: of the answer's log-odds (in nats), ``layers x windows``; None where nothing is
+            known yet. Log-odds are the logarithm of p / (1 - p): unlike probabilities they tell
+            small effects apart where a model is sure.
+        now: the log-odds that it changes.
     """
 
     part: str
@@ -99,7 +103,7 @@ def _spec(session: Session, part: str, by: str, token: int) -> SweepSpec:
         corrupted=session.source(by),
         site=f"{part}.resid_pre",
         axes=("layer", "time"),
-        metric=metrics.prob(token),
+        metric=log_odds(token),
         windows=width,
         direction="noise",
         refine=THRESHOLD,
@@ -117,8 +121,23 @@ def _read(result: SweepResult, part: str, by: str, token: int) -> LayerMap:
     return LayerMap(part, by, token, list(one.coords["layer"]), spans, change, now)
 
 
-def head_map(session: Session, site: str, token: int) -> list[list[float]]:
-    """What turning off each head of a site does to an answer's probability: ``layers x heads``.
+@dataclass(frozen=True)
+class HeadMap:
+    """What turning off each head of a site does to an answer.
+
+    Attributes:
+        change: of the answer's log-odds (in nats), ``layers x heads``.
+        now: the log-odds that it changes.
+    """
+
+    site: str
+    token: int
+    change: list[list[float]]
+    now: float
+
+
+def head_map(session: Session, site: str, token: int) -> HeadMap:
+    """What turning off each head of a site does to an answer, with the touches in force.
 
     Raises:
         InputError, SiteError: a site or token that there is not.
@@ -132,8 +151,19 @@ def head_map(session: Session, site: str, token: int) -> list[list[float]]:
             corrupted=session.inputs,
             site=f"{site}.z",
             axes=("layer", "head"),
-            metric=metrics.prob(token),
+            metric=log_odds(token),
             do=Scale(0.0),
             progress=False,
         ).mean()
-    return (result.values - result.clean).tolist()
+    return HeadMap(site, token, (result.values - result.clean).tolist(), float(result.clean))
+
+
+def log_odds(token: int) -> metrics.Metric:
+    """How much likelier an answer is than all others together, as a logarithm (nats)."""
+
+    def of_rows(logits: Float[Tensor, "b v"]) -> Float[Tensor, " b"]:
+        others = logits.clone()
+        others[:, token] = -torch.inf
+        return logits[:, token] - others.logsumexp(-1)
+
+    return metrics.read_at(of_rows, name=f"log-odds of token {token}")

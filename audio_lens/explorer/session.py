@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from audio_lens.explorer.touches import Stretch, Touch
 from audio_lens.inputs import AudioInputs
 from audio_lens.patching.clip_pair import language_options
 from audio_lens.patching.run import run
-from audio_lens.sites import sites_of
+from audio_lens.running import evaluating
+from audio_lens.sites import Site, sites_of
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
 
 MOST_TOUCHES = 64
 MOST_STEPS = 256  # that can be undone
+MOST_KEPT = 8  # activations of sources
 MOST_LETTERS = 4000  # of a question
 N_ANSWERS = 6  # that are shown, of either run
 
@@ -82,6 +85,8 @@ class Session:
         self._made: dict[str, AudioInputs] = {}  # of this clip and question: sources, and the clip
         self._heard: tuple[tuple[Touch, ...], Sound, AudioInputs] | None = None
         self._before: Tensor | None = None
+        self._now_logits: tuple[tuple[Touch, ...], Tensor] | None = None
+        self._kept: OrderedDict[tuple[str, str], Tensor] = OrderedDict()  # activations of sources
         for touch in touches:
             self.touch(touch)
 
@@ -127,7 +132,8 @@ class Session:
         before = dict(vars(self))
         self.clip, self.question = clip, question
         self.other = None if other is None else other.as_long_as(clip)
-        self._made, self._heard, self._before = {}, None, None
+        self._made, self._heard, self._before, self._now_logits = {}, None, None, None
+        self._kept = OrderedDict()
         kept = [touch for touch in self.touches if _lies_in(touch, clip)]
         self._steps, self._at = ([()] if not kept else [(), tuple(kept)]), int(bool(kept))
         try:
@@ -263,10 +269,25 @@ class Session:
             samples, text=self.question, sampling_rate=self.clip.rate, **self._options
         )
 
+    def _activations(self, stretch: Stretch) -> dict[str, Tensor]:
+        """What a source has where a stretch of a layer is put in; the last ones are kept."""
+        site = Site.parse(f"{stretch.part}.resid_pre", self.model)
+        name, by = site.hook_name(stretch.layer), stretch.by
+        if (by, name) not in self._kept:
+            with torch.no_grad(), evaluating(self.model), self.model.without_hooks():
+                found = self.model.run_with_cache(
+                    self.source(by), names_filter=[name], return_cache_object=False
+                )[1]
+            self._kept[by, name] = found[name]
+        self._kept.move_to_end((by, name))
+        while len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+        return {name: self._kept[by, name]}
+
     @property
     def edits(self) -> list[Edit]:
         """The touches of the model, as edits."""
-        found = (touch.edit(self.source) for touch in self.touches)
+        found = (touch.edit(self._activations) for touch in self.touches)
         return [edit for edit in found if edit is not None]
 
     @contextmanager
@@ -283,7 +304,10 @@ class Session:
 
     def logits(self) -> Float[Tensor, " v"]:
         """Of the next token (or of the classes), with the touches in force."""
-        return last_logits(self.model, self.inputs, self.edits)
+        if self._now_logits is None or self._now_logits[0] != self.touches:
+            found = last_logits(self.model, self.inputs, self.edits)
+            self._now_logits = (self.touches, found)
+        return self._now_logits[1]
 
     @property
     def before(self) -> Float[Tensor, " v"]:

@@ -26,9 +26,9 @@ SHOWN = {
 
 
 class Sources(Protocol):
-    """Where a stretch is taken from, by name: what stands for it in an edit."""
+    """What a stretch of a layer is taken from, as `edits.Put` takes it."""
 
-    def __call__(self, name: str) -> Any: ...
+    def __call__(self, stretch: Stretch, /) -> Any: ...
 
 
 class Touch:
@@ -95,7 +95,7 @@ class Stretch(Touch):
         if self.part is None:
             return None
         place = (self.start_s, self.end_s)
-        return Edit(f"{self.part}.resid_pre", Put(sources(self.by)), layer=self.layer, where=place)
+        return Edit(f"{self.part}.resid_pre", Put(sources(self)), layer=self.layer, where=place)
 
     @property
     def label(self) -> str:

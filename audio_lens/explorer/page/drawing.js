@@ -1,7 +1,7 @@
 // The picture of the explorer on one canvas: words, waveform, spectrogram, the layer by time map and
 // a head's attention, one under the other on one axis of seconds.
 
-const LEFT = 62, RIGHT = 12;
+const LEFT = 72, RIGHT = 12;
 
 function fromBase64(text) { return Uint8Array.from(atob(text), (c) => c.charCodeAt(0)); }
 
@@ -269,7 +269,7 @@ class Picture {
     c.fillStyle = this.#colours.accent;
     c.globalAlpha = 0.22;
     const bottom = (map ?? mel).top + (map ?? mel).height;
-    c.fillRect(left, wave.top, right - left, bottom - wave.top);
+    c.fillRect(left, wave.top, right - left, mel.top + mel.height - wave.top);
     c.globalAlpha = 1;
     c.beginPath();
     [left, right].forEach((x) => { c.moveTo(x, wave.top); c.lineTo(x, bottom); });

@@ -60,7 +60,7 @@ const SKELETON = `
         <button data-is="undo" title="Ctrl+Z">↶ Undo</button><button data-is="redo" title="Ctrl+Shift+Z">↷ Redo</button><button data-is="clear">Clear</button>
       </div>
       <div class="row">
-        <button data-is="code">Python code</button><button data-is="save">Save…</button><button data-is="load">Open edits…</button>
+        <button data-is="code">Python</button><button data-is="save" title="Clips, question and touches, as a file that opens them again">Save…</button><button data-is="load">Open…</button>
         <input type="file" accept=".json,application/json" data-is="edits-file" hidden>
       </div>
     </section>
@@ -96,7 +96,9 @@ function percent(share) {
   return `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
 }
 
-const signed = (change) => `${change < 0 ? "−" : "+"}${Math.abs(100 * change).toFixed(1)}`;
+const signed = (change) => `${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(1)}`;
+const chance = (logOdds) => 1 / (1 + Math.exp(-logOdds));
+const fromTo = (now, change) => `${percent(chance(now))} → ${percent(chance(now + change))}`;
 const bare = (word) => word.replace(/^␣/, "");
 
 function mount(root, link) {
@@ -204,8 +206,8 @@ function mount(root, link) {
     map: (map) => {
       state.map = map;
       const changes = map.change.flat().filter((x) => x !== null).map(Math.abs);
-      state.limit = Math.max(0.05, ...changes);
-      [$("low").textContent, $("high").textContent] = [signed(-state.limit), `${signed(state.limit)} %`];
+      state.limit = Math.max(0.5, ...changes);
+      [$("low").textContent, $("high").textContent] = [signed(-state.limit), `${signed(state.limit)} log-odds`];
       root.dataset.cells = changes.length;
       const widths = map.spans.map(([start, end]) => end - start);
       $("progress").textContent = `refining: ${(1000 * Math.min(...widths)).toFixed(0)} ms`;
@@ -320,7 +322,7 @@ function mount(root, link) {
     if (!heads || heads.site !== site) return;
     const isChange = $("shade").value === "change";
     const change = headMap?.site === site ? headMap.change : null;
-    const most = change ? Math.max(0.01, ...change.flat().map(Math.abs)) : 1;
+    const most = change ? Math.max(0.1, ...change.flat().map(Math.abs)) : 1;
     const rows = [...heads.layers.keys()].reverse().flatMap((l) => [
       element("span", { className: "soft small", textContent: `layer ${heads.layers[l]}` }),
       ...heads.heads.map((head, h) => headButton(l, h, isChange ? change && change[l][h] / most : heads.on_audio[l][h])),
@@ -360,7 +362,7 @@ function mount(root, link) {
     const [l, h] = [heads.layers.indexOf(layer), heads.heads.indexOf(number)];
     const word = bare(state.answers.find(({ token }) => token === state.token).word);
     const facts = [`${percent(head.on_audio)} of its attention is on the clip (${heads.asker}).`];
-    if (change) facts.push(`Turning it off moves “${word}” by ${signed(change[l][h])} % points.`);
+    if (change) facts.push(`Turned off, “${word}” goes ${fromTo(state.headMap.now, change[l][h])}.`);
     const row = (...buttons) => element("div", { className: "row" }, ...buttons);
     const button = (name, text, act, isMain = false) => {
       const made = element("button", { textContent: text, className: isMain ? "main" : "" });
@@ -473,7 +475,7 @@ function mount(root, link) {
     const cell = lane === "map" ? picture.cell(picture.seconds(place(event)[0])) : -1;
     const change = cell < 0 ? null : state.map.change[row]?.[cell] ?? null;
     stage.style.cursor = lane === "map" || lane === "head" || lane === "words" ? "pointer" : "text";
-    stage.title = change === null ? "" : `${state.part} layer ${row}, ${state.map.spans[cell].map((s) => s.toFixed(2)).join("–")} s: ${signed(change)} % points`;
+    stage.title = change === null ? "" : `${state.part} layer ${row}, ${state.map.spans[cell].map((s) => s.toFixed(2)).join("–")} s: ${fromTo(state.map.now, change)}`;
   }
 
   function hear() { play(state.sound, state.selection.start, state.selection.end); }
