@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from audio_lens.arguments import number, whole
 from audio_lens.edits import Block, Edit, Put, Scale
@@ -25,10 +25,8 @@ SHOWN = {
 }
 
 
-class Sources(Protocol):
-    """What a stretch of a layer is taken from, as `edits.Put` takes it."""
-
-    def __call__(self, stretch: Stretch, /) -> Any: ...
+# what a stretch of a layer is taken from, as `edits.Put` takes it
+Sources = Callable[["Stretch"], Any]
 
 
 class Touch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import shutil
 
@@ -251,11 +252,10 @@ def test_cells_of_the_map_are_what_touching_them_does(session, with_touch):
     if with_touch:
         session.touch(Head("decoder.attn", 2, 4, 0.5))
     token = session.answers()[0].token
-    pictures = list(
-        zip(maps.layer_map(session, "decoder", "other", token), range(40), strict=False)
-    )
-    first, last = pictures[0][0], pictures[-1][0]
-    assert any(None in row for row in first.change) and None not in sum(last.change, [])
+    pictures = list(itertools.islice(maps.layer_map(session, "decoder", "other", token), 16))
+    first, last = pictures[0], pictures[-1]
+    assert any(None in row for row in first.change)
+    assert not any(None in row for row in last.change)
     assert len(last.spans) > len(first.spans) and len(last.change) == 6
     base = odds(session, token)
     assert last.now == pytest.approx(base, abs=1e-3)

@@ -19,9 +19,9 @@ const SKELETON = `
         <button data-is="open">Open…</button>
         <button data-is="record" title="Record with the microphone">● Record</button>
         <span class="grow"></span>
-        <span class="soft">other clip</span><span class="file" data-is="other">none</span>
+        <span class="row"><span class="soft">other clip</span><span class="file" data-is="other">none</span>
         <button data-is="hear-other" hidden aria-label="Play the other clip">▶</button>
-        <button data-is="open-other">Open…</button>
+        <button data-is="open-other" aria-label="Open another clip">Open…</button></span>
         <input type="file" accept="audio/*,.wav,.flac,.mp3,.ogg,.m4a" data-is="file" hidden>
       </div>
       <div class="stage" data-is="stage" tabindex="0" role="application" aria-label="The clip in time. Drag over the waveform to choose a stretch, click a cell of the map to choose stretch and layer. Arrow keys move the stretch, with Shift they widen it, up and down choose a layer, Enter plays it, Space plays the clip, Escape stops and clears."><canvas></canvas></div>
