@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from audio_lens.cli import shared
+from audio_lens.cli import complete, shared
 from audio_lens.cli.shared import Debug, Device, Dtype, Language, Verbose, app, out, plain_errors
 
 OF_EDITS = "given with --edits, whose file holds it"
@@ -32,7 +32,7 @@ def explore(
             "--model",
             "-m",
             help='A hub id, a Hugging Face directory, or "embedded" (default).',
-            autocompletion=shared.complete.models,
+            autocompletion=complete.models,
         ),
     ] = None,
     other: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,11 +115,14 @@ def _read(result: SweepResult, part: str, by: str, token: int) -> LayerMap:
     one = result.mean()
     now = float(one.clean)
     spans = [(float(span.start_s), float(span.end_s)) for span in one.coords["time"]]
-    change = [
-        [None if value != value else round(value - now, 6) for value in row]
-        for row in one.values.tolist()
-    ]
-    return LayerMap(part, by, token, list(one.coords["layer"]), spans, change, now)
+    layers, change = list(one.coords["layer"]), _finite(one.values - now)
+    return LayerMap(part, by, token, layers, spans, change, now)
+
+
+def _finite(change: Float[Tensor, "rows columns"]) -> list[list[float | None]]:
+    """Numbers for JSON; None where nothing is known, or an answer cannot be."""
+    rows = change.tolist()
+    return [[round(x, 6) if math.isfinite(x) else None for x in row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class HeadMap:
 
     site: str
     token: int
-    change: list[list[float]]
+    change: list[list[float | None]]
     now: float
 
 
@@ -155,7 +159,8 @@ def head_map(session: Session, site: str, token: int) -> HeadMap:
             do=Scale(0.0),
             progress=False,
         ).mean()
-    return HeadMap(site, token, (result.values - result.clean).tolist(), float(result.clean))
+    now = float(result.clean)
+    return HeadMap(site, token, _finite(result.values - now), now)
 
 
 def log_odds(token: int) -> metrics.Metric:

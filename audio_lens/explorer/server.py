@@ -122,7 +122,7 @@ class _Pages:
             return _refused(413, f"a message has at most {MOST_BODY / 1e6:.0f} MB")
         try:
             message = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return _refused(400, "a message is JSON")
         return self._answered(request, message, None)
 

@@ -29,6 +29,7 @@ SHOWN = {
 Sources = Callable[["Stretch"], Any]
 
 
+@dataclass(frozen=True)
 class Touch:
     """One thing done to the clip or the model."""
 

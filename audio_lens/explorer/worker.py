@@ -87,7 +87,7 @@ def _step(job: Job) -> bool:
         log.exception("the explorer failed")
         event = {"event": "error", "message": f"{type(error).__name__}: {error}"}
     if event is not None:
-        job.reply(event)
+        _reply(job, event)
     if event is None or event["event"] in ("superseded", "error"):
         _end(job)
         return False
@@ -98,7 +98,16 @@ def _end(job: Job) -> None:
     close = getattr(job.steps, "close", None)
     if close is not None:
         close()
-    job.reply(None)
+    _reply(job, None)
+
+
+def _reply(job: Job, event: Event | None) -> None:
+    """Tell whoever asked; where nobody is there any more, the job ends."""
+    try:
+        job.reply(event)
+    except Exception:
+        log.debug("nobody takes %s any more", job.key, exc_info=True)
+        job.is_cancelled = True
 
 
 @functools.cache

@@ -60,6 +60,7 @@ def odds(session, token):
 # -------------------------------------------------------------------------------- answers
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES)
 def test_answers_are_those_of_a_whole_forward(session, touch):
     session.touch(touch)
@@ -121,6 +122,7 @@ def test_stack_and_steps_are_bounded(session):
     assert len(session._steps) == MOST_STEPS and session.touches
 
 
+@pytest.mark.unchecked
 def test_another_question_and_another_clip(session):
     session.touch(Head("decoder.attn", 2, 4, 1.0))
     session.ask("Which digit is last?")
@@ -202,6 +204,7 @@ def printed(code, folder, monkeypatch):
     return {word: float(value) for word, _, value in lines}
 
 
+@pytest.mark.unchecked
 def test_code_gives_the_same_numbers(session, tmp_path, monkeypatch):
     for path in (PAIR.clean, PAIR.corrupted):
         shutil.copy(path, tmp_path)
@@ -212,6 +215,7 @@ def test_code_gives_the_same_numbers(session, tmp_path, monkeypatch):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.unchecked
 def test_a_file_holds_the_session(session, tmp_path):
     for touch in TOUCHES.values():
         session.touch(touch)
@@ -247,7 +251,12 @@ def test_files_that_hold_no_edits_are_refused(session, tmp_path):
 # -------------------------------------------------------------------------------- maps and heads
 
 
-@pytest.mark.parametrize("with_touch", [False, True], ids=["bare", "on top of a touch"])
+@pytest.mark.unchecked
+@pytest.mark.parametrize(
+    "with_touch",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["bare", "on top of a touch"],
+)
 def test_cells_of_the_map_are_what_touching_them_does(session, with_touch):
     if with_touch:
         session.touch(Head("decoder.attn", 2, 4, 0.5))
@@ -265,6 +274,7 @@ def test_cells_of_the_map_are_what_touching_them_does(session, with_touch):
     assert last.change[1][strong] == pytest.approx(odds(session, token) - base, abs=1e-3)
 
 
+@pytest.mark.unchecked
 def test_the_map_of_heads_is_what_turning_them_off_does(session):
     token = session.answers()[0].token
     change = maps.head_map(session, "decoder.attn", token).change

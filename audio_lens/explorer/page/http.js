@@ -19,7 +19,7 @@ class HttpLink {
         for (const line of lines) yield JSON.parse(line);
       }
     } finally {
-      reader.cancel();
+      reader.cancel().catch(() => {}); // the server may be gone
     }
   }
 }
