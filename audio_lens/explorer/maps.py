@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,18 +67,11 @@ def layer_map(session: Session, part: str, by: str, token: int) -> Iterator[Laye
     if by not in SOURCES:
         raise InputError(f"a map puts in {', '.join(SOURCES)}; got {by!r}")
     token = session.check_token(token)
-    with _attached(session) as hooks:
-        spec = _spec(session, part, by, token)
-        pictures = streamed(session.model, spec, TOGETHER)
-        while (result := _next(session, hooks, pictures)) is not None:
-            yield _read(result, part, by, token)
-
-
-@contextmanager
-def _attached(session: Session) -> Iterator[list[Any]]:
-    """Hooks of the touches: the same ones, whenever the map goes on."""
     laid = [Laid.of(session.model, edit) for edit in session.edits]
-    yield [hook for one in laid for hook in one.hooks()]
+    hooks = [hook for one in laid for hook in one.hooks()]  # the same ones whenever it goes on
+    pictures = streamed(session.model, _spec(session, part, by, token), TOGETHER)
+    while (result := _next(session, hooks, pictures)) is not None:
+        yield _read(result, part, by, token)
 
 
 def _next(

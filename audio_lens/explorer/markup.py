@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from importlib import resources
 
-SCRIPTS = ("player.js", "drawing.js", "explorer.js")
+SCRIPTS = ("player.js", "drawing.js", "skeleton.js", "heads.js", "clips.js", "explorer.js")
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

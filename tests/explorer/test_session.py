@@ -260,6 +260,7 @@ def test_files_that_hold_no_edits_are_refused(session, tmp_path):
 def test_cells_of_the_map_are_what_touching_them_does(session, with_touch):
     if with_touch:
         session.touch(Head("decoder.attn", 2, 4, 0.5))
+        session.touch(Stretch(1.2, 1.5, "silence", "decoder", 1))
     token = session.answers()[0].token
     pictures = list(itertools.islice(maps.layer_map(session, "decoder", "other", token), 16))
     first, last = pictures[0], pictures[-1]

@@ -1,106 +1,6 @@
 // The explorer: what is touched goes to Python as messages, what comes back is shown.
 // `link.ask(message, content)` gives the events that answer a message.
 
-const SKELETON = `
-<header class="row top">
-  <div class="brand"><strong>audio_lens</strong><span data-is="model"></span></div>
-  <form data-is="asking" class="row grow">
-    <label class="grow"><span data-is="question-label">Question</span><input data-is="question" maxlength="4000" autocomplete="off" spellcheck="false"></label>
-    <button>Ask</button>
-  </form>
-</header>
-<p data-is="problem" class="problem" role="alert" hidden></p>
-<div class="columns">
-  <div class="left">
-    <section class="card" data-is="drop">
-      <div class="row">
-        <button data-is="play" class="main" title="Space">▶ Play</button>
-        <span class="file" data-is="clip"></span>
-        <button data-is="open">Open…</button>
-        <button data-is="record" title="Record with the microphone">● Record</button>
-        <span class="grow"></span>
-        <span class="row"><span class="soft">other clip</span><span class="file" data-is="other">none</span>
-        <button data-is="hear-other" hidden aria-label="Play the other clip">▶</button>
-        <button data-is="open-other" aria-label="Open another clip">Open…</button></span>
-        <input type="file" accept="audio/*,.wav,.flac,.mp3,.ogg,.m4a" data-is="file" hidden>
-      </div>
-      <div class="stage" data-is="stage" tabindex="0" role="application" aria-label="The clip in time. Drag over the waveform to choose a stretch, click a cell of the map to choose stretch and layer. Arrow keys move the stretch, with Shift they widen it, up and down choose a layer, Enter plays it, Space plays the clip, Escape stops and clears."><canvas></canvas></div>
-      <div class="row legend">
-        <span class="switch" data-is="parts" role="group" aria-label="Map of"></span>
-        <label class="soft">each cell: <b data-is="tracked"></b> when <select data-is="by" aria-label="What the map puts in"></select> is put in there</label>
-        <span class="grow"></span>
-        <span data-is="progress" class="soft"></span>
-        <span class="scale soft"><span data-is="low"></span><i></i><span data-is="high"></span></span>
-      </div>
-    </section>
-    <section class="card tools" aria-label="The chosen stretch">
-      <p data-is="hint" class="soft">Drag over the sound to choose a stretch of it, or click a cell of the map.</p>
-      <div class="row" data-is="stretch" hidden>
-        <span class="times"><input data-is="start" type="number" step="0.01" min="0" aria-label="From second"> – <input data-is="end" type="number" step="0.01" min="0" aria-label="to second"> s</span>
-        <button data-is="hear" aria-label="Play the stretch">▶</button>
-        <label>in <select data-is="level"></select></label>
-        <span class="row"><span class="soft">put</span>
-        <button data-is="put-silence" class="main">silence</button>
-        <button data-is="put-noise" class="main">noise</button>
-        <button data-is="put-other" class="main">the other clip</button></span>
-      </div>
-    </section>
-  </div>
-  <aside>
-    <section class="card">
-      <h2>It says</h2>
-      <output class="said" data-is="said" aria-live="polite">…</output>
-      <div data-is="answers" class="answers"></div>
-      <p class="soft small" data-is="answer-note"></p>
-    </section>
-    <section class="card">
-      <h2>Touches</h2>
-      <ol data-is="touches" class="touches"></ol>
-      <div class="row">
-        <button data-is="undo" title="Ctrl+Z">↶ Undo</button><button data-is="redo" title="Ctrl+Shift+Z">↷ Redo</button><button data-is="clear">Clear</button>
-      </div>
-      <div class="row">
-        <button data-is="code">Python</button><button data-is="save" title="Clips, question and touches, as a file that opens them again">Save…</button><button data-is="load">Open…</button>
-        <input type="file" accept=".json,application/json" data-is="edits-file" hidden>
-      </div>
-    </section>
-  </aside>
-</div>
-<section class="card" data-is="heads-card">
-  <div class="row">
-    <h2>Heads</h2>
-    <select data-is="site" aria-label="Heads of"></select>
-    <label class="soft">colour <select data-is="shade"><option value="change">what turning it off does</option><option value="audio">its attention on the clip</option></select></label>
-  </div>
-  <div class="heads">
-    <div data-is="grid" class="grid" role="group" aria-label="Heads"></div>
-    <div data-is="head" class="head"></div>
-  </div>
-</section>
-<dialog data-is="dialog" aria-label="Python code">
-  <div class="row"><h2 class="grow">The same in Python</h2><button data-is="copy" class="main">Copy</button><button data-is="close" aria-label="Close">✕</button></div>
-  <pre data-is="text" tabindex="0"></pre>
-</dialog>`;
-
-const SOURCES = { other: "the other clip", silence: "silence", noise: "noise" };
-const LEAST_S = 0.02;
-
-function element(tag, attributes = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), attributes);
-  made.append(...children);
-  return made;
-}
-
-function percent(share) {
-  if (share > 0 && share < 0.0001) return "< 0.01 %";
-  return `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
-}
-
-const signed = (change) => `${change < 0 ? "−" : "+"}${Math.abs(change).toFixed(1)}`;
-const chance = (logOdds) => 1 / (1 + Math.exp(-logOdds));
-const fromTo = (now, change) => `${percent(chance(now))} → ${percent(chance(now + change))}`;
-const bare = (word) => word.replace(/^␣/, "");
-
 function mount(root, link) {
   root.classList.add("ale");
   root.innerHTML = SKELETON;
@@ -134,10 +34,13 @@ function mount(root, link) {
   }
 
   // something that changes what the model is given or does
-  async function change(message, content = null) {
+  const change = (message) => busy(() => ask(message));
+  const touch = (made) => change({ do: "touch", touch: made });
+
+  async function busy(work) {
     problem("");
     root.dataset.busy = Number(root.dataset.busy ?? 0) + 1;
-    await ask(message, { content });
+    await work();
     root.dataset.busy = Number(root.dataset.busy) - 1;
   }
 
@@ -317,77 +220,6 @@ function mount(root, link) {
     $("level").value = selection.layer === null ? "" : `${selection.part} ${selection.layer}`;
   }
 
-  function showHeads() {
-    const { heads, headMap } = state, { site } = state;
-    if (!heads || heads.site !== site) return;
-    const isChange = $("shade").value === "change";
-    const change = headMap?.site === site ? headMap.change : null;
-    const most = change ? Math.max(0.1, ...change.flat().map(Math.abs)) : 1;
-    const rows = [...heads.layers.keys()].reverse().flatMap((l) => [
-      element("span", { className: "soft small", textContent: `layer ${heads.layers[l]}` }),
-      ...heads.heads.map((head, h) => headButton(l, h, isChange ? change && change[l][h] / most : heads.on_audio[l][h])),
-    ]);
-    $("grid").style.setProperty("--heads", heads.heads.length);
-    const focused = $("grid").contains(document.activeElement) ? document.activeElement.dataset.at : undefined;
-    $("grid").replaceChildren(...rows);
-    if (focused !== undefined) $("grid").querySelector(`[data-at="${focused}"]`)?.focus();
-    showHead(change);
-  }
-
-  function headButton(l, h, value) {
-    const { heads, head } = state;
-    const [layer, number] = [heads.layers[l], heads.heads[h]];
-    const isOff = state.touches.some((t) => t.kind !== "stretch" && t.site === state.site && t.layer === layer && t.head === number);
-    const button = element("button", {
-      className: isOff ? "cell touched" : "cell", ariaLabel: `layer ${layer}, head ${number}`,
-      title: `head ${layer}.${number}: ${percent(heads.on_audio[l][h])} of its attention on the clip, most at ${heads.peak_s[l][h]} s`,
-      ariaPressed: head?.layer === layer && head?.head === number,
-    });
-    button.dataset.at = `${layer}.${number}`;
-    if (value !== null) {
-      button.style.setProperty("--share", Math.min(1, Math.abs(value)) ** 0.7);
-      button.style.setProperty("--hue", `var(--${$("shade").value === "audio" ? "accent" : value < 0 ? "fall" : "rise"})`);
-    }
-    button.addEventListener("click", () => ask({ do: "head", site: state.site, layer, head: number }));
-    return button;
-  }
-
-  function showHead(change) {
-    const { head, heads, site } = state, panel = $("head");
-    if (!head || head.site !== site) {
-      panel.replaceChildren(element("p", { className: "soft", textContent: "Click a head: see above what it attends to, hear it, and take it away." }));
-      return;
-    }
-    const { layer, head: number } = head, at = { site, layer, head: number };
-    const [l, h] = [heads.layers.indexOf(layer), heads.heads.indexOf(number)];
-    const word = bare(state.answers.find(({ token }) => token === state.token).word);
-    const facts = [`${percent(head.on_audio)} of its attention is on the clip (${heads.asker}).`];
-    if (change) facts.push(`Turned off, “${word}” goes ${fromTo(state.headMap.now, change[l][h])}.`);
-    const row = (...buttons) => element("div", { className: "row" }, ...buttons);
-    const button = (name, text, act, isMain = false) => {
-      const made = element("button", { textContent: text, className: isMain ? "main" : "" });
-      made.dataset.is = name;
-      made.addEventListener("click", act);
-      return made;
-    };
-    panel.replaceChildren(
-      element("h3", { textContent: `${site.replace(".attn", "").replace(".cross_attn", " cross")} head ${layer}.${number}` }),
-      element("p", { className: "soft", textContent: facts.join(" ") }),
-      row(button("hear-context", "▶ What it attends to, in context", () => hearHead(false)), button("hear-cut", "▶ cut out", () => hearHead(true))),
-      row(
-        button("turn-off", "Turn off", () => touch({ kind: "head", ...at, g: 0 }), true),
-        button("halve", "Halve", () => touch({ kind: "head", ...at, g: 0.5 })),
-        button("double", "Double", () => touch({ kind: "head", ...at, g: 2 })),
-        button("deafen", "Deafen to the audio", () => touch({ kind: "deafened", ...at }), true),
-        button("deafen-stretch", "Deafen to the stretch", () => {
-          if (!state.selection) return problem("Choose a stretch first: drag over the sound.");
-          touch({ kind: "deafened", ...at, start_s: state.selection.start, end_s: state.selection.end });
-        }),
-      ),
-    );
-  }
-  const touch = (made) => change({ do: "touch", touch: made });
-
   // ---------------------------------------------------------------- sound
 
   function play(sound, start, end, isClip = true) {
@@ -499,79 +331,8 @@ function mount(root, link) {
     event.preventDefault();
   });
 
-  // ---------------------------------------------------------------- clips
-
-  let which = "clip";
-  async function take(name, bytes, into) {
-    const message = { do: "clip", which: into, name };
-    problem("");
-    root.dataset.busy = Number(root.dataset.busy ?? 0) + 1;
-    const isWav = /\.(wav|flac|ogg|mp3|aiff?)$/i.test(name);
-    try {
-      // what Python does not read, the browser may
-      const samples = isWav ? null : await player.decoded(bytes.slice(0), state.sound.rate);
-      const content = samples ? wavOf(samples, state.sound.rate) : bytes;
-      await ask({ ...message, session, name: samples ? name.replace(/\.[^.]*$|$/, ".wav") : name }, { content });
-    } catch (error) {
-      problem(`${name} cannot be read as audio (${error.message}).`);
-    }
-    root.dataset.busy = Number(root.dataset.busy) - 1;
-  }
-
-  function choose(into) { which = into; $("file").click(); }
-  $("open").addEventListener("click", () => choose("clip"));
-  $("open-other").addEventListener("click", () => choose("other"));
-  $("file").addEventListener("change", async (event) => {
-    const [file] = event.target.files;
-    if (file) await take(file.name, await file.arrayBuffer(), which);
-    event.target.value = "";
-  });
-  root.addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });
-  root.addEventListener("dragleave", () => $("drop").classList.remove("over"));
-  root.addEventListener("drop", async (event) => {
-    event.preventDefault();
-    $("drop").classList.remove("over");
-    const [file] = event.dataTransfer.files;
-    if (!file) return;
-    if (/\.json$/i.test(file.name)) return load(file);
-    await take(file.name, await file.arrayBuffer(), "clip");
-  });
-
-  let recorder = null;
-  $("record").addEventListener("click", async () => {
-    if (recorder) return recorder.stop();
-    try {
-      const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-      const pieces = [];
-      recorder = new MediaRecorder(stream);
-      recorder.ondataavailable = ({ data }) => pieces.push(data);
-      recorder.onstop = async () => {
-        recorder = null;
-        stream.getTracks().forEach((track) => track.stop());
-        $("record").textContent = "● Record";
-        await take("recording.webm", await new Blob(pieces).arrayBuffer(), "clip");
-      };
-      recorder.start();
-      $("record").textContent = "■ Stop recording";
-    } catch (error) {
-      recorder = null;
-      problem(`The microphone cannot be used (${error.message}).`);
-    }
-  });
-
-  async function load(file) {
-    try {
-      await change({ do: "load", written: JSON.parse(await file.text()) });
-    } catch (error) {
-      problem(`${file.name} holds no edits (${error.message}).`);
-    }
-  }
-  $("load").addEventListener("click", () => $("edits-file").click());
-  $("edits-file").addEventListener("change", async (event) => {
-    const [file] = event.target.files;
-    if (file) await load(file);
-    event.target.value = "";
-  });
+  wireClips(root, $, state, { ask, change, busy, player, problem });
+  const showHeads = headPanel($, state, { ask, touch, hear: hearHead, problem });
 
   // ---------------------------------------------------------------- buttons
 
