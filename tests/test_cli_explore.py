@@ -64,11 +64,11 @@ def test_it_opens_a_file_of_edits(served, embedded, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nothing.wav"], "no audio file at nothing.wav"),
+        (["nothing.wav"], "there is no file nothing.wav"),
         (["--edits", "nothing.json"], "there is no file nothing.json"),
         (["-q", "?", "--edits", "some.json"], "leave one of them out"),
         (["-q", ""], "--question is empty"),
-        (["--model", "./nowhere"], "nowhere is no folder here"),
+        (["--model", "./nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_be_is_refused(served, arguments, message):

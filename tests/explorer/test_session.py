@@ -19,6 +19,7 @@ from audio_lens.explorer.session import MOST_STEPS, MOST_TOUCHES
 from audio_lens.explorer.widget import started
 from audio_lens.models.embedded import default_pair
 from audio_lens.sites import SiteError
+from families import FAMILIES
 
 PAIR = default_pair()
 WORD = (1.25, 1.75)  # around the asked word
@@ -45,7 +46,7 @@ def whole(session):
     """Probabilities by one whole forward with hooks."""
     held = intervene(session.model, session.edits) if session.edits else contextlib.nullcontext()
     with torch.no_grad(), held:
-        return session.model(session.inputs)[0, -1].softmax(-1)
+        return session.model(session.inputs).flatten(0, -2)[-1].softmax(-1)
 
 
 def now(session):
@@ -308,3 +309,36 @@ def test_maps_of_what_there_is_not_are_refused(session):
     ]:
         with pytest.raises(InputError, match=message):
             next(maps.layer_map(session, *asked))
+
+
+# -------------------------------------------------------------------------------- other models
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("name", ["whisper", "audio_spectrogram_transformer"])
+def test_other_kinds_of_models_are_explored(name):
+    family = FAMILIES[name]
+    model = family.hooked(family.build())
+    rate = model.cfg.sampling_rate
+    n = int(rate * min(0.5, model.cfg.max_audio_s / 2))
+    wave = np.random.default_rng(0).normal(0, 0.1, n).astype(np.float32)
+    session = Session(model, (wave, rate))
+    end = n / rate / 2
+    sites = heads.attention_sites(session)
+    assert sites and session.parts
+    touches = [
+        Stretch(0.0, end, "silence", session.parts[0], 1),
+        *[kind(site, 1, 1) for site in sites for kind in (Head, Deafened)],
+        *[Deafened(site, 1, 1, 0.0, end) for site in sites],
+    ]
+    for touch in touches:
+        session.touch(touch)
+        torch.testing.assert_close(now(session), whole(session).float(), atol=1e-5, rtol=1e-4)
+        assert not torch.equal(now(session), session.before.to(now(session)))
+        session.undo()
+    token = session.answers()[0].token
+    picture = next(maps.layer_map(session, session.parts[0], "silence", token))
+    assert len(picture.change) == model.cfg.parts[session.parts[0]].n_layers
+    for site in sites:
+        assert heads.listening(session, site).on_audio.max() <= 1.001
+        assert maps.head_map(session, site, token).site == site
