@@ -35,9 +35,9 @@ def browser():
         chromium.close()
 
 
-def until(page, expression: str) -> None:
+def until(page, expression: str, patience_s: float = PATIENCE_S) -> None:
     """Wait until an expression is true in the page (whose policy forbids wait_for_function)."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not page.evaluate(expression):
         if time.monotonic() > deadline:
             raise AssertionError(f"never came true: {expression}")

@@ -12,7 +12,8 @@ import pytest
 from audio_lens.explorer.server import Explorer
 from audio_lens.explorer.widget import started
 from audio_lens.models.embedded import default_pair
-from browsers import RECORD_SOUND, until
+from browsers import RECORD_SOUND
+from browsers import until as until_within
 
 pytestmark = [pytest.mark.unchecked, pytest.mark.xdist_group("explorer_page")]
 PAIR = default_pair()
@@ -20,6 +21,11 @@ OWN = "document.querySelector('#explorer').dataset"
 LEFT, RIGHT = 72, 12  # of the picture, in drawing.js
 NOW = """() => Object.fromEntries([...document.querySelectorAll('.answer')].map(
   (row) => [row.dataset.token, Number(row.dataset.now)]))"""
+
+
+def until(page, expression) -> None:
+    """Wait for what the model has to compute first."""
+    until_within(page, expression, patience_s=60)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +148,7 @@ def test_the_map_draws_itself_and_a_cell_is_chosen_and_heard(tab):
     assert (heard["from"], heard["length"]) == pytest.approx((start, end - start), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_what_a_head_attends_to_is_heard_in_context_and_cut_out(tab):
     page = tab()
     until(page, f"{OWN}.headed === {OWN}.turn")
@@ -170,6 +177,7 @@ def test_keys_choose_a_stretch_and_undo(tab):
     until(page, "document.querySelectorAll('.touches .off').length === 0")
 
 
+@pytest.mark.slow
 def test_edits_are_saved_and_opened_again(tab, tmp_path):
     page = tab()
     drag(page, 1.2, 1.8, 3.11)
@@ -185,6 +193,7 @@ def test_edits_are_saved_and_opened_again(tab, tmp_path):
     assert answered(other) == pytest.approx(touched, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said(tab, tmp_path):
     page = tab()
     (tmp_path / "bad.wav").write_bytes(b"no sound")
@@ -194,7 +203,7 @@ def test_what_cannot_be_is_said(tab, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 420])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_nothing_is_wider_than_the_screen(browser, address, width, scheme):
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()

@@ -89,6 +89,7 @@ def test_a_model_that_answers_in_another_way_is_refused():
         Session(family.hooked(family.build()), PAIR.clean)
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.xdist_group("explorer_page")
 def test_the_widget_runs_in_a_browser(browser, embedded, tmp_path):
@@ -110,10 +111,10 @@ def test_the_widget_runs_in_a_browser(browser, embedded, tmp_path):
     page.expose_function("answered", answered)
     page.goto(page_file.as_uri())
     own = "document.querySelector('.ale')?.dataset"
-    until(page, f"{own}?.ready === 'true' && {own}.drawn === {own}.turn")
+    until(page, f"{own}?.ready === 'true' && {own}.headed === {own}.turn", 60)
     page.click('.cell[data-at="2.4"]')
     page.click('[data-is="turn-off"]')
-    until(page, "document.querySelectorAll('.touches .off').length === 1")
+    until(page, "document.querySelectorAll('.touches .off').length === 1", 60)
     assert desk.start.touches == (Head("decoder.attn", 2, 4),)
     page.close()
     assert not troubles
