@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from audio_lens.arguments import number, whole
 from audio_lens.edits import Block, Edit, Put, Scale
+from audio_lens.edits.do import Number
 from audio_lens.errors import InputError
 from audio_lens.sites import Site, unit_count
+from audio_lens.timeline import Seconds
 
 if TYPE_CHECKING:
     from audio_lens.models.base import HookedAudioTransformer
@@ -68,8 +70,8 @@ class Stretch(Touch):
         layer: whose incoming stream; None with the sound.
     """
 
-    start_s: float
-    end_s: float
+    start_s: Seconds
+    end_s: Seconds
     by: str = "silence"
     part: str | None = None
     layer: int | None = None
@@ -113,7 +115,7 @@ class Head(Touch):
     site: str
     layer: int
     head: int
-    g: float = 0.0
+    g: Number = 0.0
     kind: ClassVar[str] = "head"
 
     def __post_init__(self) -> None:
@@ -145,8 +147,8 @@ class Deafened(Touch):
     site: str
     layer: int
     head: int
-    start_s: float | None = None
-    end_s: float | None = None
+    start_s: Seconds | None = None
+    end_s: Seconds | None = None
     kind: ClassVar[str] = "deafened"
 
     def __post_init__(self) -> None:
@@ -206,13 +208,13 @@ def _check_type(name: str, value: Any, wanted: str) -> None:
         return
     if wanted.startswith("int"):
         whole(name, value)
-    elif wanted.startswith("float"):
+    elif wanted.startswith(("Seconds", "Number")):
         number(name, value)
     elif not isinstance(value, str):
         raise InputError(f"{name} is text, got {value!r:.100}")
 
 
-def _check_span(start_s: float, end_s: float | None) -> None:
+def _check_span(start_s: Seconds, end_s: Seconds | None) -> None:
     number("start_s", start_s, least=0, most=LONGEST_S, unit="seconds")
     number("end_s", end_s, least=0, most=LONGEST_S, unit="seconds")
     if not math.isfinite(start_s) or end_s is None or end_s <= start_s:
@@ -237,7 +239,7 @@ def _check_head(model: HookedAudioTransformer, name: str, layer: int, head: int)
         raise InputError(f"{name} has heads 0 to {count - 1}; got {head}")
 
 
-def _seconds(start_s: float, end_s: float | None) -> str:
+def _seconds(start_s: Seconds, end_s: Seconds | None) -> str:
     return f"{start_s:.2f}\N{EN DASH}{end_s:.2f} s"
 
 
