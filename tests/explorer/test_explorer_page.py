@@ -118,7 +118,7 @@ def test_a_clip_is_dropped_touched_and_its_code_gives_the_same(tab, tmp_path, mo
     page.click('[data-is="code"]')
     page.wait_for_selector("dialog[open]")
     code = page.text_content('[data-is="text"]')
-    assert "edits.Scale(0.0)" in code and "OtherUtterance(silence" in code
+    assert "edits.Scale(0)" in code and "OtherUtterance(silence" in code
     shutil.copy(PAIR.corrupted, tmp_path)
     monkeypatch.chdir(tmp_path)
     said = io.StringIO()

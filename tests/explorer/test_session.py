@@ -118,7 +118,7 @@ def test_stack_and_steps_are_bounded(session):
     with pytest.raises(InputError, match=f"holds {MOST_TOUCHES} touches"):
         session.touch(Head("decoder.attn", 2, 4))
     session.clear()
-    session._steps *= MOST_STEPS
+    session._steps, session._at = [()] * MOST_STEPS, MOST_STEPS - 1
     session.touch(Head("decoder.attn", 2, 4))
     assert len(session._steps) == MOST_STEPS and session.touches
 
