@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 from audio_lens import explorer
@@ -15,13 +14,6 @@ from bad_input.world import Case, model, named, shipped, written
 def _session(**options: Any) -> Session:
     given: dict[str, Any] = {"clip": shipped().clean, "question": shipped().question}
     return Session(model(), **(given | options))
-
-
-def _at_a_taken_port() -> Any:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        return Explorer(_session(), taken.getsockname()[1])
 
 
 EXPLORED = {
@@ -54,9 +46,9 @@ EXPLORED = {
     "explore of edits that are none": lambda: explorer.explore(
         model(), edits=written("none.json", "[]")
     ),
-    "a server at a port that is taken": _at_a_taken_port,
+    "a server at port 70000": lambda: Explorer(_session(), 70_000),
     "explore of a clip that is not there (command)": lambda: run("explore", "nothing.wav"),
-    "explore --edits of a file that is not there": lambda: run("explore", "--edits", "none.json"),
+    "explore --edits of a file that is not there": lambda: run("explore", "--edits", "lost.json"),
     "explore --edits beside a clip": lambda: run(
         "explore", shipped().clean, "--edits", written("some.json", "{}")
     ),
