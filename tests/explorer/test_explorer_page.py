@@ -15,7 +15,7 @@ from audio_lens.models.embedded import default_pair
 from browsers import RECORD_SOUND
 from browsers import until as until_within
 
-pytestmark = [pytest.mark.unchecked, pytest.mark.xdist_group("explorer_page")]
+pytestmark = pytest.mark.unchecked
 PAIR = default_pair()
 OWN = "document.querySelector('#explorer').dataset"
 LEFT, RIGHT = 72, 12  # of the picture, in drawing.js

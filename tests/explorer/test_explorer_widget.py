@@ -91,7 +91,6 @@ def test_a_model_that_answers_in_another_way_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.unchecked
-@pytest.mark.xdist_group("explorer_page")
 def test_the_widget_runs_in_a_browser(browser, embedded, tmp_path):
     desk = Desk(Session(embedded, PAIR.clean, PAIR.question, PAIR.corrupted), is_shared=True)
 

@@ -20,7 +20,7 @@ from audio_lens.explorer.session import Session
 from audio_lens.explorer.widget import started
 from audio_lens.models.embedded import default_pair
 
-pytestmark = [pytest.mark.unchecked, pytest.mark.xdist_group("explorer_server")]
+pytestmark = pytest.mark.unchecked
 PAIR = default_pair()
 HEAD = {"kind": "head", "site": "decoder.attn", "layer": 2, "head": 4, "g": 0}
 
