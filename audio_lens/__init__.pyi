@@ -3,6 +3,7 @@
 from . import analysis as analysis
 from . import corruptions as corruptions
 from . import edits as edits
+from . import explorer as explorer
 from . import items as items
 from . import metrics as metrics
 from . import models as models
@@ -21,6 +22,7 @@ from .edits import Edit as Edit
 from .edits import intervene as intervene
 from .errors import AudioLensError as AudioLensError
 from .errors import InputError as InputError
+from .explorer import explore as explore
 from .files import OutputError as OutputError
 from .hooks import DeadHookError as DeadHookError
 from .hooks import HookError as HookError

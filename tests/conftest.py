@@ -24,7 +24,7 @@ import type_checks
 if TYPE_CHECKING:
     from audio_lens import HookedAudioTransformer
 
-pytest_plugins = ["share", "pytester"]
+pytest_plugins = ["share", "browsers", "pytester"]
 
 CHECKED = 8  # one in so many long tests runs with the checks of types
 CHECKED_CASES = 3  # one in so many quick cases of tests that have several

@@ -27,6 +27,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "cli": (
         *(
             "studies",
+            "explorer",
             "report",
             "recipes",
             "analysis",
@@ -42,6 +43,10 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "studies": (
         *("analysis", "items", "patching", "pairs", "places", "provenance", "metrics"),
         *("models", "results", *HEARD),
+    ),
+    "explorer": (
+        *("analysis", "patching", *INTERVENING, "metrics", "models", "drawing", "corruptions"),
+        *HEARD,
     ),
     "report": ("analysis", "patching", "results", "models", "drawing", *HEARD),
     "profile": ("analysis",),  # a former name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from audio_lens.arguments import number
+from audio_lens.arguments import number, whole
 from audio_lens.errors import InputError
 from audio_lens.patching.plan import Plan
 from audio_lens.patching.result import SweepResult
@@ -41,29 +41,61 @@ def refined(
         ValueError: for a threshold that is not positive, axes without "time", or windows that
             overlap.
     """
-    axes = spec.axes
+    *_, rounds = _rounds(model, spec, options)
+    return _merged(rounds)
+
+
+def streamed(
+    model: HookedAudioTransformer, spec: SweepSpec, together: int
+) -> Iterator[SweepResult]:
+    """The same, given again and again while it runs: wide windows first.
+
+    Places that were not computed yet are NaN, or still have the value of their wide window.
+
+    Args:
+        together: how many cells are computed between two results. Between them others may use the
+            model; hooks and weights stay as they were.
+
+    Raises:
+        ValueError: as `refined`.
+    """
+    whole("together", together, least=1)
+    for rounds in _rounds(model, spec, {"progress": False}, together):
+        yield _merged(rounds)
+
+
+def _rounds(
+    model: HookedAudioTransformer,
+    spec: SweepSpec,
+    options: Mapping[str, Any],
+    together: int | None = None,
+) -> Iterator[list[SweepResult]]:
+    """The results of all rounds so far, after every round, or after so many cells."""
     planned = Plan.of(model, spec)
     threshold = number("refine", spec.refine, above=0, unit="the baseline gap")
-    if "time" not in axes:
+    if "time" not in spec.axes:
         raise InputError("refine splits windows: it needs axis 'time'")
     spans = planned.table.coords["time"]
     _check_apart(spans)
-    with heading("round 1"):
-        rounds = [planned.run(**_numbered(options, 0))]
     split = _Splitter(spec.timeline, planned.table.site)
-    wanted = _strong(rounds[0], threshold)
-    while True:
+    done: list[SweepResult] = []
+    cells, wanted = list(range(len(planned))), None
+    while cells:
+        step = together or len(cells)
+        for count in range(step, len(cells) + step, step):
+            with heading(f"round {len(done) + 1}"):
+                part = planned.run(only=cells[:count], **_numbered(options, len(done)))
+            yield [*done, part]
+        done.append(part)
+        strong = _strong(part, threshold)
+        wanted = strong if wanted is None else wanted & strong
         halves = {i: split.halves(span) for i, span in enumerate(spans) if wanted[..., i].any()}
         halves = {i: pair for i, pair in halves.items() if pair}
         if not halves:
             break
-        spans, cells = _next_cells(wanted, halves)
-        planned = Plan.of(model, replace(spec, windows=spans), known=rounds[-1].report)
-        only = _along_axes(cells, axes).flatten().nonzero()[:, 0].tolist()
-        with heading(f"round {len(rounds) + 1}"):
-            rounds.append(planned.run(only=only, **_numbered(options, len(rounds))))
-        wanted = cells & _strong(rounds[-1], threshold)
-    return _merged(rounds)
+        spans, wanted = _next_cells(wanted, halves)
+        planned = Plan.of(model, replace(spec, windows=spans), known=part.report)
+        cells = _along_axes(wanted, spec.axes).flatten().nonzero()[:, 0].tolist()
 
 
 def _numbered(options: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from bad_input import (
     audio,
     autoencoders,
     commands,
+    explored,
     files,
     gap,
     page,
@@ -46,7 +47,7 @@ CASES: list[Case] = [
     case
     for module in (
         *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, tapped, studies),
-        autoencoders,
+        *(autoencoders, explored),
         *(files, commands),
     )
     for case in module.CASES

@@ -19,6 +19,8 @@ import tiny
 from audio_lens import HookedAudioTransformer, InputError, metrics, patching
 from audio_lens.patching.engine import heap, hooked, routes
 from audio_lens.patching.engine.checkpoint import Checkpoint
+from audio_lens.patching.refine import streamed
+from audio_lens.patching.spec import SweepSpec
 from families import FAMILIES
 from tiny import hf_inputs
 from toys import Cue, copy_toy, prompt
@@ -597,6 +599,17 @@ def test_refined_values_equal_sweeps_of_those_windows(llm):
                 result.values[:, layers, i], alone.values[:, :, 0], equal_nan=True
             )
     assert "refined in" in result.report[-1]
+
+
+def test_what_is_streamed_ends_as_what_is_refined(llm):
+    given = pair("qwen2_audio", lengths=(101, 90), words=(5, 4))
+    whole = run(llm, given, refine=0.05, windows=0.5)
+    asked = {"site": "resid_pre", "axes": ("layer", "time"), "refine": 0.05, "windows": 0.5}
+    first, *between, last = streamed(llm, SweepSpec.of(llm, **(given | asked)), together=3)
+    assert between and first.values.isnan().any()
+    torch.testing.assert_close(last.values, whole.values, equal_nan=True)
+    torch.testing.assert_close(last.widths, whole.widths)
+    assert last.coords == whole.coords and last.report == whole.report
 
 
 def test_refined_results_survive_the_disk_and_selection(llm, tmp_path):

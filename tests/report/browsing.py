@@ -1,23 +1,13 @@
 """What tests of pages in a browser share (see the fixture ``browse``)."""
 
-import time
+from browsers import until as until
 
-PATIENCE_S = 20
 PLACE = """([x, y, xaxis, yaxis]) => {
   const { left, top } = plot.getBoundingClientRect();
   const axes = plot._fullLayout;
   const along = (axis, value) => axis._offset + axis.d2p(value);
   return [left + along(axes[xaxis], x), top + along(axes[yaxis], y)];
 }"""
-
-
-def until(page, expression: str) -> None:
-    """Wait until an expression is true in the page (whose policy forbids wait_for_function)."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not page.evaluate(expression):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"never came true: {expression}")
-        page.wait_for_timeout(30)
 
 
 def at(page, x, y, yaxis: str, xaxis: str = "xaxis") -> tuple[float, float]:

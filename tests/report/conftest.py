@@ -1,35 +1,10 @@
 """A headless browser for pages; it fails the test on console errors and network requests."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-OPTIONS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-# note every stretch of sound that a page starts: [seconds of the buffer, from, for how long]
-RECORD_SOUND = """
-  window.started = [];
-  const start = AudioBufferSourceNode.prototype.start;
-  AudioBufferSourceNode.prototype.start = function (when, from, length) {
-    window.started.push({ from, length, samples: [...this.buffer.getChannelData(0)],
-                          rate: this.buffer.sampleRate });
-    return start.call(this, when, from, length);
-  };
-"""
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Chromium, where there is one."""
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (or CHROMIUM=path of it)")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        yield chromium
-        chromium.close()
+from browsers import RECORD_SOUND
 
 
 @pytest.fixture
