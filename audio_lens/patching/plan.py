@@ -284,10 +284,9 @@ class Plan:
                     "shorter clips"
                 ) from error
         else:
-            for cell, of_cell in zip(cells, rows, strict=True):
-                run = self.table.described(cell)
-                state.values[..., cell] = state.readout.measure(of_cell, run)
-                state.done[cell] = True
+            described = lambda i: self.table.described(cells[i])  # noqa: E731
+            state.values[..., cells] = state.readout.measure_each(rows, described)
+            state.done[cells] = True
             return True
         queue.extendleft(reversed(cells))
         self.schedule.shrink(len(cells))

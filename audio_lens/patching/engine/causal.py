@@ -118,9 +118,13 @@ class CausalWalk:
         Where a row is the base run's, so are its queries, keys and values in this block.
         """
         lane, position, where = lanes.rows_of(entry)
+        k, v = self.base.keys_values(self.base.block(layer).attn)
+        if len(entry.lane) == len(lane):  # all of them changed
+            values = entry.values.to(self.base.residuals[layer].dtype)
+            new = zip(self._projected(entry, lanes), (k.dtype, k.dtype, v.dtype), strict=True)
+            return LaneRows(entry.lane, entry.position, values), [x.to(dtype) for x, dtype in new]
         at = lanes.prompts[lane], position
         x = self.base.residuals[layer][at]
-        k, v = self.base.keys_values(self.base.block(layer).attn)
         held = [self._base_queries(layer)[at], k[at], v[at]]
         # picked by index tensors, all four are copies, so the changed rows may be written in place
         for tensor, new in zip(
@@ -137,7 +141,7 @@ class CausalWalk:
 
     def _base_queries(self, layer: int) -> Float[Tensor, "b t h e"]:
         if self._queries is None or self._queries[0] != layer:
-            self._queries = layer, self.base.projected(layer, self.base.residuals[layer])[0]
+            self._queries = layer, self.base.queries(layer, self.base.residuals[layer])
         return self._queries[1]
 
     # ---------------------------------------------------------------- attention

@@ -39,6 +39,7 @@ class Readout:
         if self.reads_all:
             everywhere = torch.arange(self.width, device=model.device)
             self.positions, self.tokens = everywhere.expand(self.batch, -1), None
+            self._by_row = False
             self._measures = [self._whole(one) for one in measures.values()]
         else:
             self._combine(readings)
@@ -51,6 +52,7 @@ class Readout:
             [torch.cat([row, row[-1:].expand(most - len(row))]) for row in distinct]
         )
         columns = [one.tokens for one in readings if one.tokens is not None]
+        self._by_row = len(columns) == len(readings) and all(one.by_row for one in readings)
         if len(columns) < len(readings):
             self.tokens = None
             self._measures = [self._part(one, slice(None)) for one in readings]
@@ -70,8 +72,8 @@ class Readout:
         """The metric as a function of the rows and columns that are read."""
         slots = self.slots.gather(1, reading.positions)
 
-        def measure(rows: Float[Tensor, "b r c"]) -> Float[Tensor, " b"]:
-            own = at_positions(rows, slots)
+        def measure(rows: Float[Tensor, "nb r c"]) -> Float[Tensor, " nb"]:
+            own = at_positions(rows, slots.repeat(len(rows) // self.batch, 1))
             wanted = reading.of_rows(own) if self.tokens is None else own[..., columns]
             return reading.value(wanted)
 
@@ -151,10 +153,32 @@ class Readout:
         Raises:
             MetricError: a metric that fails, or gives something else.
         """
+        return self._measured(rows, run)
+
+    def measure_each(
+        self, rows: Float[Tensor, "n b r c"], described: Callable[[int], str]
+    ) -> Float[Tensor, " metrics *batch n"]:
+        """Every metric of several runs, in one call where metrics look at every row alone.
+
+        Args:
+            described: the run of a number, for errors.
+
+        Raises:
+            MetricError: as `measure`.
+        """
+        if self._by_row:
+            values = self._measured(rows.flatten(0, 1), described(0))
+            return values.unflatten(1, rows.shape[:2]).transpose(1, 2)
+        each = [self.measure(of_run, described(i)) for i, of_run in enumerate(rows)]
+        return torch.stack(each, dim=-1)
+
+    def _measured(
+        self, rows: Float[Tensor, "nb r c"], run: str
+    ) -> Float[Tensor, " metrics *batch"]:
         precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
         named = zip(self.names, self._measures, strict=True)
         values = [
-            measured(name, one, precise, self.batch, run).detach().cpu() for name, one in named
+            measured(name, one, precise, len(rows), run).detach().cpu() for name, one in named
         ]
         if len({value.shape for value in values}) > 1:
             raise MetricError(
