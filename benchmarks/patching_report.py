@@ -33,6 +33,8 @@ def table(found: Comparison) -> Table:
     )
     least = found.runs_s + found.cells_s
     caption = (
+        f"at the row's shapes, {found.rows_together} rows together: products "
+        f"{found.gflops_here:.0f} GFLOP/s, attention {found.attention_gflops:.0f}\n"
         f"end to end at least {_short(least)} s, {found.runs_s / least:.0%} of them for the two "
         f"unpatched runs; audio_lens takes {found.over_floor:.2f} of that\n"
         f"attribution of all cells: {found.attribution_forwards:.2f} forwards, by its arithmetic "
