@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def _split(self, x: Float[Tensor, "b t he"]) -> Float[Tensor, "b t h e"]:
         # views by hand here and below: a sweep of small cells feels what einops takes to read
-        return x.reshape(*x.shape[:-1], -1, self.d_head)
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.d_head, self.d_head)
 
     def queries(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q h e"]:
         """Queries before any rotation."""
