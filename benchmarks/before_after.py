@@ -1,0 +1,92 @@
+"""Two runs of `benchmarks.patching` on one machine, beside each other, as a table in Markdown.
+
+    python -m benchmarks.patching --json before.json    # in a tree with the older audio_lens
+    python -m benchmarks.patching --json after.json
+    python -m benchmarks.before_after before.json after.json
+
+Both runs hold the cells against the work and the machine as they found it, so shares of the limit
+can be compared where seconds cannot.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.patching_measure import OWN
+
+Row = dict[str, Any]
+HEADS = (
+    "sweep (cells)",
+    "rows together",
+    "GFLOP/s: square, products here, attention here",
+    "over the limit, before",
+    "after",
+    "over the roofline, before",
+    "after",
+    "expert's script over the limit",
+    "a cell of the script takes times ours",
+    "whole sweep over its floor, before",
+    "after",
+    "peak MiB, before",
+    "after",
+    "attribution in forwards (floor)",
+)
+
+
+def table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The rows that both runs have."""
+    earlier = {row["name"]: row for row in before["rows"]}
+    lines = [HEADS, ("---",) * len(HEADS)]
+    lines += [cells(earlier[row["name"]], row) for row in after["rows"] if row["name"] in earlier]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(old: Row, new: Row) -> tuple[str, ...]:
+    """One row of the table."""
+    ours_old, ours, expert = old["outcomes"][OWN], new["outcomes"][OWN], new["outcomes"]["expert"]
+    rates = (new[name] for name in ("gflops", "gflops_here", "attention_gflops"))
+    least = f"({new['least_attribution_forwards']:.1f})"
+    return (
+        f"{new['name']}, {new['size']} ({new['n_cells']})",
+        str(new["rows_together"]),
+        ", ".join(f"{rate:.0f}" for rate in rates),
+        *(_short(one["over_limit"]) for one in (ours_old, ours)),
+        *(_short(one["over_roofline"]) for one in (ours_old, ours)),
+        _short(expert["over_limit"]),
+        _short(expert["times_own_cell"]),
+        *(_short(_over_floor(row)) for row in (old, new)),
+        *(_whole(one["peak_mib"]) for one in (ours_old, ours)),
+        f"{new['attribution_forwards']:.1f} {least}",
+    )
+
+
+def _over_floor(row: Row) -> float:
+    """Seconds of the whole sweep over the least of both unpatched runs and all cells."""
+    return row["outcomes"][OWN]["sweep_s"] / (row["runs_s"] + row["cells_s"])
+
+
+def _short(number: float | None) -> str:
+    return "" if number is None else f"{number:.2f}"
+
+
+def _whole(number: float | None) -> str:
+    return "" if number is None else f"{number:.0f}"
+
+
+def main(
+    before: Annotated[Path, typer.Argument(help="What `benchmarks.patching --json` wrote.")],
+    after: Annotated[Path, typer.Argument(help="The same of another state of the library.")],
+) -> None:
+    """Print both beside each other."""
+    earlier, later = (json.loads(path.read_text()) for path in (before, after))
+    told = {key: value for key, value in later.items() if key != "rows"}
+    print(", ".join(f"{name} {value}" for name, value in told.items()), end="\n\n")
+    print(table(earlier, later))
+
+
+if __name__ == "__main__":
+    typer.run(main)
