@@ -2,15 +2,17 @@
 
     python -m benchmarks.patching --json before.json    # in a tree with the older audio_lens
     python -m benchmarks.patching --json after.json
-    python -m benchmarks.before_after before.json after.json
+    python -m benchmarks.before_after --before before.json --after after.json
 
-Both runs hold the cells against the work and the machine as they found it, so shares of the limit
+Rows measured one by one are joined by naming several files. Columns that no run measured are left
+out. Both runs hold the cells against the work and the machine as they found it, so shares of the limit
 can be compared where seconds cannot.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,11 +39,13 @@ HEADS = (
 )
 
 
-def table(before: dict[str, Any], after: dict[str, Any]) -> str:
+def table(before: Sequence[Row], after: Sequence[Row]) -> str:
     """The rows that both runs have."""
-    earlier = {row["name"]: row for row in before["rows"]}
-    lines = [HEADS, ("---",) * len(HEADS)]
-    lines += [cells(earlier[row["name"]], row) for row in after["rows"] if row["name"] in earlier]
+    earlier = {(row["name"], row["size"]): row for row in before}
+    pairs = [(earlier.get((row["name"], row["size"])), row) for row in after]
+    body = [cells(old, row) for old, row in pairs if old is not None]
+    measured = [i for i in range(len(HEADS)) if any(line[i] for line in body)]
+    lines = [[line[i] for i in measured] for line in (HEADS, ("---",) * len(HEADS), *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -78,14 +82,18 @@ def _whole(number: float | None) -> str:
 
 
 def main(
-    before: Annotated[Path, typer.Argument(help="What `benchmarks.patching --json` wrote.")],
-    after: Annotated[Path, typer.Argument(help="The same of another state of the library.")],
+    before: Annotated[list[Path], typer.Option(help="What `benchmarks.patching --json` wrote.")],
+    after: Annotated[list[Path], typer.Option(help="The same of another state of the library.")],
 ) -> None:
     """Print both beside each other."""
-    earlier, later = (json.loads(path.read_text()) for path in (before, after))
-    told = {key: value for key, value in later.items() if key != "rows"}
+    earlier, later = ([json.loads(path.read_text()) for path in paths] for paths in (before, after))
+    told = {key: value for key, value in later[0].items() if key != "rows"}
     print(", ".join(f"{name} {value}" for name, value in told.items()), end="\n\n")
-    print(table(earlier, later))
+    print(table(_rows(earlier), _rows(later)))
+
+
+def _rows(files: Sequence[dict[str, Any]]) -> list[Row]:
+    return [row for file in files for row in file["rows"]]
 
 
 if __name__ == "__main__":
