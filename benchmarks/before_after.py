@@ -5,8 +5,8 @@
     python -m benchmarks.before_after --before before.json --after after.json
 
 Rows measured one by one are joined by naming several files. Columns that no run measured are left
-out. Both runs hold the cells against the work and the machine as they found it, so shares of the limit
-can be compared where seconds cannot.
+out. Both runs hold the cells against the work and the machine as they found it, so shares of the
+limit can be compared where seconds cannot.
 """
 
 from __future__ import annotations
