@@ -24,6 +24,7 @@ class Readout:
     Attributes:
         positions: the positions read in every prompt; every one, if a metric is a bare function.
         tokens: the columns of the vocabulary that are read; None for all.
+        by_row: whether all metrics look at every row alone, so that many runs are one call.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Readout:
         if self.reads_all:
             everywhere = torch.arange(self.width, device=model.device)
             self.positions, self.tokens = everywhere.expand(self.batch, -1), None
-            self._by_row = False
+            self.by_row = False
             self._measures = [self._whole(one) for one in measures.values()]
         else:
             self._combine(readings)
@@ -52,7 +53,7 @@ class Readout:
             [torch.cat([row, row[-1:].expand(most - len(row))]) for row in distinct]
         )
         columns = [one.tokens for one in readings if one.tokens is not None]
-        self._by_row = len(columns) == len(readings) and all(one.by_row for one in readings)
+        self.by_row = len(columns) == len(readings) and all(one.by_row for one in readings)
         if len(columns) < len(readings):
             self.tokens = None
             self._measures = [self._part(one, slice(None)) for one in readings]
@@ -155,22 +156,18 @@ class Readout:
         """
         return self._measured(rows, run)
 
-    def measure_each(
-        self, rows: Float[Tensor, "n b r c"], described: Callable[[int], str]
-    ) -> Float[Tensor, " metrics *batch n"]:
-        """Every metric of several runs, in one call where metrics look at every row alone.
-
-        Args:
-            described: the run of a number, for errors.
+    def measure_together(
+        self, rows: Float[Tensor, "n b r c"], run: str
+    ) -> Float[Tensor, "metrics b n"]:
+        """Every metric of several runs, where all look at every row alone.
 
         Raises:
-            MetricError: as `measure`.
+            MetricError: as `measure`, and for a metric that gives one number for many rows.
         """
-        if self._by_row:
-            values = self._measured(rows.flatten(0, 1), described(0))
-            return values.unflatten(1, rows.shape[:2]).transpose(1, 2)
-        each = [self.measure(of_run, described(i)) for i, of_run in enumerate(rows)]
-        return torch.stack(each, dim=-1)
+        values = self._measured(rows.flatten(0, 1), run)
+        if values.ndim == 1:
+            raise MetricError("a metric that looks at every row alone gives a value for each")
+        return values.unflatten(1, rows.shape[:2]).transpose(1, 2)
 
     def _measured(
         self, rows: Float[Tensor, "nb r c"], run: str
