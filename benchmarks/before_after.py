@@ -51,7 +51,8 @@ def table(before: Sequence[Row], after: Sequence[Row]) -> str:
 
 def cells(old: Row, new: Row) -> tuple[str, ...]:
     """One row of the table."""
-    ours_old, ours, expert = old["outcomes"][OWN], new["outcomes"][OWN], new["outcomes"]["expert"]
+    ours_old, ours = old["outcomes"][OWN], new["outcomes"][OWN]
+    expert = new["outcomes"].get("expert", {})  # where the script was not asked for
     rates = (new[name] for name in ("gflops", "gflops_here", "attention_gflops"))
     least = f"({new['least_attribution_forwards']:.1f})"
     return (
@@ -60,8 +61,8 @@ def cells(old: Row, new: Row) -> tuple[str, ...]:
         ", ".join(f"{rate:.0f}" for rate in rates),
         *(_short(one["over_limit"]) for one in (ours_old, ours)),
         *(_short(one["over_roofline"]) for one in (ours_old, ours)),
-        _short(expert["over_limit"]),
-        _short(expert["times_own_cell"]),
+        _short(expert.get("over_limit")),
+        _short(expert.get("times_own_cell")),
         *(_short(_over_floor(row)) for row in (old, new)),
         *(_whole(one["peak_mib"]) for one in (ours_old, ours)),
         f"{new['attribution_forwards']:.1f} {least}",
