@@ -191,6 +191,11 @@ class Comparison:
     """All methods on one task, and attribution of all its cells in forwards.
 
     Attributes:
+        gflops: of a large square product.
+        rows_together, gflops_here: rows that a block's products can be given at once, and the rate
+            of products of this shape.
+        attention_gflops: of fused attention at the row's shape.
+        most: so many times the roofline a cell may take.
         runs_s, cells_s: the least time of both unpatched runs, and of all cells.
     """
 
@@ -199,6 +204,10 @@ class Comparison:
     n_cells: int
     gflop_per_cell: float
     gflops: float
+    rows_together: int
+    gflops_here: float
+    attention_gflops: float
+    most: float
     runs_s: float
     cells_s: float
     clock: str
@@ -257,6 +266,10 @@ def compare(
         n_cells=len(task.cells),
         gflop_per_cell=work / 1e9,
         gflops=rate / 1e9,
+        rows_together=roofline.together,
+        gflops_here=roofline.rate(rate) / 1e9,
+        attention_gflops=roofline.attention_rate / 1e9,
+        most=task.row.most,
         runs_s=roofline.runs_seconds(task, rate),
         cells_s=len(task.cells) * roofline.seconds(rate),
         clock=Clock(task.device).name,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
-from benchmarks.patching_measure import Comparison, Outcome
+from benchmarks.patching_measure import OWN, Comparison, Outcome
 
 # -------------------------------------------------------------------------------- tables
 
@@ -33,6 +33,9 @@ def table(found: Comparison) -> Table:
     )
     least = found.runs_s + found.cells_s
     caption = (
+        f"at the row's shapes, {found.rows_together} rows together: products "
+        f"{found.gflops_here:.0f} GFLOP/s, attention {found.attention_gflops:.0f}; "
+        f"{_held(found)}\n"
         f"end to end at least {_short(least)} s, {found.runs_s / least:.0%} of them for the two "
         f"unpatched runs; audio_lens takes {found.over_floor:.2f} of that\n"
         f"attribution of all cells: {found.attribution_forwards:.2f} forwards, by its arithmetic "
@@ -49,6 +52,14 @@ def table(found: Comparison) -> Table:
     for outcome in found.outcomes.values():
         made.add_row(outcome.label, *_columns(outcome))
     return made
+
+
+def _held(found: Comparison) -> str:
+    """The limit of the row, and whether audio_lens keeps it."""
+    limit, taken = f"limit {found.most:.2f} of the roofline", found.outcomes[OWN].over_roofline
+    if taken is None:
+        return f"{limit}, not told: the unpatched runs take nearly all"
+    return f"{limit}: {'kept' if taken <= found.most else 'missed'} with {taken:.2f}"
 
 
 def _columns(outcome: Outcome) -> list[str]:

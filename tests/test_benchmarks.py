@@ -12,7 +12,17 @@ import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
-from benchmarks import attribution, collecting, edits, grounding, growth, several, speaking, studies
+from benchmarks import (
+    attribution,
+    before_after,
+    collecting,
+    edits,
+    grounding,
+    growth,
+    several,
+    speaking,
+    studies,
+)
 from benchmarks import patching as command
 from benchmarks import patching_measure as measuring
 from benchmarks.peers import METHODS, backward, limits, roofline
@@ -189,18 +199,45 @@ def test_the_roofline_counts_what_it_measures_apart() -> None:
     assert rows == pytest.approx(last * (n - cell.start) + 1, rel=0.01)
 
 
+def known_roofline() -> roofline.Roofline:
+    speeds = {"slowness": 1.5, "slowness_of_runs": 1.25, "attention_rate": 2.0, "row_s": 0.5}
+    return roofline.Roofline(8.0, 4.0, 2.0, together=16, **speeds)
+
+
+def test_cells_of_few_rows_are_held_against_products_of_as_many() -> None:
+    task = micro_task("cross-cells")
+    cfg, n = task.model.cfg.decoder, task.clean["decoder_input_ids"].shape[1]
+    # each head's cell runs the MLPs from its own block on; the last answers for the last token
+    rows = cfg.n_heads * sum((cfg.n_layers - 1 - layer) * n + 1 for layer in range(cfg.n_layers))
+    found = roofline.Roofline.of(task, lambda run: 1e-3)
+    assert found.together == pytest.approx(rows / cfg.n_layers, abs=1)
+    assert roofline.Roofline.of(micro_task("lm-resid"), lambda run: 1e-3).together > found.together
+
+
+def test_two_runs_stand_side_by_side(tmp_path: Path) -> None:
+    result, figures = run(tmp_path, "--rows", "lm-resid", "--methods", "expert")
+    assert "limit 1.10 of the roofline" in " ".join(result.output.split())
+    app = typer.Typer()
+    app.command()(before_after.main)
+    found = str(tmp_path / "found.json")
+    printed = CliRunner().invoke(app, ["--before", found, "--after", found]).output
+    assert "peak MiB" not in printed  # which nobody measured
+    assert f"| lm-resid, micro ({figures['rows'][0]['n_cells']}) |" in printed
+
+
 def test_the_roofline_adds_up() -> None:
-    found = roofline.Roofline(8.0, 4.0, 2.0, slowness=1.5, attention_rate=2.0, row_s=0.5)
+    found = known_roofline()
     assert found.seconds(matmul_rate=4.0) == 3 + 2 + 1
+    assert found.rate(matmul_rate=6.0) == 4.0
     measured = roofline.Roofline.of(micro_task("encoder-heads"), lambda run: 1e-3)
     assert measured.seconds(1e9) > 0
 
 
 def test_a_sweep_takes_no_less_than_its_unpatched_runs() -> None:
     task = micro_task("cross-heads")
-    found = roofline.Roofline(8.0, 4.0, 2.0, slowness=1.5, attention_rate=2.0, row_s=0.5)
+    found = known_roofline()
     runs = backward.unpatched_runs(task)
-    assert found.runs_seconds(task, 4.0) == 1.5 * runs.products / 4 + runs.pairs / 2
+    assert found.runs_seconds(task, 4.0) == 1.25 * runs.products / 4 + runs.pairs / 2
     assert 0 < runs.forward < 2 * backward.plain_forward(task).forward  # only what is read
 
 

@@ -145,7 +145,8 @@ class _LogitDiff(_AtPosition):
         if (right == wrong).any():
             raise InputError(f"answer and against are the same token in {self.name}")
         tokens = torch.stack([right, wrong], dim=-1)
-        return self._reading(model, inputs, lambda logits: logits[:, 0] - logits[:, 1], tokens)
+        reading = self._reading(model, inputs, lambda logits: logits[:, 0] - logits[:, 1], tokens)
+        return replace(reading, by_row=True)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,14 @@ class Reading:
         positions: the positions it reads in every row.
         tokens: the columns of the vocabulary it reads in every row; None for all.
         value: from the logits at those positions and columns to one value per row.
+        by_row: whether `value` looks at every row alone and knows nothing of the batch, so that
+            it takes the rows of many runs at once.
     """
 
     positions: Int[Tensor, "b r"]
     tokens: Int[Tensor, "b c"] | None
     value: Callable[[Float[Tensor, "b r c"]], Float[Tensor, " b"]]
+    by_row: bool = False
 
     def __call__(self, logits: Float[Tensor, "b *t v"]) -> Float[Tensor, " b"]:
         by_position = logits if logits.ndim == 3 else logits[:, None]  # a classifier's

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Int
@@ -122,7 +123,7 @@ class CellTable:
     def described(self, cell: int) -> str:
         """A cell by its number and its place on every axis, for people."""
         sizes = [len(self.coords[axis]) for axis in self.axes]
-        at = torch.unravel_index(torch.tensor(cell), sizes)
+        at = np.unravel_index(cell, sizes)
         places = zip(self.axes, map(int, at), strict=True)
         return f"cell {cell} ({in_words({axis: self.coords[axis][i] for axis, i in places})})"
 

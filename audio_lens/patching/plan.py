@@ -284,10 +284,7 @@ class Plan:
                     "shorter clips"
                 ) from error
         else:
-            for cell, of_cell in zip(cells, rows, strict=True):
-                run = self.table.described(cell)
-                state.values[..., cell] = state.readout.measure(of_cell, run)
-                state.done[cell] = True
+            self._measure(state, cells, rows)
             return True
         queue.extendleft(reversed(cells))
         self.schedule.shrink(len(cells))
@@ -297,6 +294,18 @@ class Plan:
         if self.request.model.device.type == "cuda":
             torch.cuda.empty_cache()
         return False
+
+    def _measure(self, state: State, cells: list[int], rows: Float[Tensor, "n b r c"]) -> None:
+        """Take the metrics of cells that ran, at once where these allow."""
+        if state.readout.by_row:
+            run = self.table.described(cells[0])
+            state.values[..., cells] = state.readout.measure_together(rows, run)
+            state.done[cells] = True
+            return
+        for cell, of_cell in zip(cells, rows, strict=True):
+            run = self.table.described(cell)
+            state.values[..., cell] = state.readout.measure(of_cell, run)
+            state.done[cell] = True  # what is measured stays, whatever the next one does
 
     def _raise_placed(self, error: BaseException, cells: list[int]) -> NoReturn:
         """Raise an error of a run with the cells it happened on.

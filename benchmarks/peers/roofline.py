@@ -3,17 +3,20 @@
 The limit of `limits` lets all work run at the rate of a large square product. Four things cannot:
 products as narrow as the model; attention, whose products are narrower still and whose softmax lies
 between them; norms, additions and activations, which move every row through memory and hardly
-compute; and products of few rows. The first three are measured, each at the task's own shape; the
-last is left out, as packing can end it.
+compute; and products of few rows, for which every block's matrices are read anew. All are measured,
+each at the task's own shape, with as many rows as the best packing of all its cells brings together
+in a block.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from audio_lens.models.layers import PartConfig
 from benchmarks.peers import limits
@@ -23,6 +26,7 @@ from benchmarks.peers.tasks import Task
 ROUNDS = 5
 _ROWS, _SQUARE = 1024, 2048
 _LEAST_ROWS = 256  # that a pass is measured on: a short one shows the cost of the call
+_BLOCKS = 4  # of which matrices are read in turn, at most
 
 Seconds = Callable[[Callable[[], object]], float]
 
@@ -35,8 +39,10 @@ class Roofline:
         products: operations of matrix products with weights.
         attention: operations of queries meeting keys.
         rows: rows that pass through a block's norms, additions and activation.
-        slowness: seconds of products as wide as the model over those of a large square one, per
-            operation; 1 where they are as fast.
+        together: rows of all cells that a block's products can be given at once.
+        slowness: seconds of such products, as wide as the model, over those of a large square one,
+            per operation; 1 where they are as fast.
+        slowness_of_runs: the same of the many rows of an unpatched run.
         attention_rate: operations a second of fused attention at the task's shape.
         row_s: seconds of one row's passes.
     """
@@ -44,7 +50,9 @@ class Roofline:
     products: float
     attention: float
     rows: float
+    together: int
     slowness: float
+    slowness_of_runs: float
     attention_rate: float
     row_s: float
 
@@ -56,10 +64,15 @@ class Roofline:
             + self.rows * self.row_s
         )
 
+    def rate(self, matmul_rate: float) -> float:
+        """Operations of products a second, at the task's own shape."""
+        return matmul_rate / self.slowness
+
     def runs_seconds(self, task: Task, matmul_rate: float) -> float:
         """The least time of both unpatched runs, but for passes over memory."""
         work = unpatched_runs(task)
-        return self.slowness * work.products / matmul_rate + work.pairs / self.attention_rate
+        rate = matmul_rate / self.slowness_of_runs
+        return work.products / rate + work.pairs / self.attention_rate
 
     @staticmethod
     @torch.no_grad()
@@ -72,13 +85,16 @@ class Roofline:
         cfg = task.model.cfg.parts[task.part]
         total = limits.mean_work(task)
         attention = limits.mean_work(task, _only_pairs)
-        mlp = limits.mean_work(task, _only_mlp)
+        rows = limits.mean_work(task, _only_mlp) / limits.Block(cfg).mlp(1)
+        together = min(_ROWS, max(1, round(rows * len(task.cells) / cfg.n_layers)))
         return Roofline(
             products=total - attention,
             attention=attention,
-            rows=mlp / limits.Block(cfg).mlp(1),
-            slowness=_slowness(task, cfg, seconds),
-            attention_rate=_attention_rate(task, cfg, seconds),
+            rows=rows,
+            together=together,
+            slowness=_slowness(task, cfg, together, seconds),
+            slowness_of_runs=_slowness(task, cfg, _ROWS, seconds),
+            attention_rate=_attention_rate(task, cfg, together, seconds),
             row_s=_row_seconds(task, cfg, seconds),
         )
 
@@ -100,41 +116,54 @@ def _n_positions(task: Task) -> int:
     return task.model.cfg.need_encoder.n_ctx
 
 
-def _slowness(task: Task, cfg: PartConfig, seconds: Seconds) -> float:
-    """Of both products of an MLP on as many rows as run together, beside a square product."""
-    x, wide, into, back, square = (
-        torch.randn(*shape, device=task.device).to(task.model.dtype)
-        for shape in (
-            (_ROWS, cfg.d_model),
-            (_ROWS, cfg.d_mlp),
-            (cfg.d_model, cfg.d_mlp),
-            (cfg.d_mlp, cfg.d_model),
-            (_SQUARE, _SQUARE),
-        )
-    )
+def _slowness(task: Task, cfg: PartConfig, rows: int, seconds: Seconds) -> float:
+    """Of both products of MLPs on as many rows as run together, beside a square product."""
+    drawn = functools.partial(_drawn, task)
+    x, wide, square = drawn(rows, cfg.d_model), drawn(rows, cfg.d_mlp), drawn(_SQUARE, _SQUARE)
+    blocks = range(min(_BLOCKS, cfg.n_layers))
+    matrices = [(drawn(cfg.d_mlp, cfg.d_model), drawn(cfg.d_model, cfg.d_mlp)) for _ in blocks]
+
+    def products() -> None:
+        for into, back in matrices:  # as weights lie in memory
+            F.linear(x, into)
+            F.linear(wide, back)
+
+    work = 4 * rows * cfg.d_model * cfg.d_mlp * len(matrices)
     own, large = [], []
     for _ in range(ROUNDS):  # in turns: what else runs on the machine slows both
-        own.append(seconds(lambda: (x @ into, wide @ back)) / (4 * _ROWS * cfg.d_model * cfg.d_mlp))
+        own.append(seconds(products) / work)
         large.append(seconds(lambda: square @ square) / (2 * _SQUARE**3))
     return max(1.0, min(own) / min(large))
 
 
-def _attention_rate(task: Task, cfg: PartConfig, seconds: Seconds) -> float:
-    """Of one call over all positions, every query meeting every key."""
+def _attention_rate(task: Task, cfg: PartConfig, rows: int, seconds: Seconds) -> float:
+    """Of a call over all positions in every block, every query meeting every key.
+
+    Cells of cross-attention read one memory, so they ask together; elsewhere every lane has keys
+    of its own, and asks with all its positions.
+    """
     n = _n_positions(task)
-    shape = (1, cfg.n_heads, n, cfg.d_head)
-    q, k, v = (torch.randn(shape, device=task.device).to(task.model.dtype) for _ in range(3))
-    run = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-    return limits.Block(cfg).pairs(n * n) / _best(run, seconds)
+    asking = rows if "cross_attn" in task.row.site else n
+    blocks = range(min(_BLOCKS, cfg.n_layers))
+    q = _drawn(task, 1, cfg.n_heads, asking, cfg.d_head)
+    memories = [[_drawn(task, 1, n, cfg.n_heads, cfg.d_head) for _ in "kv"] for _ in blocks]
+
+    def attend() -> None:
+        for k, v in memories:
+            F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+
+    return limits.Block(cfg).pairs(asking * n) * len(memories) / _best(attend, seconds)
+
+
+def _drawn(task: Task, *shape: int) -> Tensor:
+    """Random numbers of the task's kind."""
+    return torch.randn(*shape, device=task.device).to(task.model.dtype)
 
 
 def _row_seconds(task: Task, cfg: PartConfig, seconds: Seconds) -> float:
     """Of two norms, two additions and the activation (gated: a product too), for one row."""
     n = max(_LEAST_ROWS, _n_positions(task))
-    x, wide = (
-        torch.randn(n, width, device=task.device).to(task.model.dtype)
-        for width in (cfg.d_model, cfg.d_mlp)
-    )
+    x, wide = _drawn(task, n, cfg.d_model), _drawn(task, n, cfg.d_mlp)
     gain = torch.ones_like(x[0])
 
     def passes() -> None:

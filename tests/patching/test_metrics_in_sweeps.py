@@ -30,6 +30,18 @@ def difference(logits):
     return logits[:, -1, 5] - logits[:, -1, 6]
 
 
+# ------------------------------------------------------------------ many runs at once
+
+
+def test_runs_measured_at_once_give_what_each_gives_alone():
+    one, other = metrics.logit_diff(5, 6), metrics.logit_diff(7, 8, position=-2)
+    by_hand = metrics.read_at(lambda logits: logits[:, 5] - logits[:, 6], name="by hand")
+    same(swept(one).values, swept(by_hand).values)
+    at_once = swept({"one": one, "other": other}).values
+    with_another = swept({"one": one, "other": other, "by hand": by_hand}).values
+    same(at_once, with_another[:2])
+
+
 # ------------------------------------------------------------------ two inputs
 
 

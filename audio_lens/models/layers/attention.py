@@ -67,7 +67,8 @@ class Attention(nn.Module):
         return self.output(self.hook_z(z))
 
     def _split(self, x: Float[Tensor, "b t he"]) -> Float[Tensor, "b t h e"]:
-        return rearrange(x, "b t (h e) -> b t h e", e=self.d_head)
+        # views by hand here and below: a sweep of small cells feels what einops takes to read
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.d_head, self.d_head)
 
     def queries(self, x: Float[Tensor, "b q d"]) -> Float[Tensor, "b q h e"]:
         """Queries before any rotation."""
@@ -173,12 +174,12 @@ class Attention(nn.Module):
         z = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale
         )
-        return rearrange(z, "b h q e -> b q h e")
+        return z.transpose(1, 2)
 
     def _heads_first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """To ``b h t e``, each key-value head repeated for the query heads it serves."""
         k, v = self._per_query_head(k), self._per_query_head(v)
-        return rearrange(q, "b t h e -> b h t e"), k, v
+        return q.transpose(1, 2), k, v
 
     @property
     def group(self) -> int:
@@ -186,6 +187,8 @@ class Attention(nn.Module):
         return self.n_heads // self.n_key_value_heads
 
     def _per_query_head(self, x: Float[Tensor, "b t kv e"]) -> Float[Tensor, "b h t e"]:
+        if self.group == 1:
+            return x.transpose(1, 2)
         return repeat(x, "b t kv e -> b (kv g) t e", g=self.group)
 
     def _masks_later(self, q: Float[Tensor, "b h q e"]) -> bool:
@@ -195,7 +198,7 @@ class Attention(nn.Module):
     def output(self, z: Float[Tensor, "b q h e"]) -> Float[Tensor, "b q d"]:
         """What the heads write together to the residual stream."""
         if not self.hook_result.has_hooks():
-            written = self.o_proj(rearrange(z, "b q h e -> b q (h e)"))
+            written = self.o_proj(z.flatten(2))
             return multiplied(written, self.multiplier)
         result = self.hook_result(einsum("b q h e, h e d -> b q h d", z, self.W_O))
         return result.sum(dim=2) + self.b_O

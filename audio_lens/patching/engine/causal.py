@@ -36,6 +36,8 @@ class LaneRows:
 
     @staticmethod
     def together(parts: Sequence[LaneRows]) -> LaneRows:
+        if len(parts) == 1:
+            return parts[0]
         lane, position, x = zip(*((p.lane, p.position, p.x) for p in parts), strict=True)
         return LaneRows(torch.cat(lane), torch.cat(position), torch.cat(x))
 
@@ -80,17 +82,8 @@ class CausalWalk:
         self, layer: int, rows: LaneRows | None, joining: Sequence[BlockEntry], lanes: _Extents
     ) -> LaneRows:
         """One block for the lanes under way and those that join here."""
-        block, parts, projected = self.base.block(layer), [], []
-        if rows is not None:
-            parts.append(rows)
-            prompts = lanes.prompts[rows.lane]
-            projected.append(self.base.projected_rows(layer, rows.x, prompts, rows.position))
-        for entry in joining:
-            joined, its_projected = self._join(layer, entry, lanes)
-            parts.append(joined)
-            projected.append(its_projected)
-        rows = LaneRows.together(parts) if len(parts) > 1 else parts[0]
-        q, k, v = (_end_to_end(list(x)) for x in zip(*projected, strict=True))
+        block = self.base.block(layer)
+        rows, (q, k, v) = self._meeting(layer, rows, joining, lanes)
         # in the last block all rows give keys and values, but only those that are read need ask
         is_last = layer == self.base.n_layers - 1
         asking = self._asking(rows, lanes) if is_last else None
@@ -110,9 +103,28 @@ class CausalWalk:
 
     # ---------------------------------------------------------------- joining
 
-    def _join(
-        self, layer: int, entry: BlockEntry, lanes: _Extents
-    ) -> tuple[LaneRows, list[Tensor]]:
+    def _meeting(
+        self, layer: int, rows: LaneRows | None, joining: Sequence[BlockEntry], lanes: _Extents
+    ) -> tuple[LaneRows, Projected]:
+        """The rows that run in a block, and their queries, keys and values."""
+        new, held = ([] if rows is None else [rows]), []
+        for entry in joining:
+            if entry.projected is None and lanes.are_all_of(entry):
+                # with those under way: few rows are projected at a fraction of the speed of many
+                x = entry.values.to(self.base.residuals[layer].dtype)
+                new.append(LaneRows(entry.lane, entry.position, x))
+            else:
+                held.append(self._join(layer, entry, lanes))
+        if new:
+            first = LaneRows.together(new)
+            prompts = lanes.prompts[first.lane]
+            own = self.base.projected_rows(layer, first.x, prompts, first.position)
+            held.insert(0, (first, own))
+        parts, projected = zip(*held, strict=True)
+        q, k, v = (_end_to_end(x) for x in zip(*projected, strict=True))
+        return LaneRows.together(parts), (q, k, v)
+
+    def _join(self, layer: int, entry: BlockEntry, lanes: _Extents) -> tuple[LaneRows, Projected]:
         """All rows of the lanes that enter here: the base run's, with the changed ones written in.
 
         Where a row is the base run's, so are its queries, keys and values in this block.
@@ -127,7 +139,7 @@ class CausalWalk:
             [x, *held], [entry.values, *self._projected(entry, lanes)], strict=True
         ):
             tensor[where] = new.to(tensor.dtype)
-        return LaneRows(lane, position, x), held
+        return LaneRows(lane, position, x), (held[0], held[1], held[2])
 
     def _projected(self, entry: BlockEntry, lanes: _Extents) -> Projected:
         row = lanes.prompts[entry.lane]
@@ -137,7 +149,7 @@ class CausalWalk:
 
     def _base_queries(self, layer: int) -> Float[Tensor, "b t h e"]:
         if self._queries is None or self._queries[0] != layer:
-            self._queries = layer, self.base.projected(layer, self.base.residuals[layer])[0]
+            self._queries = layer, self.base.queries(layer, self.base.residuals[layer])
         return self._queries[1]
 
     # ---------------------------------------------------------------- attention
@@ -205,9 +217,9 @@ class CausalWalk:
         return allowed[prompts[:, None], 0, positions][:, None, :, :end]
 
 
-def _end_to_end(parts: list[Tensor]) -> Tensor:
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """All rows one after the other; a single part is not copied."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _written_over(
@@ -237,6 +249,12 @@ class _Extents:
         for entry in entries:
             starts = starts.scatter_reduce(0, entry.lane, entry.position, "amin")
         return _Extents(prompts, starts, ends)
+
+    def are_all_of(self, entry: BlockEntry) -> bool:
+        """Whether an entry changes every row that its lanes have."""
+        lanes = entry.lane.unique()
+        lengths = self.ends[self.prompts[lanes]] - self.starts[lanes]
+        return int(lengths.sum()) == len(entry.lane)
 
     def rows_of(self, entry: BlockEntry) -> tuple[Tensor, Tensor, Tensor]:
         """Lane and position of every row of an entry's lanes, and which of them it changes."""

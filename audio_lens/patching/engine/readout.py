@@ -24,6 +24,7 @@ class Readout:
     Attributes:
         positions: the positions read in every prompt; every one, if a metric is a bare function.
         tokens: the columns of the vocabulary that are read; None for all.
+        by_row: whether all metrics look at every row alone, so that many runs are one call.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Readout:
         if self.reads_all:
             everywhere = torch.arange(self.width, device=model.device)
             self.positions, self.tokens = everywhere.expand(self.batch, -1), None
+            self.by_row = False
             self._measures = [self._whole(one) for one in measures.values()]
         else:
             self._combine(readings)
@@ -51,6 +53,7 @@ class Readout:
             [torch.cat([row, row[-1:].expand(most - len(row))]) for row in distinct]
         )
         columns = [one.tokens for one in readings if one.tokens is not None]
+        self.by_row = len(columns) == len(readings) and all(one.by_row for one in readings)
         if len(columns) < len(readings):
             self.tokens = None
             self._measures = [self._part(one, slice(None)) for one in readings]
@@ -70,8 +73,8 @@ class Readout:
         """The metric as a function of the rows and columns that are read."""
         slots = self.slots.gather(1, reading.positions)
 
-        def measure(rows: Float[Tensor, "b r c"]) -> Float[Tensor, " b"]:
-            own = at_positions(rows, slots)
+        def measure(rows: Float[Tensor, "nb r c"]) -> Float[Tensor, " nb"]:
+            own = at_positions(rows, slots.repeat(len(rows) // self.batch, 1))
             wanted = reading.of_rows(own) if self.tokens is None else own[..., columns]
             return reading.value(wanted)
 
@@ -151,10 +154,28 @@ class Readout:
         Raises:
             MetricError: a metric that fails, or gives something else.
         """
+        return self._measured(rows, run)
+
+    def measure_together(
+        self, rows: Float[Tensor, "n b r c"], run: str
+    ) -> Float[Tensor, "metrics b n"]:
+        """Every metric of several runs, where all look at every row alone.
+
+        Raises:
+            MetricError: as `measure`, and for a metric that gives one number for many rows.
+        """
+        values = self._measured(rows.flatten(0, 1), run)
+        if values.ndim == 1:
+            raise MetricError("a metric that looks at every row alone gives a value for each")
+        return values.unflatten(1, rows.shape[:2]).transpose(1, 2)
+
+    def _measured(
+        self, rows: Float[Tensor, "nb r c"], run: str
+    ) -> Float[Tensor, " metrics *batch"]:
         precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
         named = zip(self.names, self._measures, strict=True)
         values = [
-            measured(name, one, precise, self.batch, run).detach().cpu() for name, one in named
+            measured(name, one, precise, len(rows), run).detach().cpu() for name, one in named
         ]
         if len({value.shape for value in values}) > 1:
             raise MetricError(

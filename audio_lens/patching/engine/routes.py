@@ -390,7 +390,8 @@ def _by_layer(
     table: CellTable, cells: Sequence[int], device: torch.device
 ) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
     """The cells of every layer among some, as indices into them."""
-    layers = [in_blocks(table.cells[cell].layers[0]) for cell in cells]
+    blocks, own = table.cells.blocks, table.cells.block[list(cells)].tolist()
+    layers = [in_blocks(blocks[i][0]) for i in own]
     for layer in sorted(set(layers)):
         own = [i for i, other in enumerate(layers) if other == layer]
         yield layer, torch.tensor(own, device=device)

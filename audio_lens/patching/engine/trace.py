@@ -6,6 +6,7 @@ activation of a block is computed again when somebody asks, one block at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
@@ -118,8 +119,12 @@ class Trace:
     def n_layers(self) -> int:
         return len(self.stack.blocks)
 
+    @functools.cached_property
+    def _is_known(self) -> bool:
+        return is_known(self.stack)
+
     def block(self, layer: int) -> Block:
-        return blocks_of(self.stack)[layer]
+        return cast("Block", self.stack.blocks[layer])
 
     @property
     def past(self) -> KVCache:
@@ -147,6 +152,12 @@ class Trace:
         """Queries, keys and values of a residual stream entering a block."""
         block = self.block(layer)
         return block.attn.project(block.reads(resid), self.context.rotary)
+
+    def queries(self, layer: int, resid: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h e"]:
+        """Queries alone of a residual stream entering a block."""
+        block = self.block(layer)
+        q = block.attn.queries(block.reads(resid))
+        return block.attn.rotated_queries(q, self.context.rotary)
 
     def projected_rows(
         self,
@@ -180,7 +191,7 @@ class Trace:
     def at(self, layer: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Activations of a block under its local names, ``attn.hook_z`` ..."""
         held = {"hook_resid_pre": self.residuals[layer]}
-        if is_known(self.stack):
+        if self._is_known:
             held[f"hook_{self.block(layer).last_stage}"] = self.residuals[layer + 1]
         for cross in crosses_of(self.block(layer)):
             k, v = self.keys_values(cross)
