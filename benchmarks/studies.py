@@ -25,7 +25,7 @@ from audio_lens.items import demo_items
 from audio_lens.items.item import heard
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "grounding.residence": {},
+    "grounding.residence": {"layers": [2, 3, 4]},
     "knockout.knock_out": {"layers": [2, 3, 4]},
 }
 

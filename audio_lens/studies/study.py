@@ -62,6 +62,7 @@ class Study:
         StudyError: an argument that the method does not take or that no file holds, clips in
             memory, or a place that belongs to another study.
         ItemError: a table that cannot be used.
+        BucketError: an object store that cannot be reached.
         OutputError: a place that cannot be written.
         ExtraError: naming the extra that a study needs.
     """

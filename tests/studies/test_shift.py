@@ -56,7 +56,7 @@ class Trial:
         )
 
     def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
-        if refs[0][0] == "h":
+        if not refs or refs[0][0] == "h":
             return list(refs), []
         told = next(self.told)
         self.is_dead = told[0] == "d"
@@ -99,7 +99,7 @@ def test_no_more_than_one_waits_for_a_death(worked):
 
 
 def test_another_is_hired_where_blocks_are_left(worked):
-    ray = worked("b0 d1 b2 r0 r2 r2", units=3)
+    ray = worked("b0 d1 b2 r2 r2 r0", units=3)
     assert ray.ran == [(0, [0]), (2, [1]), (2, [2])]
     assert next(ray.hired) == 3
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -101,19 +104,48 @@ def test_two_writers_of_whom_one_is_killed_lose_nothing(tmp_path):
     assert sum(store.attempts(unit) > 1 for unit in range(len(store))) <= 1
 
 
+def long_table(folder: Path, count: int) -> Path:
+    """A table of so many items, which share the clips of the shipped ones."""
+    few = many(16).to_table(folder / "few.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), "hash": None} for line in few]
+    table = folder / "items.jsonl"
+    with table.open("w") as file:
+        for k in range(count):
+            file.write(json.dumps(rows[k % 16] | {"id": f"item {k}"}) + "\n")
+    return table
+
+
 @pytest.mark.slow
-def test_a_set_of_5_760_items(tmp_path):
-    table = many(5_760).to_table(tmp_path / "items.jsonl")
+@pytest.mark.unchecked
+def test_a_set_of_57_602_items(tmp_path):
+    table, out = long_table(tmp_path, 57_602), tmp_path / "out"
+    asked = {"site": "decoder.resid_pre", "axes": "layer", "stream": "audio"}
     process = psutil.Process()
-    study = studies.Study(
-        table, out=tmp_path / "out", site="decoder.resid_pre", axes="layer", stream="audio"
-    )
+    imported = process.memory_info().rss
+    study, took = timed(lambda: studies.Study(table, out=out, **asked))
+    assert took < 20
     store = study.store
     store.lay_out(LAYOUT)
     before = process.memory_info().rss
-    for unit in range(400):
-        store.commit(unit, truth(unit, 8), np.full(8, DONE))
+
+    def commit() -> None:
+        for unit in range(400):
+            store.commit(unit, truth(unit, 8), np.full(8, DONE))
+
+    assert timed(commit)[1] / 400 < 0.015
     assert process.memory_info().rss - before < 50e6  # no more after 3,200 items
-    assert len(Store.open(study.out).left()) == 720 - 400
-    assert status_of(store).done_items == 3200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6  # kilobytes
+    done, took = timed(Store.open(out).done)
+    assert took < 1 and len(done) == 400 and len(store.left()) == 7201 - 400
+    status, took = timed(lambda: status_of(store))
+    assert took < 5 and status.done_items == 3200
+    plan, took = timed(lambda: study.explain(workers=64))
+    assert took < 20 and plan.items == 57_602 and plan.sampled == 16 and plan.units == 7201
+    with pytest.raises(studies.StudyError, match="unit was 8 and is 16"):
+        studies.Study(table, out=out, unit=16, **asked)
+    assert process.memory_info().rss - imported < 250e6
+
+
+def timed(act: Callable[[], Any]) -> tuple[Any, float]:
+    """What something gives, and the seconds of CPU that it took."""
+    start = time.process_time()
+    return act(), time.process_time() - start

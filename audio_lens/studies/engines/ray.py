@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from audio_lens.arguments import whole
 from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.progress import track
 from audio_lens.studies.engines.engine import blocks
@@ -45,6 +46,10 @@ class Ray:
     address: str | None = None
     most_deaths: int = 20
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole("workers", self.workers, least=1)
+        whole("most_deaths", self.most_deaths, least=0)
 
     def run(self, out: str, units: Sequence[int], progress: bool | None = None) -> None:
         """Run units; those of workers that died are run by others.
