@@ -40,7 +40,7 @@ def slurm_node(folder: Path) -> Iterator[None]:
         "pid-file": folder / "munged.pid",
         "seed-file": folder / "munged.seed",
     }
-    munged = ["munged", "--foreground", *(f"--{name}={at}" for name, at in own.items())]
+    munged = ["munged", "--foreground", "--force", *(f"--{name}={at}" for name, at in own.items())]
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("SLURM_CONF", str(conf))

@@ -21,7 +21,7 @@ from audio_lens import Items, studies
 from audio_lens.items import demo_items
 from audio_lens.studies.spec import Spec
 from audio_lens.studies.status import status_of
-from audio_lens.studies.store import DONE, Column, Layout, Store
+from audio_lens.studies.store import DONE, Column, Layout, Store, rows_of
 
 pytest.importorskip("zarr")
 SHAPE = (4, 5)
@@ -60,7 +60,7 @@ def many(count: int) -> Items:
 
 
 def test_units_are_chunks_and_status_comes_last(tmp_path):
-    store = Store.create(tmp_path / "out", spec(2), list(many(5)))
+    store = Store.create(tmp_path / "out", spec(2), rows_of(many(5)))
     store.lay_out(LAYOUT)
     assert len(store) == 3 and store.left() == [0, 1, 2] and list(store.rows(2)) == [4]
     store._group["value"][0:2] = 1.0  # numbers without their status are not done
@@ -70,20 +70,20 @@ def test_units_are_chunks_and_status_comes_last(tmp_path):
     assert np.array_equal(store._group["value"][4], truth(2, 1)["value"][0])
     store.forget([2])
     assert store.left() == [0, 1, 2]
-    again = Store.create(tmp_path / "out", spec(2), list(many(5)))
+    again = Store.create(tmp_path / "out", spec(2), rows_of(many(5)))
     assert [item.id for item in again.items] == [item.id for item in store.items]
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(studies.StudyError, match="cannot be read"):
-        Store.create(tmp_path / "file" / "out", spec(2), list(many(2)))
+        Store.create(tmp_path / "file" / "out", spec(2), rows_of(many(2)))
 
 
 @pytest.mark.slow
 def test_two_writers_of_whom_one_is_killed_lose_nothing(tmp_path):
     out = tmp_path / "out"
-    store = Store.create(out, spec(8), list(many(2500)))
+    store = Store.create(out, spec(8), rows_of(many(2500)))
     path = {"PYTHONPATH": os.pathsep.join([PATH, os.environ.get("PYTHONPATH", "")])}
     both = [
         subprocess.Popen([sys.executable, "-c", WRITER, out, str(k), "2"], env=os.environ | path)
