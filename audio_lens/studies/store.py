@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,11 +284,11 @@ def rows_of(items: Iterable[Item]) -> list[dict[str, Any]]:
     Raises:
         StudyError: a clip that is in memory.
     """
-    whole = functools.cache(os.path.realpath)  # of folders, of which many items share few
-    return [_row_of(item, whole) for item in items]
+    folders: dict[str, str] = {}  # of which many items share few
+    return [_row_of(item, folders) for item in items]
 
 
-def _row_of(item: Item, whole: Callable[[str], str]) -> dict[str, Any]:
+def _row_of(item: Item, folders: dict[str, str]) -> dict[str, Any]:
     row = item.told()
     for name in CLIPS:
         clip = getattr(item, name)
@@ -299,8 +299,10 @@ def _row_of(item: Item, whole: Callable[[str], str]) -> dict[str, Any]:
                 f"the clip of {item.name} is in memory, where workers cannot hear it: write the "
                 "items down with items.to_table(path), and pass that path"
             )
-        folder, name_there = os.path.split(clip)
-        row[name] = os.path.join(whole(folder), name_there)
+        folder, file = os.path.split(str(clip))
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        row[name] = os.path.join(folders[folder], file)
     return row
 
 
