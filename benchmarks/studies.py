@@ -28,8 +28,8 @@ from audio_lens.items.item import heard
 from audio_lens.studies.status import reports_of
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "grounding.residence": {"layers": [2, 3, 4]},
-    "knockout.knock_out": {"layers": [2, 3, 4]},
+    "grounding.residence": {"layers": [2, 4]},
+    "knockout.knock_out": {"layers": [2, 4]},
 }
 
 
