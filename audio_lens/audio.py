@@ -84,9 +84,19 @@ def check(path: str | Path) -> None:
     Raises:
         AudioError: if the file is missing, empty, without samples, cut off or not audio.
     """
+    duration(path)
+
+
+def duration(path: str | Path) -> float:
+    """Length of a sound file in seconds, by its head; no sample of it is read.
+
+    Raises:
+        AudioError: as `check`.
+    """
     with opened(_path(path), str(path)) as file:
         if file.frames == 0:
             raise AudioError(f"{path} holds no samples")
+        return file.frames / file.samplerate
 
 
 def _path(path: str | Path) -> Path:

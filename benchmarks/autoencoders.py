@@ -29,7 +29,8 @@ from rich.table import Table
 from audio_lens.analysis import autoencoders
 from audio_lens.analysis.autoencoders.learning import Learner, Setting
 from audio_lens.items import Activations
-from audio_lens.items.activations import COLUMNS, key_of, table_key
+from audio_lens.items.activations import COLUMNS
+from audio_lens.items.shards import key_of, table_key
 from audio_lens.items.store import Store
 
 SITE = "encoder.resid_post"

@@ -1,18 +1,20 @@
 """Whether a study on Ray has the bits of one in this process, and how busy its workers are.
 
     python -m benchmarks.studies
+    python -m benchmarks.studies --folder results/bits
     python -m benchmarks.studies --items 8 --workers 2
 
 Conflict items of the shipped clips, again and again, each time less loud; where both streams are in
 which layer (`grounding.residence`) and what each head's attention to the audio is worth
-(`knockout.knock_out`). Exit code 1: numbers that differ in a bit.
+(`knockout.knock_out`). With a folder the same command goes on where it was stopped. Exit code 1:
+numbers that differ in a bit.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +25,11 @@ from rich.console import Console
 from audio_lens import Items, studies
 from audio_lens.items import demo_items
 from audio_lens.items.item import heard
+from audio_lens.studies.status import reports_of
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "grounding.residence": {},
-    "knockout.knock_out": {"layers": [2, 3, 4]},
+    "grounding.residence": {"layers": [2, 4]},
+    "knockout.knock_out": {"layers": [2, 4]},
 }
 
 
@@ -65,29 +68,46 @@ def main(
     items: Annotated[int, typer.Option(help="how many items")] = 200,
     workers: Annotated[int, typer.Option(help="actors of Ray")] = 2,
     unit: Annotated[int, typer.Option(help="items of a unit")] = 4,
+    folder: Annotated[Path | None, typer.Option(help="of the studies, to go on with")] = None,
 ) -> None:
     """Run both methods in this process and on Ray, and compare them."""
     console, odd = Console(), False
-    with tempfile.TemporaryDirectory() as folder:
-        table = conflict_items(items).to_table(Path(folder) / "items.jsonl")
+    with _place(folder) as place:
+        table = conflict_items(items).to_table(place / "items.jsonl")
         for method, options in METHODS.items():
-            found, took = {}, {}
-            engines = {"here": None, "Ray": studies.Ray(workers=workers)}
-            for name, engine in engines.items():
-                start = time.monotonic()
-                found[name] = studies.Study(
-                    table, out=f"{folder}/{method}-{name}", method=method, unit=unit, **options
-                )
-                found[name].run(engine)
-                took[name] = time.monotonic() - start
-            same = is_same(*found.values())
+            asked = {"method": method, "unit": unit, **options}
+            here, shared = (
+                studies.Study(table, out=place / f"{method}-{name}", **asked)
+                for name in ("here", "Ray")
+            )
+            here.run()
+            shared.run(studies.Ray(workers=workers))
+            same = is_same(here, shared)
             odd |= not same
-            busy = ", ".join(f"{x:.0%}" for x in found["Ray"].status().busy.values())
             console.print(
                 f"{method}: {items} items, {'bit for bit the same' if same else 'NOT THE SAME'}; "
-                f"{took['here']:.0f} s here, {took['Ray']:.0f} s on {workers} workers, busy {busy}"
+                f"one process {_busy(here)}; Ray {_busy(shared)}",
+                soft_wrap=True,
             )
     raise typer.Exit(int(odd))
+
+
+@contextmanager
+def _place(folder: Path | None) -> Iterator[Path]:
+    """The folder that is named, or one that goes away again."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def _busy(study: studies.Study) -> str:
+    """What the workers of a study took, and their busy shares of their own spans."""
+    took = sum(one.end - one.start for one in reports_of(study.store))
+    shares = ", ".join(f"{share:.1%}" for share in study.status().busy.values())
+    return f"{took:.0f} s of work, busy {shares}"
 
 
 if __name__ == "__main__":

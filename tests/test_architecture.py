@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "audio_lens"
 GROUND = (
     *("progress", "espeak", "audio", "timeline", "inputs", "hooks", "hook_points", "running"),
-    *("identity", "digests", "files", "pickles", "sound_files", "combining"),
+    *("identity", "digests", "buckets", "files", "pickles", "sound_files", "combining"),
     *("arguments", "errors", "printable"),
 )
 CHECKS = ("arguments", "errors", "printable")
@@ -80,6 +80,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "running": ("identity",),
     "identity": ("digests", *CHECKS),
     "digests": (),
+    "buckets": ("files", *CHECKS),
     "files": CHECKS,
     "pickles": CHECKS,
     "audio": ("sound_files", *CHECKS),

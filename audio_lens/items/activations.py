@@ -3,96 +3,33 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import xarray as xr
 from jaxtyping import Int, Shaped
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from audio_lens.arguments import suggest
-from audio_lens.errors import AudioLensError
 from audio_lens.items.item import OWN_FIELDS, Label
+from audio_lens.items.shards import (
+    INDEX,
+    ActivationsError,
+    Shard,
+    StoredShard,
+    key_of,
+    stored_at,
+    table_key,
+)
 
-INDEX = "activations.json"
 COLUMNS = ("item", "row", "position", "second")
 PIECE = 256  # rows that are read together, where rows are read in random order
-TOLD = "shard"  # of a shard: its items and its hash
-TABLE = "@"  # begins the keys of a shard that are columns of the table
-
-
-class ActivationsError(AudioLensError, ValueError):
-    """Activations that are not there, or a folder that does not hold whole ones."""
-
-
-@runtime_checkable
-class Shard(Protocol):
-    """Some rows of all sites, on disk or in memory."""
-
-    def get_tensor(self, name: str) -> Tensor: ...
-
-    def row(self, name: str, row: int) -> Tensor: ...
-
-    def part(self, name: str, start: int, stop: int) -> Tensor: ...
-
-    def count(self, name: str) -> int: ...
-
-
-@dataclass(frozen=True)
-class HeldShard:
-    """A shard in memory."""
-
-    tensors: Mapping[str, Tensor] = field(repr=False)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def row(self, name: str, row: int) -> Tensor:
-        return self.tensors[name][row]
-
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[name][start:stop]
-
-    def count(self, name: str) -> int:
-        return len(self.tensors[name])
-
-
-@dataclass(frozen=True)
-class FileShard:
-    """A shard in a safetensors file, of which no more is read than is asked for."""
-
-    path: Path
-
-    @functools.cached_property
-    def _file(self) -> Any:
-        return safe_open(self.path, "pt")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}  # open files go into no worker
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
-
-    def row(self, name: str, row: int) -> Tensor:
-        return self._file.get_slice(name)[row : row + 1][0]
-
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows, copied, so that the file is not held in memory behind them."""
-        with safe_open(self.path, "pt") as file:
-            return file.get_slice(name)[start:stop].clone()
-
-    def count(self, name: str) -> int:
-        with safe_open(self.path, "pt") as file:
-            return file.get_slice(name).get_shape()[0]
 
 
 class Activations:
@@ -111,25 +48,31 @@ class Activations:
 
     @staticmethod
     def load(folder: str | Path) -> Activations:
-        """What `collect` wrote to a folder.
+        """What `collect` wrote to a folder, or `studies.harvest` to one or to an object store.
+
+        Of an object store rows are fetched when they are asked for, no more of them at a time.
+
+        Args:
+            folder: or the address of an object store (``s3://bucket/folder``).
 
         Raises:
             ActivationsError: a folder without activations, with unfinished ones (collect again: it
                 goes on), or with a shard that cannot be read.
+            BucketError: an object store that cannot be reached.
+            ExtraError: naming the extra that an object store needs.
         """
-        folder = Path(folder)
-        if not (folder / INDEX).is_file():
+        told, shards = stored_at(folder)
+        if told is None:
             raise ActivationsError(f"{folder} holds no activations: there is no {INDEX}")
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        paths = shard_paths(folder)
-        done = [item for path in paths for item in items_in(path)]
+        index = json.loads(told)
+        done = [item for shard in shards for item in shard.items()]
         lacking = len(set(range(len(index["items"]))) - set(done))
         if lacking:
             raise ActivationsError(
                 f"{folder} lacks {lacking} of {len(index['items'])} items: collect again, with the "
                 "same arguments, and it goes on"
             )
-        return Activations(index, [FileShard(path) for path in paths])
+        return Activations(index, shards)
 
     def check(self) -> None:
         """Read every shard, and compare it with the hash that was written into it.
@@ -137,11 +80,11 @@ class Activations:
         Raises:
             ActivationsError: naming shards that hold something else now: a flipped byte, say.
         """
-        paths = [shard.path for shard in self.shards if isinstance(shard, FileShard)]
-        odd = [str(path) for path in paths if not _is_whole(path)]
+        stored = [shard for shard in self.shards if isinstance(shard, StoredShard)]
+        odd = [shard.at for shard in stored if not shard.is_whole()]
         if odd:
             raise ActivationsError(
-                f"{len(odd)} of {len(paths)} shards do not hold what was written: "
+                f"{len(odd)} of {len(stored)} shards do not hold what was written: "
                 f"{', '.join(odd)}. Delete them and collect again"
             )
 
@@ -416,64 +359,6 @@ class Rows(Dataset):
             raise IndexError(index)
         row = self.shards[self.shard[index]].row(self.key, int(self.at[index]))
         return row if self.labels is None else (row, self.labels[index])
-
-
-# -------------------------------------------------------------------------------- files
-
-
-def key_of(site: str, layer: int | None) -> str:
-    """The key of a shard under which a site lies at a layer."""
-    return site if layer is None else f"{site}.{layer}"
-
-
-def table_key(part: str, column: str) -> str:
-    """The key of a shard under which a column of a part's table lies."""
-    return f"{TABLE}{part}.{column}"
-
-
-def shard_bytes(tensors: Mapping[str, Tensor], items: Sequence[int]) -> bytes:
-    """A shard as a file, which holds the hash of what is in it."""
-    told = {"items": list(items), "sha256": _hash_of(tensors, list(items))}
-    # one entry: safetensors writes several in an order that differs from run to run
-    return safetensors.torch.save(dict(tensors), {TOLD: json.dumps(told)})
-
-
-def _hash_of(tensors: Mapping[str, Tensor], items: list[int]) -> str:
-    digest = hashlib.sha256(json.dumps(items).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a shard holds what was written."""
-    try:
-        with safe_open(path, "pt") as file:
-            told = json.loads(file.metadata()[TOLD])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return False
-    return told["sha256"] == _hash_of(tensors, told["items"])
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a folder, in order."""
-    return sorted(folder.glob("shard-*.safetensors"))
-
-
-def items_in(path: Path) -> list[int]:
-    """The numbers of the items of a shard.
-
-    Raises:
-        ActivationsError: a file that is no whole shard.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()[TOLD])["items"]
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ActivationsError(f"{path} is no whole shard ({error}): delete it") from error
 
 
 def _facts(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,16 +15,11 @@ from torch import Tensor
 
 from audio_lens.hooks import HookFn, HookPoint
 from audio_lens.inputs import InputError
-from audio_lens.items.activations import (
-    COLUMNS,
-    Activations,
-    ActivationsError,
-    key_of,
-    table_key,
-)
+from audio_lens.items.activations import COLUMNS, Activations
 from audio_lens.items.batches import Batch
 from audio_lens.items.item import Item
 from audio_lens.items.items import Items
+from audio_lens.items.shards import ActivationsError, key_of, table_key
 from audio_lens.items.store import Store
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.places import Ground, Where

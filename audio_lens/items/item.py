@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from audio_lens.arguments import suggest
-from audio_lens.audio import AudioError, check, load
+from audio_lens.audio import AudioError, check, duration, load
 from audio_lens.corruptions import Corruption
 from audio_lens.errors import AudioLensError
 from audio_lens.sound_files import opened
@@ -117,8 +117,7 @@ class Item:
             AudioError: a clip that cannot be read.
         """
         if isinstance(self.audio, (str, Path)):
-            check(self.audio)
-            return float(soundfile.info(str(self.audio)).duration)
+            return duration(self.audio)
         samples, rate = heard(self.clip)
         return len(samples) / rate
 
@@ -151,11 +150,10 @@ class Item:
             AudioError: naming the path.
             ItemError: a word that begins before the clip, or ends after it.
         """
-        for audio in (self.audio, self.other_audio):
-            if isinstance(audio, (str, Path)):
-                check(audio)
+        clips = (self.audio, self.other_audio)
+        lengths = [duration(x) if isinstance(x, (str, Path)) else None for x in clips]
         words = [word for word in map(Span.of, self.words) if word.clip == 0]
-        seconds = self.duration_s if words else 0.0
+        seconds = self.duration_s if words and lengths[0] is None else lengths[0] or 0.0
         for word in words:
             if word.start_s < 0 or word.end_s > seconds + SLACK_S:
                 raise ItemError(
@@ -301,7 +299,7 @@ def _rate_of(clip: Any) -> int:
 
 
 def _word(span: Span) -> dict[str, Any]:
-    return {name: at for name, at in asdict(span).items() if name != "clip" or at}
+    return {name: at for name, at in vars(span).items() if name != "clip" or at}
 
 
 def listed(what: str, whys: Sequence[str]) -> str:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from audio_lens import files
-from audio_lens.items.activations import (
+from audio_lens.items.activations import Activations
+from audio_lens.items.shards import (
     INDEX,
-    Activations,
     ActivationsError,
+    FileShard,
     HeldShard,
-    items_in,
     shard_bytes,
     shard_paths,
 )
@@ -60,7 +60,7 @@ class Store:
             raise files.OutputError(f"{folder} cannot be made a folder: {error}") from error
         if (folder / INDEX).is_file():
             _check_same(folder, json.loads((folder / INDEX).read_text(encoding="utf-8")), index)
-            store.done = {item for path in shard_paths(folder) for item in items_in(path)}
+            store.done = {item for path in shard_paths(folder) for item in FileShard(path).items()}
         elif others := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
             raise ActivationsError(f"{folder} holds {others[0]} already: name an empty folder")
         else:

@@ -32,8 +32,6 @@ def harvest_study(
     **options: Any,
 ) -> Study:
     """The study behind `harvest`, of which nothing has run yet; arguments and errors as there."""
-    if "://" in str(out):
-        raise StudyError(f"activations are kept in a folder that all workers see, not at {out}")
     if keep is not None and not isinstance(getattr(torch, keep, None), torch.dtype):
         raise StudyError(f"keep is a name of a dtype such as 'bfloat16', or None, got {keep!r}")
     if pool not in (None, "mean"):
@@ -75,7 +73,8 @@ def harvest(
         items, model: as in `Study`.
         sites, where: as in `collect`; a place that is a function of the item cannot be sent to
             workers.
-        out: a folder that all workers see.
+        out: a folder that all workers see, or the address of an object store
+            (``s3://bucket/folder``), from which `Activations` fetch rows as they are needed.
         engine: as in `Study.run`.
         progress: as in `patching.sweep`.
         options: ``layers``, ``pool`` and ``size`` of `collect`; ``keep``, the dtype in which
@@ -84,9 +83,9 @@ def harvest(
             ``skip_bad`` of `Study`.
 
     Raises:
-        StudyError: an object store, whose shards `Activations` cannot read; tasks of Slurm that
-            were submitted and are not done yet; or items without activations, by their reasons.
-        ItemError, OutputError, ExtraError: as `Study`.
+        StudyError: tasks of Slurm that were submitted and are not done yet; or items without
+            activations, by their reasons.
+        ItemError, BucketError, OutputError, ExtraError: as `Study`.
     """
     study = harvest_study(items, model, sites, where, out=out, **options)
     status = study.run(engine, progress=progress)

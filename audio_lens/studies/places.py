@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from audio_lens import files
+from audio_lens import buckets, files
 from audio_lens.errors import ExtraError
 from audio_lens.studies.errors import StudyError
 
@@ -77,74 +76,22 @@ class Folder:
         return need_zarr().storage.LocalStore(self.path / name, read_only=read_only)
 
 
-class Bucket:
-    """A folder of an object store, by its address: ``s3://bucket/folder``, ``gs://``, ``az://``.
-
-    Credentials, region and endpoint come from the environment, as the store's own tools read them.
-    """
-
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
-        self.store = _bucket(self.url)
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return bytes(need_obstore().get(self.store, name).bytes())
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # of the network, of credentials, of the bucket
-            raise StudyError(f"{self.url}/{name} cannot be read: {_first(error)}") from error
-
-    def write(self, name: str, data: bytes) -> None:
-        try:
-            need_obstore().put(self.store, name, data)
-        except Exception as error:
-            raise files.OutputError(
-                f"{self.url}/{name} cannot be written: {_first(error)}"
-            ) from error
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            need_obstore().delete(self.store, name)
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            listed = need_obstore().list(self.store, prefix=folder)
-            paths = [str(one["path"]) for batch in listed for one in batch]
-        except Exception as error:
-            raise StudyError(f"{self.url}/{folder} cannot be listed: {_first(error)}") from error
-        return sorted(path.removeprefix(f"{folder}/") for path in paths)
+class Bucket(buckets.Bucket):
+    """A folder of an object store, by its address, with arrays in it."""
 
     def zarr(self, name: str, read_only: bool = False) -> Any:
-        inner = _bucket(f"{self.url}/{name}")
+        inner = buckets.opened(f"{self.url}/{name}")
         return need_zarr().storage.ObjectStore(inner, read_only=read_only)
-
-
-def _bucket(url: str) -> Any:
-    """A folder of an object store.
-
-    Raises:
-        StudyError: an address that is none.
-    """
-    obstore = need_obstore()
-    try:
-        return obstore.store.from_url(url)
-    except Exception as error:  # what the library raises is of no public class
-        raise StudyError(f"{url} is no address of an object store: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    """What an error of the library says before it shows its inside."""
-    return str(error).partition(": <?xml")[0].partition("\n")[0]
 
 
 def place_of(out: str | Path) -> Place:
     """The place of an address.
 
     Raises:
+        BucketError: an address that is none.
         ExtraError: naming the extra that an object store needs.
     """
-    return Bucket(str(out)) if "://" in str(out) else Folder(out)
+    return Bucket(str(out)) if buckets.is_address(out) else Folder(out)
 
 
 def need_zarr() -> Any:
@@ -159,17 +106,3 @@ def need_zarr() -> Any:
     except ImportError as error:
         raise ExtraError("a study needs zarr: pip install 'audio_lens[scale]'") from error
     return zarr
-
-
-def need_obstore() -> Any:
-    """The library that speaks to object stores.
-
-    Raises:
-        ExtraError: naming the extra that brings it.
-    """
-    try:
-        import obstore
-        import obstore.store
-    except ImportError as error:
-        raise ExtraError("an object store needs obstore: pip install 'audio_lens[s3]'") from error
-    return obstore

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from audio_lens.items import Items
-from audio_lens.items.activations import INDEX, TABLE, shard_bytes, table_key
 from audio_lens.items.collect import Asked, told_of_place
+from audio_lens.items.shards import INDEX, TABLE, shard_bytes, table_key
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.provenance import of_model, recalled
 from audio_lens.studies.jobs import Numbers

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from audio_lens.files import OutputError
 from audio_lens.items import Item, Items
-from audio_lens.items.tables import item_of
+from audio_lens.items.tables import CLIPS, item_of
 from audio_lens.results.plain import coordinate
 from audio_lens.studies.errors import StudyError
 from audio_lens.studies.places import Place, need_zarr, place_of
@@ -90,8 +91,13 @@ class Store:
         self.place, self.spec = place, spec
 
     @staticmethod
-    def create(out: str | Path, spec: Spec, items: Sequence[Item]) -> Store:
+    def create(out: str | Path, spec: Spec, rows: Sequence[Mapping[str, Any]]) -> Store:
         """Lay out a place; one that was laid out for the same spec goes on.
+
+        Args:
+            out: the place.
+            spec: what is computed.
+            rows: of the items, as `rows_of` gives them.
 
         Raises:
             StudyError: a place that belongs to another study, naming what differs.
@@ -101,10 +107,9 @@ class Store:
         place = place_of(out)
         held = place.read(SPEC)
         if held is None:
-            rows = "".join(json.dumps(row_of(item)) + "\n" for item in items)
-            place.write(ITEMS, rows.encode())
+            place.write(ITEMS, "".join(json.dumps(row) + "\n" for row in rows).encode())
             store = Store(place, spec)
-            store._array(STATUS, (len(items),), (), "i1", 0)
+            store._array(STATUS, (len(rows),), (), "i1", 0)
             place.write(SPEC, spec.to_json().encode())
             return store
         theirs = Spec.from_json(held)
@@ -273,15 +278,20 @@ def _attempts(unit: int, row: int | None) -> str:
     return f"attempts/{unit:07d}.{'all' if row is None else row}"
 
 
-def row_of(item: Item) -> dict[str, Any]:
-    """An item as a row of a table, its clips by their whole paths.
+def rows_of(items: Iterable[Item]) -> list[dict[str, Any]]:
+    """Items as rows of a table, their clips by whole paths.
 
     Raises:
         StudyError: a clip that is in memory.
     """
-    clips = {"audio": item.audio, "other_audio": item.other_audio}
+    folders: dict[str, str] = {}  # of which many items share few
+    return [_row_of(item, folders) for item in items]
+
+
+def _row_of(item: Item, folders: dict[str, str]) -> dict[str, Any]:
     row = item.told()
-    for name, clip in clips.items():
+    for name in CLIPS:
+        clip = getattr(item, name)
         if clip is None:
             continue
         if not isinstance(clip, (str, Path)):
@@ -289,7 +299,10 @@ def row_of(item: Item) -> dict[str, Any]:
                 f"the clip of {item.name} is in memory, where workers cannot hear it: write the "
                 "items down with items.to_table(path), and pass that path"
             )
-        row[name] = str(Path(clip).resolve())
+        folder, file = os.path.split(str(clip))
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        row[name] = os.path.join(folders[folder], file)
     return row
 
 

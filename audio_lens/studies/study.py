@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 
 from audio_lens import patching
 from audio_lens.arguments import suggest, whole
-from audio_lens.items import Item, Items, demo_items
+from audio_lens.items import Items, demo_items
 from audio_lens.items.methods import METHODS
+from audio_lens.items.tables import CLIPS
 from audio_lens.provenance import is_own, recorded
 from audio_lens.studies.engines import Engine, Here
 from audio_lens.studies.errors import StudyError
@@ -22,7 +24,7 @@ from audio_lens.studies.jobs import OWN_OF_SWEEPS, method_of, takes_pairs
 from audio_lens.studies.planning import StudyPlan, planned
 from audio_lens.studies.spec import HARVEST, SWEEP, Spec, named
 from audio_lens.studies.status import Status, status_of
-from audio_lens.studies.store import DONE, Store, row_of
+from audio_lens.studies.store import DONE, Store, rows_of
 
 DEMO = "demo"  # in place of a table: the shipped items
 UNIT, BATCH = 8, 1
@@ -62,6 +64,7 @@ class Study:
         StudyError: an argument that the method does not take or that no file holds, clips in
             memory, or a place that belongs to another study.
         ItemError: a table that cannot be used.
+        BucketError: an object store that cannot be reached.
         OutputError: a place that cannot be written.
         ExtraError: naming the extra that a study needs.
     """
@@ -94,10 +97,10 @@ class Study:
         called = method if isinstance(method, str) else _name_of(method)
         _check_arguments(called, case, stream, arguments)
         rows = _read(items, skip_bad)
-        ordered = sorted(rows, key=lambda item: -item.duration_s)
+        told = rows_of(sorted(rows, key=lambda item: -item.duration_s))
         spec = Spec(
             items=str(items) if items == DEMO else _path_of(items),
-            digest=_digest(ordered),
+            digest=_digest(told),
             model=str(model),
             method=called,
             arguments=recorded(arguments),
@@ -112,7 +115,7 @@ class Study:
             memory_gb=memory_gb,
         )
         self.skipped = rows.skipped
-        self.store = Store.create(out, spec, ordered)
+        self.store = Store.create(out, spec, told)
 
     @classmethod
     def open(cls, out: str | Path) -> Study:
@@ -254,13 +257,10 @@ def _parameters(method: str) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _digest(items: Iterable[Item]) -> str:
+def _digest(rows: Iterable[Mapping[str, Any]]) -> str:
     """A hash of what is asked of which clips, these by their sizes: nothing is read."""
     digest = hashlib.sha256()
-    for item in items:
-        row = row_of(item)
-        for name in ("audio", "other_audio"):
-            if name in row:
-                row[name] = Path(row[name]).stat().st_size
-        digest.update(json.dumps(row, sort_keys=True).encode())
+    for row in rows:
+        sizes = {name: os.stat(row[name]).st_size for name in CLIPS if name in row}
+        digest.update(json.dumps({**row, **sizes}, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -17,7 +17,7 @@ from audio_lens.analysis.autoencoders import Autoencoder, learning, training
 from audio_lens.analysis.autoencoders.rows import Source, Stream
 from audio_lens.errors import InputError
 from audio_lens.items import Activations
-from audio_lens.items.activations import ActivationsError
+from audio_lens.items.shards import ActivationsError
 
 SHORT = {"steps": 40, "batch": 64, "progress": False}
 

@@ -13,7 +13,8 @@ import torch
 from audio_lens.analysis import autoencoders
 from audio_lens.analysis.autoencoders import Autoencoder
 from audio_lens.items import Activations, Items, demo_items
-from audio_lens.items.activations import COLUMNS, HeldShard, key_of, table_key
+from audio_lens.items.activations import COLUMNS
+from audio_lens.items.shards import HeldShard, key_of, table_key
 from bad_input.commands import run
 from bad_input.world import NAN, Case, model, named, written
 

@@ -66,13 +66,16 @@ STUDIES = {
     "explain(tflops=nan)": lambda: _study().explain(tflops=NAN),
     "explain of a method": lambda: _method("grounding.stream_share").explain(),
     "explain of a model that is not there": lambda: _study("p", model="./nowhere").explain(),
+    "Ray(workers=0)": lambda: studies.Ray(workers=0),
+    "Slurm(workers=0)": lambda: studies.Slurm(workers=0),
+    "Slurm(hours=0)": lambda: studies.Slurm(hours=0),
     "Slurm without logs": lambda: studies.Slurm().run("s3://bucket/study", [0]),
 }
 HARVESTS = {
     "keep='half a byte'": lambda: _harvest(keep="half a byte"),
     "pool='sum'": lambda: _harvest(pool="sum"),
     "site= in place of sites=": lambda: _harvest(site="decoder.resid_post"),
-    "a bucket": lambda: _harvest(out="s3://bucket/acts"),
+    "a store that is not known": lambda: _harvest(out="ftp://host/acts"),
     "a place by a function": lambda: _harvest(where=lambda item: item.words[0]),
 }
 FILES = {

@@ -22,7 +22,7 @@ from audio_lens import (
     OutputError,
     collect,
 )
-from audio_lens.items.activations import INDEX, shard_paths
+from audio_lens.items.shards import INDEX, shard_paths
 from audio_lens.items.store import Store
 from audio_lens.models.embedded import clip_pairs
 from audio_lens.sites import SiteError

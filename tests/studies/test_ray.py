@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -126,6 +128,33 @@ def test_a_killed_driver_leaves_nobody_and_one_worker_goes_on(table, here, tmp_p
     after = {unit: study.store.place.read(f"units/{unit:07d}.json") for unit in done}
     assert before == after  # nothing was computed twice
     ray.shutdown()
+
+
+def test_a_node_that_dies_is_done_without(table, here, tmp_path):
+    ray.shutdown()
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False, **SMALL}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=1, **SMALL) for _ in range(2)]
+    study = by_case(table, tmp_path / "out", "slow")
+
+    def kill() -> None:
+        for held in nodes[-1].all_processes["raylet"]:
+            raylet = psutil.Process(held.process.pid)
+            for process in [raylet, *raylet.children(recursive=True)]:
+                if process.is_running():
+                    os.kill(process.pid, signal.SIGKILL)
+
+    try:
+        with meanwhile(study, 4, kill) as happened:
+            assert study.run(studies.Ray(workers=2, address=cluster.address)).is_done
+        assert happened and happened[0] < 14  # each had more to do
+        assert same(study, here) and tried_again(study) <= 1
+        assert len(workers(study)) == 2  # nobody came in place of the one that was killed
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_a_cluster_without_room_says_so(table, tmp_path, monkeypatch):

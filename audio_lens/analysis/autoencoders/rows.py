@@ -14,7 +14,8 @@ from torch import Tensor
 from audio_lens.digests import of_tensor
 from audio_lens.errors import InputError
 from audio_lens.items import Activations
-from audio_lens.items.activations import PIECE, HeldShard, Piece
+from audio_lens.items.activations import PIECE, Piece
+from audio_lens.items.shards import HeldShard
 
 Given = Activations | Tensor
 POOL_BYTES = 2**26  # of rows in memory, from which batches are drawn

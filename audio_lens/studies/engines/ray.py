@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from audio_lens.arguments import whole
 from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.progress import track
 from audio_lens.studies.engines.engine import blocks
@@ -24,8 +25,9 @@ LOOK_EVERY_S = 5.0
 class Ray:
     """Runs a study on Ray. The cluster is that of RAY_ADDRESS, or else this machine.
 
-    A worker that dies gives its units back; another one is hired where there is room, and nobody
-    waits for it.
+    A worker that dies, or whose node does, gives its units back; another one is hired where there
+    is room, and nobody waits for it. One that finds nothing left to do stays while others are at
+    work, and takes the units of the next that dies.
 
     Attributes:
         workers: how many.
@@ -44,6 +46,10 @@ class Ray:
     address: str | None = None
     most_deaths: int = 20
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole("workers", self.workers, least=1)
+        whole("most_deaths", self.most_deaths, least=0)
 
     def run(self, out: str, units: Sequence[int], progress: bool | None = None) -> None:
         """Run units; those of workers that died are run by others.
@@ -115,6 +121,7 @@ class _Shift:
             **({} if engine.memory_gb is None else {"memory": int(engine.memory_gb * 1e9)}),
         )
         self.running: dict[Any, _Hired] = {}
+        self.spare: _Hired | None = None  # one that has nothing to do, while others have
         self.deaths = self.done = 0
         self.heard = time.monotonic()
 
@@ -129,6 +136,7 @@ class _Shift:
                     self._back(ref)
                 self._check_room()
         finally:
+            self._dismiss_spare()
             for hired in self.running.values():
                 self._let_go(hired)
 
@@ -170,14 +178,22 @@ class _Shift:
             items = sum(one.items for one in told)
             self.done += items
             self.advance(items, self.done)
+        self._give_work(hired)
+
+    def _give_work(self, hired: _Hired) -> None:
+        """The next block; with none left one worker stays, and more than one are let go."""
+        hired.block = None
         if self.queue:
             hired.block = self.queue.popleft()
             self.running[hired.actor.run.remote(hired.block)] = hired
+        elif self.spare is None:
+            self.spare = hired
         else:
             self.ray.kill(hired.actor)
 
     def _bury(self, hired: _Hired, error: Exception) -> None:
-        """Put a dead worker's block back and hire another."""
+        """Put a dead worker's block back, for one who is free or another who is hired."""
+        self.ray.kill(hired.actor)  # cut off it may live, and would hold its GPU
         self.deaths += 1
         if self.deaths > self.engine.most_deaths:
             raise StudyError(
@@ -186,7 +202,16 @@ class _Shift:
             ) from error
         if hired.block is not None:
             self.queue.append(hired.block)
-        self._hire()
+        spare, self.spare = self.spare, None
+        if spare is not None:
+            self._give_work(spare)
+        elif self.queue:
+            self._hire()
+
+    def _dismiss_spare(self) -> None:
+        if self.spare is not None:
+            self.ray.kill(self.spare.actor)
+            self.spare = None
 
     def _let_go(self, hired: _Hired) -> None:
         """Stop a worker; what it was at was tried without fault of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from audio_lens.arguments import number, whole
 from audio_lens.errors import ExtraError
 from audio_lens.progress import track
 from audio_lens.studies.errors import StudyError
@@ -31,7 +33,8 @@ class Slurm:
     Attributes:
         workers: tasks that run at a time.
         gpus, cpus: of each.
-        hours: that a task may take; one that is stopped is queued again and goes on.
+        hours: that a task may take; one that is stopped is queued again and goes on, three times
+            at most where its time was up, however often where another job took its place.
         partition: of the cluster.
         wait: stay until all is done, or no task is left; else return once it is submitted.
         folder: for submitit's logs, which all nodes see; None is beside the study.
@@ -48,6 +51,10 @@ class Slurm:
     folder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     cluster: str = "slurm"
+
+    def __post_init__(self) -> None:
+        whole("workers", self.workers, least=1)
+        number("hours", self.hours, above=0)  # Slurm takes none as no limit
 
     def run(self, out: str, units: Sequence[int], progress: bool | None = None) -> None:
         """Submit tasks for units.
@@ -81,7 +88,7 @@ class Slurm:
 
     def _parameters(self) -> dict[str, Any]:
         given: dict[str, Any] = {
-            "timeout_min": round(60 * self.hours),
+            "timeout_min": math.ceil(60 * self.hours),
             "cpus_per_task": self.cpus,
         }
         given |= {"gpus_per_node": self.gpus} if self.gpus else {}
