@@ -18,9 +18,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 MINUTES := $(addprefix analysis/test_, \
-	adapters adapters_sweep autoencoder_floors autoencoders circuits defence interchange \
-	modality_gap neurons steering subspaces tap) \
-	models/test_placement patching/test_direct_paths
+	adapters adapters_sweep autoencoder_floors autoencoders circuits interchange \
+	modality_gap neurons subspaces tap) \
+	patching/test_direct_paths
 
 .PHONY: demo test test-share test-slow test-all types docs install versions lower-bounds
 

@@ -209,6 +209,7 @@ def test_map_on_the_clips_in_the_package(run, tmp_path):
     assert (tmp_path / "map.html").is_file()
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_every_command_runs_in_every_precision(run, clips, dtype):
     asked = [clips.clean, "--question", "which digit is first?", "--dtype", dtype]

@@ -152,5 +152,10 @@ def test_most_cases_of_a_thinned_test_are_long(suite: pytest.Pytester) -> None:
     assert len(quick) == 3 + 1 and "test_alone" in quick and len(long) == 4 + 9
     assert len({name[13] for name in quick if name != "test_alone"}) == 3  # families
     assert not quick & long and not any(name.endswith("-3]") for name in quick)
-    workers, _ = run(suite, "test_thinned.py", "-m", "not slow", "-n", "2", "--dist", "loadfile")
-    assert workers == quick
+
+
+@pytest.mark.slow
+def test_workers_leave_the_same_cases_to_quick_runs(suite: pytest.Pytester) -> None:
+    suite.makepyfile(test_thinned=THINNED)
+    quick = ("test_thinned.py", "-m", "not slow")
+    assert run(suite, *quick, "-n", "2", "--dist", "loadfile") == run(suite, *quick)

@@ -27,8 +27,8 @@ from beartype import BeartypeConf, beartype
 PACKAGE = "audio_lens"
 AS_JAXTYPING = BeartypeConf(violation_type=jaxtyping.TypeCheckError)
 SIZES = jaxtyping.jaxtyped("context")
+IMPORT = ast.Import([ast.alias(__name__, lineno=1, col_offset=0)], lineno=1, col_offset=0)
 BLOCKS = (ast.stmt, ast.ExceptHandler, ast.match_case)  # what statements stand in
-START = {"lineno": 1, "col_offset": 0}
 CACHED = functools.partial(util.cache_from_source, optimization="checked1")
 
 
@@ -123,7 +123,7 @@ def with_decorators(tree: ast.Module) -> ast.Module:
         innermost = len(node.decorator_list) if isinstance(node, ast.FunctionDef) else 0
         node.decorator_list.insert(innermost, decorator)
     at = first_line(tree.body)
-    tree.body.insert(at, ast.Import([ast.alias(__name__, **START)], **START))
+    tree.body.insert(at, IMPORT)
     return tree
 
 
