@@ -221,6 +221,19 @@ def method_of(name: str) -> Callable[..., Any]:
     return METHODS[name].function
 
 
+def check_joins(name: str) -> None:
+    """Raise for a method that is known to say something of all its items at once.
+
+    Raises:
+        StudyError: naming it, with what to study in its place; or no such method.
+    """
+    method_of(name)
+    if METHODS[name].whole:
+        raise StudyError(
+            f"no study of {name}, since units of items cannot be joined: {METHODS[name].whole}"
+        )
+
+
 def takes_pairs(function: Callable[..., Any]) -> bool:
     """Whether a method works on pairs, by what it calls its second argument."""
     return list(inspect.signature(function).parameters)[1].startswith("pair")
@@ -237,8 +250,7 @@ def _check_joins(one: Result, name: str) -> None:
     if one.meta.get(TOGETHER) not in (MEAN, RATIO_OF_MEANS):
         what = f"of control {name!r} " if name else ""
         raise StudyError(
-            f"the estimate {what}is no mean over items, so it cannot be joined from units: make a "
-            "study of what it is read from (of grounding.hand_over: grounding.residence)"
+            f"the estimate {what}is no mean over items, so it cannot be joined from units"
         )
 
 

@@ -18,7 +18,7 @@ from audio_lens.items.methods import METHODS
 from audio_lens.provenance import is_own, recorded
 from audio_lens.studies.engines import Engine, Here
 from audio_lens.studies.errors import StudyError
-from audio_lens.studies.jobs import OWN_OF_SWEEPS, method_of, takes_pairs
+from audio_lens.studies.jobs import OWN_OF_SWEEPS, check_joins, method_of, takes_pairs
 from audio_lens.studies.planning import StudyPlan, planned
 from audio_lens.studies.spec import HARVEST, SWEEP, Spec, named
 from audio_lens.studies.status import Status, status_of
@@ -226,6 +226,8 @@ def _check_arguments(
 ) -> None:
     """Raise for what the method does not take, or no file holds."""
     is_sweep = method == SWEEP
+    if not is_sweep and method != HARVEST:
+        check_joins(method)
     takes = [] if method == HARVEST else _parameters(method)
     own = (*OWN_OF_SWEEPS, "model") if is_sweep else OWN_OF_METHODS
     known = OF_HARVESTS if method == HARVEST else [name for name in takes if name not in own]

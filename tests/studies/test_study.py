@@ -144,12 +144,10 @@ def test_ratios_of_means_are_joined_as_ratios(table, tmp_path, embedded):
     assert float(found.low) == pytest.approx(float(whole.low), abs=1e-5)
 
 
-@pytest.mark.slow
-def test_what_is_no_mean_over_items_is_refused(table, tmp_path):
-    few = {"streams": ["audio"], "layers": [0, 5], "controls": []}
-    study = studies.Study(table, out=tmp_path / "out", method="grounding.hand_over", unit=6, **few)
-    with pytest.raises(StudyError, match=r"study of what it is read from.*grounding\.residence"):
-        study.run()
+def test_what_is_no_mean_over_items_is_refused_before_anything_runs(table, tmp_path):
+    with pytest.raises(StudyError, match=r"no study of grounding\.hand_over.*grounding\.residence"):
+        studies.Study(table, out=tmp_path / "out", method="grounding.hand_over")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
