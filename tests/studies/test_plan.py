@@ -15,6 +15,7 @@ from audio_lens.models.config import LoadingError
 from audio_lens.models.loading.checkpoints import embedded_path
 from audio_lens.models.loading.on_paper import on_paper
 from audio_lens.studies import StudyError
+from audio_lens.studies.harvest import harvest_study
 from audio_lens.studies.planning import HOST_S, START_S, simulated
 
 pytest.importorskip("zarr")
@@ -40,7 +41,7 @@ def large(folder: Path) -> Path:
 
 
 def test_work_is_that_of_the_plan_of_a_model_with_weights(table, tmp_path, embedded):
-    study = studies.Study(table, out=tmp_path / "out", unit=4, **SWEPT)
+    study = studies.Study(table, out=tmp_path / "out", unit=4, batch=1, **SWEPT)
     told = study.explain(workers=2)
     work = cells = 0
     for item in study.store.items:
@@ -99,21 +100,21 @@ def test_workers_are_simulated():
 
 
 def test_what_cannot_be_planned_is_refused(table, tmp_path):
-    method = studies.Study(table, out=tmp_path / "a", method="grounding.stream_share")
-    with pytest.raises(StudyError, match="not known before it runs"):
-        method.explain()
+    harvested = harvest_study(table, out=tmp_path / "a")
+    with pytest.raises(StudyError, match="one forward of every item"):
+        harvested.explain()
     loaded = studies.Study(table, out=tmp_path / "b", loader="studied:embedded", **SWEPT)
     with pytest.raises(StudyError, match="made from a config"):
         loaded.explain()
-    fine = studies.Study(table, out=tmp_path / "c", **SWEPT)
+    fine = studies.Study(table, out=tmp_path / "c", unit=1, batch=1, **SWEPT)
     for rate in (0, float("nan"), -1):
         with pytest.raises(StudyError, match="tflops"):
             fine.explain(tflops=rate)
     with pytest.raises(ValueError, match="workers"):
         fine.explain(workers=0)
-    nowhere = studies.Study(table, "./nowhere", out=tmp_path / "d", **SWEPT)
     with pytest.raises(LoadingError, match=r"nowhere holds no config\.json"):
-        nowhere.explain()
+        studies.Study(table, "./nowhere", out=tmp_path / "d", **SWEPT)
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_model_on_paper_prepares_what_a_whole_one_does(table, embedded):

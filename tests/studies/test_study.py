@@ -37,7 +37,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(table: Path, tmp_path_factory: pytest.TempPathFactory) -> studies.Study:
     """A study that ran to its end."""
     study = studies.Study(
-        table, out=tmp_path_factory.mktemp("done") / "out", unit=2, stream="audio", **SWEPT
+        table, out=tmp_path_factory.mktemp("done") / "out", unit=2, batch=1, stream="audio", **SWEPT
     )
     assert study.run().is_done
     return study
@@ -96,7 +96,9 @@ def test_a_study_costs_little_more_than_its_sweeps(table, tmp_path, embedded):
     """Beside the loading of the model, which a loop has too."""
     spent: dict[str, list[float]] = {"loop": [], "study": []}
     for turn in range(3):
-        study = studies.Study(table, out=tmp_path / f"{turn}", unit=6, stream="audio", **SWEPT)
+        study = studies.Study(
+            table, out=tmp_path / f"{turn}", unit=6, batch=1, stream="audio", **SWEPT
+        )
         hand = worker.Worker(study.out)
         start = time.process_time()
         hand.run(study.store.left())

@@ -224,7 +224,7 @@ def _outcome_report(curves: Float[Tensor, "n layers"], read: Readings, n_right: 
 
 @method(
     "logit_lens.critical",
-    whole="its layers are read from the mean over all items: make a study of logit_lens.information",
+    whole="its layers are read from the mean over all items: study logit_lens.information",
 )
 def critical(
     model: HookedAudioTransformer,
