@@ -23,7 +23,7 @@ from audio_lens.items.methods import METHODS
 from audio_lens.items.pairs import Pairs, Stream
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching import SweepResult
-from audio_lens.provenance import of_model, recalled
+from audio_lens.provenance import of_model, recalled, steady
 from audio_lens.results import Result, array
 from audio_lens.studies.errors import StudyError
 from audio_lens.studies.spec import SWEEP, Spec, named
@@ -121,10 +121,11 @@ class Sweeps:
         return patching.plan(model, **self._arguments | given)
 
     def run(self, model: HookedAudioTransformer, items: Items) -> list[Numbers]:
-        return [
-            _of_sweep(rows, patching.sweep(model, progress=False, **self._arguments | given))
-            for rows, given in self._cases(model, items)
-        ]
+        with steady(model):
+            return [
+                _of_sweep(rows, patching.sweep(model, progress=False, **self._arguments | given))
+                for rows, given in self._cases(model, items)
+            ]
 
     def _cases(
         self, model: HookedAudioTransformer, items: Items

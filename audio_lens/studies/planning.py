@@ -215,7 +215,7 @@ def sizes(spec: Spec, items: Items, unit: int | None, batch: int | None) -> tupl
     """
     share = max(1, len(items) // FEWEST_UNITS)
     if not spec.is_sweep:
-        return unit or min(OF_METHODS, max(share, 2)), batch or 1
+        return unit or _even(len(items), OF_METHODS), batch or 1
     if spec.loader is not None or (spec.case is not None and unit is not None):
         return unit or min(UNIT, share), batch or 1
     found = Sample.of(spec, _on_paper(spec), items, FEWEST_UNITS)
@@ -226,6 +226,11 @@ def sizes(spec: Spec, items: Items, unit: int | None, batch: int | None) -> tupl
     has_room = TOGETHER * found.largest < spec.memory_gb * 1e9 / 2
     together = TOGETHER if spec.case is None and not is_full and has_room else 1
     return unit or min(_unit(item_s + HOST_S), MOST_UNIT, share), batch or together
+
+
+def _even(count: int, most: int) -> int:
+    """How many items make a unit, so that the last one is no smaller than it must be."""
+    return -(-count // -(-count // most))
 
 
 def _on_paper(spec: Spec) -> Any:
