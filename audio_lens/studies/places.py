@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from audio_lens import files
 from audio_lens.errors import ExtraError
 from audio_lens.studies.errors import StudyError
+
+RETRIES: Mapping[str, Any] = {"max_retries": 8}  # of a request to an object store: a minute's
 
 
 @runtime_checkable
@@ -128,7 +131,7 @@ def _bucket(url: str) -> Any:
     """
     obstore = need_obstore()
     try:
-        return obstore.store.from_url(url)
+        return obstore.store.from_url(url, retry_config=RETRIES)
     except Exception as error:  # what the library raises is of no public class
         raise StudyError(f"{url} is no address of an object store: {_first(error)}") from error
 

@@ -6,7 +6,7 @@ import collections
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class StudyPlan:
         hours: until the last is done; ``busy`` the share of all their time in the method.
         proposed: the most workers, halving, that are busy enough.
         proposed_unit: how many items take one to five minutes.
+        unit_s: seconds of the items of every unit.
     """
 
     method: str
@@ -83,11 +84,17 @@ class StudyPlan:
     hours: float
     busy: float
     proposed: int
-    proposed_unit: int = field(default=1)
+    proposed_unit: int
+    unit_s: Sequence[np.ndarray] = field(default=(), repr=False)
+
+    def at(self, workers: int) -> StudyPlan:
+        """The plan with another number of workers, of which nothing is counted again."""
+        hours, busy, fewer = _of_workers(self.unit_s, whole("workers", workers, least=1))
+        return replace(self, workers=workers, hours=hours, busy=busy, proposed=fewer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
-        told = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        told = {n: getattr(self, n) for n in self.__dataclass_fields__ if n != "unit_s"}
         return told | {"refused": dict(self.refused)}
 
     @property
@@ -172,10 +179,7 @@ def planned(spec: Spec, items: Items, workers: int, rate: float | int) -> StudyP
     tflop = found.at(seconds, found.tflop)
     costs = tflop / rate
     by_unit = [costs[i : i + spec.unit] for i in range(0, len(costs), spec.unit)]
-    hours, busy = simulated(by_unit, workers)
-    fewer = workers
-    while fewer > 1 and simulated(by_unit, fewer)[1] < BUSY:
-        fewer //= 2
+    hours, busy, fewer = _of_workers(by_unit, workers)
     size = sum(x.numel() * x.element_size() for x in model.parameters())
     return StudyPlan(
         method=spec.method,
@@ -200,7 +204,17 @@ def planned(spec: Spec, items: Items, workers: int, rate: float | int) -> StudyP
         busy=busy,
         proposed=fewer,
         proposed_unit=_unit(float(costs.mean()) + HOST_S),
+        unit_s=by_unit,
     )
+
+
+def _of_workers(units: Sequence[np.ndarray], workers: int) -> tuple[float, float, int]:
+    """Hours and busy share with so many workers, and with how many of them it is large enough."""
+    hours, busy = simulated(units, workers)
+    fewer = workers
+    while fewer > 1 and simulated(units, fewer)[1] < BUSY:
+        fewer //= 2
+    return hours, busy, fewer
 
 
 def sizes(spec: Spec, items: Items, unit: int | None, batch: int | None) -> tuple[int, int]:
