@@ -73,17 +73,14 @@ def many(count: int, folder: Path) -> Path:
     """A table of so many items, whose clips are noise of a few lengths."""
     drawn, asked = np.random.default_rng(0), demo_items()
     for seconds in LENGTHS_S:
-        samples = 0.1 * drawn.standard_normal(round(seconds * RATE))
-        soundfile.write(folder / f"{seconds:g}.wav", samples, RATE)
+        for side in ("", "other "):
+            samples = 0.1 * drawn.standard_normal(round(seconds * RATE))
+            soundfile.write(folder / f"{side}{seconds:g}.wav", samples, RATE)
     rows = []
     for number, seconds in enumerate(drawn.choice(LENGTHS_S, count, p=SHARES).tolist()):
-        item, clip = asked[number % len(asked)], folder / f"{seconds:g}.wav"
-        rows.append(
-            item.replaced(
-                **{"id": f"{number}", "audio": clip, "other_audio": clip, "words": (), "labels": {}}
-            ).told()
-            | {"audio": str(clip), "other_audio": str(clip)}
-        )
+        item = asked[number % len(asked)].replaced(id=f"{number}", words=(), labels={})
+        sides = {"audio": f"{seconds:g}.wav", "other_audio": f"other {seconds:g}.wav"}
+        rows.append(item.told() | sides)
     table = folder / "items.jsonl"
     table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return table

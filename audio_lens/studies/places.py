@@ -12,7 +12,7 @@ from audio_lens import files
 from audio_lens.errors import ExtraError
 from audio_lens.studies.errors import StudyError
 
-RETRIES: Mapping[str, Any] = {"max_retries": 8}  # of a request to an object store: a minute's
+RETRIES: Mapping[str, Any] | None = None  # of requests to an object store: as the library does
 
 
 @runtime_checkable
