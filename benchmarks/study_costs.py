@@ -1,7 +1,7 @@
 """What studies of a model of 7 billion numbers would cost on 1 to 512 GPUs: computed, never run.
 
     python -m benchmarks.study_costs
-    python -m benchmarks.study_costs --items 1000 --tflops 40 --dtype float32
+    python -m benchmarks.study_costs --tflops 40 --dtype float32 --no-methods
 
 A config of Qwen2-Audio's shape (32 blocks of 4096 numbers behind 32 blocks of 1280) is written down
 without weights, and every row is what `audio-lens study plan` says of it: work by the engine's own
@@ -15,6 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,15 +88,17 @@ def many(count: int, folder: Path) -> Path:
 
 
 def main(
-    items: Annotated[int, typer.Option(help="how many items")] = 57_602,
+    items: Annotated[int, typer.Option(help="how many different items")] = 2_880,
+    times: Annotated[int, typer.Option(help="how often each stands in the table")] = 20,
     tflops: Annotated[float, typer.Option(help="TFLOP a second that a GPU reaches")] = 400.0,
     dtype: Annotated[str, typer.Option(help="of the weights")] = "bfloat16",
-    methods: Annotated[bool, typer.Option(help="methods too, which takes minutes")] = True,
+    sweeps: Annotated[bool, typer.Option(help="with sweeps")] = True,
+    methods: Annotated[bool, typer.Option(help="with methods, which takes minutes")] = True,
 ) -> None:
     """Print the plan of every study as a row: hours and busy share by GPUs."""
     console = Console(width=150)
     table = Table("study", "TFLOP/item", "GPU-h", "values", *(f"{n} GPUs" for n in WORKERS))
-    chosen: dict[str, dict[str, Any]] = {name: {**given} for name, given in STUDIES.items()}
+    chosen: dict[str, dict[str, Any]] = {n: {**given} for n, given in STUDIES.items() if sweeps}
     chosen |= {name: {"method": name} for name in METHODS if methods}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -113,17 +116,20 @@ def main(
             )
             try:
                 one = study.explain(tflops=tflops)
+                one = replace(one, unit_s=[unit for unit in one.unit_s for _ in range(times)])
             except StudyError as error:
                 console.print(f"{called}: {error}")
                 continue
             table.add_row(
                 f"{called} (unit {one.unit}, batch {one.batch})",
                 f"{one.tflop / items:,.3g}",
-                f"{one.tflop / tflops / 3600:,.3g}",
-                f"{one.storage_gb:.2g} GB",
+                f"{times * one.tflop / tflops / 3600:,.3g}",
+                f"{times * one.storage_gb:.2g} GB",
                 *(f"{plan.hours:.3g} h, {plan.busy:.2f}" for plan in map(one.at, WORKERS)),
             )
-    console.print(f"{items} items, {tflops:g} TFLOP a second, {dtype}: computed, not measured")
+    console.print(
+        f"{items * times} items, {tflops:g} TFLOP a second, {dtype}: computed, not measured"
+    )
     console.print(table)
 
 
