@@ -45,7 +45,7 @@ STUDIES: Mapping[str, Mapping[str, Any]] = {
         **{"axes": ("layer", "time"), "windows": 0.5},
     },
 }
-METHODS = ("knockout.mass", "knockout.knock_out", "grounding.residence")
+METHODS = ("grounding.stream_share", "knockout.mass")
 
 
 def config(folder: Path) -> Path:

@@ -105,7 +105,8 @@ def counted(spec: Spec, whole: HookedAudioTransformer, items: Items) -> Counted:
     Raises:
         StudyError: a method that cannot run so, or whose numbers cannot be joined from units.
     """
-    narrow, job = stand_in(spec.model), Methods(spec)
+    narrow: Any = stand_in(spec.model)
+    job = Methods(spec)
     with _told_of(spec):
         with Work(narrow, whole) as method:
             found = job.run(narrow, items)

@@ -31,7 +31,7 @@ def on_paper(name: str | Path, dtype: torch.dtype | None = None) -> Family:
     Raises:
         LoadingError: no such directory, or a model that is not implemented.
     """
-    model = _made(name, "meta", lambda cfg: cfg).to(dtype or torch.float32)
+    model: Any = _made(name, "meta", lambda cfg: cfg).to(dtype or torch.float32)
     model.__class__ = type(type(model).__name__, (type(model),), {"device_of": _hears_on_cpu})
     return model
 
