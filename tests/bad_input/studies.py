@@ -12,6 +12,7 @@ from bad_input.world import NAN, RATE, Case, clip, named, written
 
 CHEAP: dict[str, Any] = {
     **{"site": "decoder.resid_pre", "axes": "layer", "layers": [2], "stream": "audio"},
+    **{"unit": 8, "batch": 1},
 }
 
 

@@ -106,7 +106,13 @@ def test_a_set_of_5_760_items(tmp_path):
     table = many(5_760).to_table(tmp_path / "items.jsonl")
     process = psutil.Process()
     study = studies.Study(
-        table, out=tmp_path / "out", site="decoder.resid_pre", axes="layer", stream="audio"
+        table,
+        out=tmp_path / "out",
+        site="decoder.resid_pre",
+        axes="layer",
+        stream="audio",
+        unit=8,
+        batch=1,
     )
     store = study.store
     store.lay_out(LAYOUT)
