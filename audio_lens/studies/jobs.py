@@ -132,14 +132,24 @@ class Sweeps:
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Rows of items, and what a sweep of them takes beside what all take."""
         if self.spec.case is None:
-            for batch in _pairs(items, self.spec).batches(model, self.spec.batch):
-                yield batch.rows, {**batch.pair, "metric": _metric(model, items[batch.rows])}
+            for rows in self._of_equal_windows(items):
+                for batch in _pairs(items[rows], self.spec).batches(model, self.spec.batch):
+                    own = [rows[k] for k in batch.rows]
+                    yield own, {**batch.pair, "metric": _metric(model, items[own])}
             return
         make = named(self.spec.case)
         for row, item in enumerate(items):
             case = make(model, item)
             fields = {name: getattr(case, name) for name in Case.__dataclass_fields__}
             yield [row], {name: value for name, value in fields.items() if value is not None}
+
+    def _of_equal_windows(self, items: Items) -> list[list[int]]:
+        """Rows that may be swept together: of one length, where windows of time end with it."""
+        rows = list(range(len(items)))
+        if self.spec.batch == 1 or "time" not in self.spec.axes:
+            return [rows]
+        seconds = [item.duration_s for item in items]
+        return [[k for k in rows if seconds[k] == one] for one in dict.fromkeys(seconds)]
 
 
 def _pairs(items: Items, spec: Spec) -> Pairs[Items]:

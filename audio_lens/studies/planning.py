@@ -295,11 +295,6 @@ def _unit(item_s: float) -> int:
     return max(1, round(math.sqrt(UNIT_S[0] * UNIT_S[1]) / item_s))
 
 
-def _axes(spec: Spec) -> list[str]:
-    axes = spec.arguments.get("axes", ())
-    return [axes] if isinstance(axes, str) else list(axes)
-
-
 @dataclass
 class Sample:
     """Some items that were planned one by one.
@@ -350,7 +345,7 @@ class Sample:
         if not good:
             told = "; ".join(f"{count} items: {why}" for why, count in sample.refused.items())
             raise StudyError(f"no item of the sample can be used: {told}")
-        sample.arrays = 3 + 2 * ("time" in _axes(spec))
+        sample.arrays = 3 + 2 * ("time" in spec.axes)
         if not spec.is_sweep:
             middle = max(0, len(good) // 2 - 1)
             sample._count(spec, model, items[good[middle : middle + 2]])
