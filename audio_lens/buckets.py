@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from audio_lens.errors import AudioLensError, ExtraError
 from audio_lens.files import OutputError
+
+RETRIES: Mapping[str, Any] | None = None  # of requests to an object store: as the library does
 
 
 class BucketError(AudioLensError, OSError):
@@ -101,7 +104,7 @@ def opened(url: str) -> Any:
     """
     obstore = need_obstore()
     try:
-        return obstore.store.from_url(url)
+        return obstore.store.from_url(url, retry_config=RETRIES)
     except Exception as error:  # what the library raises is of no public class
         raise BucketError(f"{url} is no address of an object store: {_first(error)}") from error
 

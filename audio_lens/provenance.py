@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import safetensors.torch
 from huggingface_hub import try_to_load_from_cache
@@ -29,6 +31,7 @@ from audio_lens.timeline import Band, Span
 
 SEED = 0  # of everything a sweep draws at random: the cells that are verified
 OWN = "own"  # marks what a file cannot hold
+_steady: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 MOST_BYTES = 2**26  # of the tensors of an argument that a file of results holds
 _WITH_TENSORS = (  # arguments whose tensors are held
     *("do", "where", "groups", "edits", "hypothesis", "selection", "direction", "directions"),
@@ -79,13 +82,32 @@ def of_model(model: HookedAudioTransformer, weights: str | None = None) -> dict[
 def weights_hash(model: nn.Module) -> str:
     """A hash of the weights, whole: names, shapes, dtypes, every number; and of adapters' switches.
 
-    The same on every device. Asked again, it takes a fraction of the time while nothing changes.
+    The same on every device. Asked again, it takes a fraction of the time while nothing changes;
+    within `steady`, none.
     """
+    if (held := _steady.get(model)) is not None:
+        return held
     digest = hashlib.sha256(of_state(model).encode())
     for name, one in model.named_modules():
         if isinstance(one, LoraLinear):
             digest.update(f"{name} {one.enabled} {one.scale}".encode())
     return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Take the weights to stay as they are while this lasts, so that they are hashed once.
+
+    For loops whose every step is known to leave them alone.
+    """
+    outer = _steady.get(model)
+    _steady[model] = weights_hash(model)
+    try:
+        yield
+    finally:
+        del _steady[model]
+        if outer is not None:
+            _steady[model] = outer
 
 
 def known(value: Any) -> str:

@@ -82,7 +82,7 @@ def plan(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what a study of sweeps would cost: work, memory, hours, storage, busy workers. It is
+    """Tell what a study would cost: work, memory, hours, storage, busy workers. It is
     computed from the model's config, without its weights, and nothing is written.
 
     [bold]Examples[/]

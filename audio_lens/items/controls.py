@@ -31,6 +31,7 @@ CONTROLS = {
     "no_audio": "the same question over silence",
     "destroyed": "what wiping out the corrupted answer would give by itself",
 }
+LEVELS = ("logit_diff", "log_prob", "prob")  # metrics whose destroyed level is known
 Place = TypeVar("Place", bound=Hashable)
 
 
@@ -253,7 +254,7 @@ def destroyed(
         ControlError: baselines that do not differ.
         ValueError: another metric.
     """
-    if metric not in ("logit_diff", "log_prob", "prob"):
+    if metric not in LEVELS:
         raise InputError(
             f"the destroyed level is known of logit_diff, log_prob and prob, not of {metric!r}"
         )

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audio_lens.errors import InputError
+from audio_lens.items.controls import LEVELS, destroyed
 from audio_lens.items.item import Item, ItemError
 from audio_lens.items.statistics import (
     LEVEL,
@@ -137,6 +138,33 @@ def found_by_name(
         n_kept=len(names),
         dropped=dict(dropped or {}),
     )
+
+
+def destroyed_level(
+    metrics: Sequence[str],
+    clean: Float[Tensor, "n metrics"],
+    corrupted: Float[Tensor, "n metrics"],
+    items: Sequence[Item],
+    **drawn: Any,
+) -> Result:
+    """The control "destroyed" of every metric, with the share of each item in it.
+
+    Args:
+        metrics: their names; one whose level is not known is NaN.
+        clean, corrupted: of both unpatched runs.
+        items: of the pairs.
+        drawn: ``by`` and ``seed`` of `found`.
+
+    Raises:
+        ControlError: baselines that do not differ.
+    """
+    gained = torch.full_like(clean.double(), torch.nan)
+    for n, name in enumerate(metrics):
+        if name in LEVELS:
+            destroyed(clean[:, n], corrupted[:, n], name)  # raises where nothing differs
+            gained[:, n] = -corrupted[:, n] if name == "logit_diff" else 0.0
+    axes = {"metric": list(metrics)}
+    return found(gained, axes, items, denominators=clean - corrupted, **drawn)
 
 
 def _labelled(

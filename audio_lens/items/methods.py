@@ -39,11 +39,14 @@ class Method:
         name: what it is called in files and commands.
         function: ``function(model, items, ...)``; or pairs in place of items.
         summary: the first line of its docstring.
+        whole: why its estimate is of all items at once, and cannot be joined from parts of them;
+            empty where it can.
     """
 
     name: str
     function: Callable[..., Any]
     summary: str
+    whole: str = ""
 
 
 @runtime_checkable
@@ -54,11 +57,16 @@ class Made(Protocol):
     recipe: dict[str, Any]
 
 
-def method(name: str) -> Callable[[Function], Function]:
+def method(name: str, whole: str = "") -> Callable[[Function], Function]:
     """Register a function of a model and items (or pairs) as a method, by a name.
 
     Its results then say which model, weights, versions and items they are of (``meta``), and hold
     what `rerun` makes them again from (``recipe``).
+
+    Args:
+        name: the method's.
+        whole: of one that fits or chooses something on its items, or whose estimate is no mean of
+            theirs: why, and what to study in its place. A study of parts is then refused.
 
     Raises:
         ValueError: a name that is taken.
@@ -89,7 +97,7 @@ def method(name: str) -> Callable[[Function], Function]:
         if name in METHODS and METHODS[name].function.__module__ != function.__module__:
             raise InputError(f"{METHODS[name].function.__module__} has a method {name!r} already")
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
-        METHODS[name] = Method(name, told, summary)
+        METHODS[name] = Method(name, told, summary, whole)
         return cast(Function, told)
 
     return register

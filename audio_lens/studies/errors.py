@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import traceback
 
+import torch
+
 from audio_lens.errors import AudioLensError
 
 
@@ -12,7 +14,12 @@ class StudyError(AudioLensError, ValueError):
 
 
 def in_words(error: BaseException) -> str:
-    """An error of the library in its words, without the head of a list of one; others whole."""
+    """An error of the library in its words, without the head of a list of one; others whole.
+
+    Of memory that is full, what was asked for.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return str(error).partition("\n")[0] or "out of memory"
     if not isinstance(error, AudioLensError):
         return "".join(traceback.format_exception(error))
     head, *more = str(error).splitlines()

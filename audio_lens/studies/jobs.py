@@ -23,7 +23,7 @@ from audio_lens.items.methods import METHODS
 from audio_lens.items.pairs import Pairs, Stream
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.patching import SweepResult
-from audio_lens.provenance import of_model, recalled
+from audio_lens.provenance import of_model, recalled, steady
 from audio_lens.results import Result, array
 from audio_lens.studies.errors import StudyError
 from audio_lens.studies.spec import SWEEP, Spec, named
@@ -121,24 +121,35 @@ class Sweeps:
         return patching.plan(model, **self._arguments | given)
 
     def run(self, model: HookedAudioTransformer, items: Items) -> list[Numbers]:
-        return [
-            _of_sweep(rows, patching.sweep(model, progress=False, **self._arguments | given))
-            for rows, given in self._cases(model, items)
-        ]
+        with steady(model):
+            return [
+                _of_sweep(rows, patching.sweep(model, progress=False, **self._arguments | given))
+                for rows, given in self._cases(model, items)
+            ]
 
     def _cases(
         self, model: HookedAudioTransformer, items: Items
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Rows of items, and what a sweep of them takes beside what all take."""
         if self.spec.case is None:
-            for batch in _pairs(items, self.spec).batches(model, self.spec.batch):
-                yield batch.rows, {**batch.pair, "metric": _metric(model, items[batch.rows])}
+            for rows in self._of_equal_windows(items):
+                for batch in _pairs(items[rows], self.spec).batches(model, self.spec.batch):
+                    own = [rows[k] for k in batch.rows]
+                    yield own, {**batch.pair, "metric": _metric(model, items[own])}
             return
         make = named(self.spec.case)
         for row, item in enumerate(items):
             case = make(model, item)
             fields = {name: getattr(case, name) for name in Case.__dataclass_fields__}
             yield [row], {name: value for name, value in fields.items() if value is not None}
+
+    def _of_equal_windows(self, items: Items) -> list[list[int]]:
+        """Rows that may be swept together: of one length, where windows of time end with it."""
+        rows = list(range(len(items)))
+        if self.spec.batch == 1 or "time" not in self.spec.axes:
+            return [rows]
+        seconds = [item.duration_s for item in items]
+        return [[k for k in rows if seconds[k] == one] for one in dict.fromkeys(seconds)]
 
 
 def _pairs(items: Items, spec: Spec) -> Pairs[Items]:
@@ -221,6 +232,19 @@ def method_of(name: str) -> Callable[..., Any]:
     return METHODS[name].function
 
 
+def check_joins(name: str) -> None:
+    """Raise for a method that is known to say something of all its items at once.
+
+    Raises:
+        StudyError: naming it, with what to study in its place; or no such method.
+    """
+    method_of(name)
+    if METHODS[name].whole:
+        raise StudyError(
+            f"no study of {name}, since units of items cannot be joined: {METHODS[name].whole}"
+        )
+
+
 def takes_pairs(function: Callable[..., Any]) -> bool:
     """Whether a method works on pairs, by what it calls its second argument."""
     return list(inspect.signature(function).parameters)[1].startswith("pair")
@@ -237,8 +261,7 @@ def _check_joins(one: Result, name: str) -> None:
     if one.meta.get(TOGETHER) not in (MEAN, RATIO_OF_MEANS):
         what = f"of control {name!r} " if name else ""
         raise StudyError(
-            f"the estimate {what}is no mean over items, so it cannot be joined from units: make a "
-            "study of what it is read from (of grounding.hand_over: grounding.residence)"
+            f"the estimate {what}is no mean over items, so it cannot be joined from units"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from audio_lens.models import HookedAudioTransformer
+from audio_lens.provenance import recalled
 from audio_lens.studies.errors import StudyError
 
 SWEEP, HARVEST = "patching.sweep", "items.collect"
@@ -59,6 +60,12 @@ class Spec:
     def is_sweep(self) -> bool:
         """Whether cells are patched, or a method runs."""
         return self.method == SWEEP
+
+    @property
+    def axes(self) -> list[str]:
+        """Of sweeps."""
+        said = recalled(self.arguments.get("axes", ()))
+        return [said] if isinstance(said, str) else list(said)
 
     @property
     def identity(self) -> str:

@@ -122,6 +122,18 @@ class Store:
         return Store(place, theirs)
 
     @staticmethod
+    def sizes(out: str | Path, unit: int | None, batch: int | None) -> tuple[int, int] | None:
+        """Items of a unit and of a batch, those not given as in the study that a place holds.
+
+        None for a place without one.
+        """
+        held = place_of(out).read(SPEC)
+        if held is None:
+            return None
+        spec = Spec.from_json(held)
+        return unit or spec.unit, batch or spec.batch
+
+    @staticmethod
     def open(out: str | Path) -> Store:
         """A place that is laid out.
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from audio_lens.items.tables import CLIPS
 from audio_lens.provenance import is_own, recorded
 from audio_lens.studies.engines import Engine, Here
 from audio_lens.studies.errors import StudyError
-from audio_lens.studies.jobs import OWN_OF_SWEEPS, method_of, takes_pairs
-from audio_lens.studies.planning import StudyPlan, planned
+from audio_lens.studies.jobs import OWN_OF_SWEEPS, check_joins, method_of, takes_pairs
+from audio_lens.studies.planning import StudyPlan, planned, sizes
 from audio_lens.studies.spec import HARVEST, SWEEP, Spec, named
 from audio_lens.studies.status import Status, status_of
 from audio_lens.studies.store import DONE, Store, rows_of
 
 DEMO = "demo"  # in place of a table: the shipped items
-UNIT, BATCH = 8, 1
 TFLOPS = 100.0  # a second, of a worker: a stated rate and no measured one
 OF_HARVESTS = ("sites", "where", "layers", "pool", "keep", "size")
 OWN_OF_METHODS = ("model", "items", "pairs", "pair", "progress")
@@ -51,9 +51,12 @@ class Study:
         stream: which counterpart makes the pairs: "audio", "text" or "both".
         loader: a function that makes the model in place of ``from_pretrained``, likewise named.
         dtype, device: of the model's weights: "bfloat16", "cuda".
-        unit: how many items are committed together: a few minutes of work. Whatever stops a
-            worker, no more than its unit is lost.
-        batch: at most so many items of equal layout are swept at once.
+        unit: how many items are committed together. Whatever stops a worker, no more than its unit
+            is lost. None: one to five minutes of work by the plan, and at most 64 items; of a
+            method 32.
+        batch: at most so many items of equal layout are swept at once, which is faster and equal
+            within rounding. None: 4, unless the cells of one item fill the device; 1 has the bits
+            of a loop.
         threads: of every worker.
         memory_gb: of every sweep.
         skip_bad: leave out rows of the table that cannot be used, and tell of them, in place of
@@ -65,6 +68,7 @@ class Study:
             memory, or a place that belongs to another study.
         ItemError: a table that cannot be used.
         BucketError: an object store that cannot be reached.
+        LoadingError: a config that cannot be read, where ``unit`` or ``batch`` is None.
         OutputError: a place that cannot be written.
         ExtraError: naming the extra that a study needs.
     """
@@ -81,15 +85,16 @@ class Study:
         loader: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
-        unit: int = UNIT,
-        batch: int = BATCH,
+        unit: int | None = None,
+        batch: int | None = None,
         threads: int = 1,
         memory_gb: float | int = 2.0,
         skip_bad: bool = False,
         **arguments: Any,
     ):
         for name, value in {"unit": unit, "batch": batch, "threads": threads}.items():
-            whole(name, value, least=1)
+            if value is not None or name == "threads":
+                whole(name, value, least=1)
         for path in filter(None, (case, loader)):
             named(path)
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -97,7 +102,8 @@ class Study:
         called = method if isinstance(method, str) else _name_of(method)
         _check_arguments(called, case, stream, arguments)
         rows = _read(items, skip_bad)
-        told = rows_of(sorted(rows, key=lambda item: -item.duration_s))
+        ordered = sorted(rows, key=lambda item: (-item.duration_s, item.text or ""))
+        told = rows_of(ordered)
         spec = Spec(
             items=str(items) if items == DEMO else _path_of(items),
             digest=_digest(told),
@@ -109,13 +115,13 @@ class Study:
             loader=loader,
             case=case,
             stream=stream,
-            unit=unit,
-            batch=batch,
             threads=threads,
             memory_gb=memory_gb,
         )
         self.skipped = rows.skipped
-        self.store = Store.create(out, spec, told)
+        if unit is None or batch is None:
+            unit, batch = Store.sizes(out, unit, batch) or sizes(spec, Items(ordered), unit, batch)
+        self.store = Store.create(out, replace(spec, unit=unit, batch=min(batch, unit)), told)
 
     @classmethod
     def open(cls, out: str | Path) -> Study:
@@ -142,18 +148,22 @@ class Study:
         return f"Study({self.spec.method} of {len(self.store.items)} items at {self.out})"
 
     def explain(self, workers: int = 1, tflops: float | int = TFLOPS) -> StudyPlan:
-        """What a study of sweeps will cost, from the model's config alone: no weights are read.
+        """What a study will cost, from the model's config alone: no weights are read.
 
-        Work, cells and memory are the engine's own counts for some of the items, and those of items
-        between them by their seconds. Hours and the share of time in which workers are busy are
-        simulated from that: they are as good as the rate that is given.
+        Of a sweep, work, cells and memory are the engine's own counts for some of the items, and
+        those of items between them by their seconds. A method is run for two of them on a stand-in
+        of the model with as many blocks and heads and random weights, and its products are counted:
+        how many whole forwards of an item they are holds for all items. Hours and the share of time
+        in which workers are busy are simulated from that: they are as good as the rate that is
+        given.
 
         Args:
             workers: how many run at a time.
             tflops: TFLOP a second that a worker reaches: often no more than 40 % of its peak.
 
         Raises:
-            StudyError: a method that is no sweep, a model of a loader, or no item that can be used.
+            StudyError: a harvest, a method that cannot be counted (such as one that goes by what
+                is answered rightly), a model of a loader, or no item that can be used.
             LoadingError: a config that cannot be read.
         """
         return planned(self.spec, self.store.items, workers, tflops)
@@ -229,6 +239,8 @@ def _check_arguments(
 ) -> None:
     """Raise for what the method does not take, or no file holds."""
     is_sweep = method == SWEEP
+    if not is_sweep and method != HARVEST:
+        check_joins(method)
     takes = [] if method == HARVEST else _parameters(method)
     own = (*OWN_OF_SWEEPS, "model") if is_sweep else OWN_OF_METHODS
     known = OF_HARVESTS if method == HARVEST else [name for name in takes if name not in own]

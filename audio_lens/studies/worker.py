@@ -17,6 +17,7 @@ import torch
 
 from audio_lens.errors import AudioLensError
 from audio_lens.items import Items
+from audio_lens.models import HookedAudioTransformer
 from audio_lens.provenance import versions, weights_hash
 from audio_lens.studies.errors import StudyError, in_words
 from audio_lens.studies.jobs import Job, Methods, Numbers, Sweeps
@@ -26,6 +27,7 @@ from audio_lens.studies.store import DONE, KILLED, REFUSED, Layout, Store
 
 MOST_ATTEMPTS = 3  # of a unit, before its items run alone; then of nothing more
 LOOKED_AT, MOST_FAILED = 200, 0.05  # of so many items, a worker stops when more than so many fail
+TOO_LARGE = (MemoryError, torch.OutOfMemoryError)
 MODEL, PROBES, AGREE = "model.json", 5, 2e-3  # of the first item's largest logits, relative
 
 
@@ -54,8 +56,8 @@ class Worker:
     """Holds the model of one process and runs units of the study at a place.
 
     Raises:
-        StudyError: no study there, or a model with other weights or answers than the first worker
-            had.
+        StudyError: no study there, a model that does not fit into memory, or one with other weights
+            or answers than the first worker had.
         LoadingError, HubError: a model that cannot be loaded.
     """
 
@@ -64,7 +66,7 @@ class Worker:
         self.spec = self.store.spec
         self.job = _job_of(self.spec)
         self.name = f"{socket.gethostname()}-{os.getpid()}"
-        self.model = self.spec.load()
+        self.model = self._loaded()
         self._seen = self._failed = 0
         self._layout = self._laid_out()
         self._check_model()
@@ -130,7 +132,7 @@ class Worker:
             return self._run(rows, chosen)
         except StudyError:
             raise
-        except (AudioLensError, MemoryError, OSError) as error:
+        except (AudioLensError, *TOO_LARGE, OSError) as error:
             if len(chosen) == 1:
                 self._refuse(rows, chosen[0], status, in_words(error))
                 return []
@@ -221,6 +223,16 @@ class Worker:
             )
 
     # ---------------------------------------------------------------- the model
+
+    def _loaded(self) -> HookedAudioTransformer:
+        try:
+            return self.spec.load()
+        except TOO_LARGE as error:
+            place = self.spec.device or "cpu"
+            raise StudyError(
+                f"{self.spec.model} does not fit into the memory of {place}: {in_words(error)}. "
+                "dtype='bfloat16' takes half of float32; explain() tells what weights take"
+            ) from error
 
     def _laid_out(self) -> Layout | None:
         held = self.store.layout

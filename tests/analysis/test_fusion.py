@@ -60,7 +60,7 @@ def test_the_copy_toy_is_traced_exactly(told):
 
 def test_another_item_recovers_what_destroying_does(told):
     """CORRECTIONS A2: half of a logit difference, nothing of a log-probability."""
-    assert told.controls["destroyed"].values.tolist() == [0.0, 0.5]
+    assert told.controls["destroyed"].estimate.tolist() == [0.0, 0.5]
     other = told.controls["other_item"].select(group="audio").estimate
     assert other[0].abs().max() < 1e-12
     assert other[1].tolist() == pytest.approx([0.5 * step for step in STEP])
@@ -75,7 +75,7 @@ def test_silence_is_the_corruption_of_items_and_what_it_answers_rightly_is_dropp
     assert result.dropped == {"the corrupted side is answered rightly too": 1}
     assert result.n_kept == 2 and result.coords["stimulus"] == ["1", "2"]
     assert result.select(group="audio", metric="prob").estimate.tolist() == pytest.approx([1, 0])
-    assert result.controls["destroyed"].values.tolist() == [0.0]
+    assert result.controls["destroyed"].estimate.tolist() == [0.0]
 
 
 def test_the_grid_finds_the_one_head(toy, cues):
@@ -157,7 +157,7 @@ def test_the_last_token_is_the_bottleneck_late_and_the_audio_holds_the_answer_ea
 @pytest.mark.slow
 def test_controls_lie_where_they_must(traced):
     assert traced.controls["identity"].values.abs().max() == 0
-    destroyed = traced.controls["destroyed"].values
+    destroyed = traced.controls["destroyed"].estimate
     for group, layers in (("audio", [0, 2]), ("last", [5])):
         other = traced.controls["other_item"].select(group=group, layer=layers).estimate
         assert ((other - destroyed[:, None]).abs() < 0.2).all()

@@ -176,7 +176,7 @@ def test_the_elbow_is_at_the_planted_rank(told, toy):
     assert diff.controls["random_direction"].estimate[:3].max() < 0.3
     assert diff.controls["whole_site"].estimate.item() == pytest.approx(1)
     assert told.controls["identity"].values.abs().max() < 1e-6
-    assert told.controls["destroyed"].values.tolist() == [0.0, 0.5]
+    assert told.controls["destroyed"].estimate.tolist() == [0.0, 0.5]
     assert told.meta["elbow"].endswith("logit_diff 3")
     assert told.report[1].startswith("logit_diff: 3 directions bring 1")
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from audio_lens import studies
 from audio_lens.items import Item, Items
+from audio_lens.studies.harvest import harvest_study
 from bad_input.commands import run
 from bad_input.world import NAN, RATE, Case, clip, named, written
 
 CHEAP: dict[str, Any] = {
     **{"site": "decoder.resid_pre", "axes": "layer", "layers": [2], "stream": "audio"},
+    **{"unit": 8, "batch": 1},
 }
 
 
@@ -64,7 +66,9 @@ STUDIES = {
     "load: nothing done": lambda: studies.load(_study("fresh").out),
     "explain(workers=0)": lambda: _study().explain(workers=0),
     "explain(tflops=nan)": lambda: _study().explain(tflops=NAN),
-    "explain of a method": lambda: _method("grounding.stream_share").explain(),
+    "explain of a harvest": lambda: harvest_study("demo", out="acts").explain(),
+    "explain of a method that goes by right answers": lambda: _method("fusion.trace").explain(),
+    "a method that is of all items at once": lambda: _method("grounding.hand_over"),
     "explain of a model that is not there": lambda: _study("p", model="./nowhere").explain(),
     "Ray(workers=0)": lambda: studies.Ray(workers=0),
     "Slurm(workers=0)": lambda: studies.Slurm(workers=0),

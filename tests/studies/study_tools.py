@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from audio_lens import Item, studies
+from audio_lens import HookedAudioTransformer, Item, studies
 from audio_lens.items import demo_items
 from audio_lens.items.item import heard
 from audio_lens.studies.status import reports_of
@@ -30,7 +31,9 @@ def in_memory(item: Item) -> Item:
 
 def layers(table: Path, out: Path, **options) -> studies.Study:
     """A cheap study: cells by layer alone."""
-    return studies.Study(table, out=out, **{"unit": 2, "stream": "audio", **LAYERS, **options})
+    return studies.Study(
+        table, out=out, **{"unit": 2, "batch": 1, "stream": "audio", **LAYERS, **options}
+    )
 
 
 def numbers(study: studies.Study) -> dict[str, np.ndarray]:
@@ -89,3 +92,10 @@ def meanwhile(study: studies.Study, units: int, act: Callable[[], None]) -> Iter
 def kill_one(study: studies.Study) -> None:
     """Kill a worker that has done something."""
     os.kill(next(pid for pid in workers(study) if psutil.pid_exists(pid)), signal.SIGKILL)
+
+
+@functools.cache
+def embedded_shapes() -> tuple[int, int]:
+    """Widths of the shipped decoder: of its stream, and of its MLPs."""
+    cfg = HookedAudioTransformer.from_pretrained("embedded").cfg.need_decoder
+    return cfg.d_model, cfg.d_mlp

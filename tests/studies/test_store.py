@@ -124,6 +124,7 @@ def test_a_set_of_57_602_items(tmp_path):
     with table.open("a") as file:
         file.writelines(json.dumps({"id": name, "audio": f"{name}.wav"}) + "\n" for name in "ab")
     asked = {"site": "decoder.resid_pre", "axes": "layer", "stream": "audio", "skip_bad": True}
+    asked |= {"unit": 8, "batch": 1}
     process = psutil.Process()
     imported, header_s = process.memory_info().rss, seconds_of_a_header()
     study, took = timed(lambda: studies.Study(table, out=out, **asked))

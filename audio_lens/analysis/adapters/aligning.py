@@ -25,7 +25,7 @@ CANNOT = (
 )
 
 
-@method("adapters.alignment")
+@method("adapters.alignment", whole="CKA is of all items")
 def alignment(
     model: HookedAudioTransformer,
     items: Items,

@@ -23,7 +23,7 @@ LEVEL = 0.95
 _NOTHING = 1e-300  # energy below which there is none
 
 
-@method("adapters.directions")
+@method("adapters.directions", whole="directions are counted over all items")
 def directions(
     model: HookedAudioTransformer,
     items: Items,

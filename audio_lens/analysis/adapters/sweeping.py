@@ -63,7 +63,7 @@ class FrozenError(AudioLensError, RuntimeError):
     """Weights that should have stayed as they were and did not."""
 
 
-@method("adapters.sweep")
+@method("adapters.sweep", whole="adapters are trained on one part of all items")
 def sweep(
     model: HookedAudioTransformer,
     items: Items,

@@ -15,6 +15,7 @@ from audio_lens.arguments import number
 from audio_lens.errors import InputError
 from audio_lens.items import ItemError, Items, collect, method
 from audio_lens.items.collect import Place
+from audio_lens.items.findings import MEAN, TOGETHER
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result
 
@@ -82,7 +83,7 @@ def modality_of(
         ("stimulus", "stream", "latent"),
         {"stimulus": [item.id for item in items], "stream": list(STREAMS), "latent": wanted},
         estimate=changes.mean(0),
-        meta={"site": site, "one": f"{one:g}", "value": "change of a latent"},
+        meta={"site": site, "one": f"{one:g}", "value": "change of a latent", TOGETHER: MEAN},
         n_kept=len(items),
     )
     kinds = list(modalities(result).values())

@@ -25,7 +25,10 @@ from audio_lens.results import Result
 ENCODER, DECODER = "encoder", "decoder"
 
 
-@method("convergence.converge")
+@method(
+    "convergence.converge",
+    whole="it compares curves of all items: make studies of the methods that measure them",
+)
 def converge(
     model: HookedAudioTransformer,
     items: Items,

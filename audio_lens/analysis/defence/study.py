@@ -16,7 +16,7 @@ from audio_lens.results import Result
 LEAST = 4  # attacked items: two to rank neurons on, two to test
 
 
-@method("defence.robustness")
+@method("defence.robustness", whole="it ranks neurons on one part of all items")
 def robustness(
     model: HookedAudioTransformer,
     items: Items,

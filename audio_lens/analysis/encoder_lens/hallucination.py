@@ -26,7 +26,7 @@ RATES = ("insertion_rate", "wer")
 FOLDS = 5
 
 
-@method("encoder_lens.hallucination")
+@method("encoder_lens.hallucination", whole="its probe is fitted to all items")
 def hallucination(
     model: HookedAudioTransformer,
     items: Items,

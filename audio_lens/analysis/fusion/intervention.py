@@ -27,7 +27,7 @@ LAMBDAS = (0.0, 0.1, 0.2, 0.4)
 RIGHT, SAID = "right", "said"
 
 
-@method("fusion.iri")
+@method("fusion.iri", whole="it chooses on one part of all items")
 def iri(
     model: HookedAudioTransformer,
     items: Items | Pairs,

@@ -16,6 +16,7 @@ from audio_lens.corruptions import Silence
 from audio_lens.edits import Edit
 from audio_lens.errors import InputError
 from audio_lens.items import ControlError, Items, Pairs, found, measured, statistics
+from audio_lens.items.findings import destroyed_level
 from audio_lens.items.measuring import Cell
 from audio_lens.items.pairs import PairBatch
 from audio_lens.metrics import Metric
@@ -262,24 +263,20 @@ class _Told:
         controls = {}
         for name in self.request.controls:
             if name == "destroyed":
-                levels = torch.tensor(self._destroyed(), dtype=torch.float64)
-                controls[name] = Result(levels, ("metric",), {"metric": self.names})
+                controls[name] = destroyed_level(
+                    self.names,
+                    self.clean,
+                    self.corrupted,
+                    list(self.pairs.clean),
+                    by=self.request.by,
+                    seed=self.request.seed,
+                )
             elif name == "identity" and self.own is not None:
                 shape = [len(along) for along in self.request.axes.values()]
                 controls[name] = self._recovered(self.own.unflatten(-1, shape))
             else:
                 controls[name] = self._recovered(self.put[name])
         return controls
-
-    def _destroyed(self) -> list[float]:
-        """The level of each metric; NaN where it is not known."""
-        known = ("logit_diff", "log_prob", "prob")
-        return [
-            statistics.destroyed(self.clean[:, n], self.corrupted[:, n], name)
-            if name in known
-            else float("nan")
-            for n, name in enumerate(self.names)
-        ]
 
     def _notes(self) -> list[str]:
         clean, corrupted = self.clean.mean(0).tolist(), self.corrupted.mean(0).tolist()

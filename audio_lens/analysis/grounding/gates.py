@@ -176,7 +176,7 @@ def _logit_diff(model: HookedAudioTransformer, items: Items) -> Metric:
 # -------------------------------------------------------------------------------- the notes' gc
 
 
-@method("grounding.gc")
+@method("grounding.gc", whole="it is a ratio of all items: make a study of grounding.stream_share")
 def gc(
     model: HookedAudioTransformer,
     items: Items,

@@ -107,7 +107,10 @@ def residence(
     return result
 
 
-@method("grounding.hand_over")
+@method(
+    "grounding.hand_over",
+    whole="its layer is read from the mean over all items: make a study of grounding.residence",
+)
 def hand_over(
     model: HookedAudioTransformer,
     items: Items,

@@ -36,7 +36,10 @@ from audio_lens.running import evaluating
 CONTROLS = (RANDOM, WHOLE, SHUFFLED, UNTRAINED)
 
 
-@method("interchange.align")
+@method(
+    "interchange.align",
+    whole="it learns from one part of all pairs: make a study of interchange.iia",
+)
 def align(
     model: HookedAudioTransformer,
     pairs: Pairs[Items],

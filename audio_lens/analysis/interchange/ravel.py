@@ -32,7 +32,7 @@ CONTROLS = (RANDOM, WHOLE)
 WRONG = "not answered rightly"
 
 
-@method("interchange.ravel")
+@method("interchange.ravel", whole="items lend to each other, and its estimate is of all of them")
 def ravel(
     model: HookedAudioTransformer,
     items: Items,

@@ -25,7 +25,10 @@ PERMUTED, PERMUTATIONS = "permuted_labels", 1000
 CONSTANT = 1e-6  # a spread of attention below it is rounding
 
 
-@method("knockout.audio_specialists")
+@method(
+    "knockout.audio_specialists",
+    whole="a correlation is of all items: study knockout.mass, and correlate its values",
+)
 def audio_specialists(
     model: HookedAudioTransformer,
     items: Items,

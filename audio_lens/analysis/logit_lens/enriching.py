@@ -254,7 +254,10 @@ def grid(
     return found(values, axes, items, by=by, seed=seed, meta={"unedited": unedited})
 
 
-@method("logit_lens.selected")
+@method(
+    "logit_lens.selected",
+    whole="it chooses on one part of all items: make a study of logit_lens.enrichment",
+)
 def selected(
     model: HookedAudioTransformer,
     items: Items,

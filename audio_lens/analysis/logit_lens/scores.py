@@ -222,7 +222,10 @@ def _outcome_report(curves: Float[Tensor, "n layers"], read: Readings, n_right: 
 # -------------------------------------------------------------------------------- landmarks
 
 
-@method("logit_lens.critical")
+@method(
+    "logit_lens.critical",
+    whole="its layers are read from the mean over all items: study logit_lens.information",
+)
 def critical(
     model: HookedAudioTransformer,
     items: Items,

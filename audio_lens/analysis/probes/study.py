@@ -40,7 +40,10 @@ IDENTITY, RANDOM = "identity", "random_direction"
 WORD = "word"
 
 
-@method("probes.layers")
+@method(
+    "probes.layers",
+    whole="probes are fitted to all items: harvest activations, and probe these",
+)
 def layers(
     model: HookedAudioTransformer,
     items: Items,
@@ -111,7 +114,7 @@ def layers(
 # -------------------------------------------------------------------------------- erasing
 
 
-@method("probes.erased")
+@method("probes.erased", whole="what is erased is fitted to all items")
 def erased(
     model: HookedAudioTransformer,
     items: Items,

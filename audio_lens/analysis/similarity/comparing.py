@@ -39,7 +39,7 @@ FEW = (
 )
 
 
-@method("similarity.layers")
+@method("similarity.layers", whole="CKA is of all items: harvest activations, and compare these")
 def layers(
     model: HookedAudioTransformer,
     items: Items,
@@ -125,7 +125,10 @@ def between(
     )
 
 
-@method("similarity.shape")
+@method(
+    "similarity.shape",
+    whole="ranks and isotropy are of all items: harvest activations, and look at these",
+)
 def shape(
     model: HookedAudioTransformer,
     items: Items,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,8 +18,9 @@ from audio_lens.analysis.subspaces.exchange import Exchange, Spot, check_width
 from audio_lens.analysis.subspaces.subspace import Subspace, subspace_of
 from audio_lens.arguments import whole
 from audio_lens.errors import InputError
-from audio_lens.items import ItemError, Items, Pairs, found, measured, method, statistics
+from audio_lens.items import ItemError, Items, Pairs, found, measured, method
 from audio_lens.items.collect import Place
+from audio_lens.items.findings import destroyed_level
 from audio_lens.items.measuring import Cell
 from audio_lens.items.pairs import PairBatch
 from audio_lens.models import HookedAudioTransformer
@@ -281,16 +281,9 @@ class _Told:
     def _control(self, name: str) -> Result:
         if name != DESTROYED:
             return self._recovered(name)
-        clean, corrupted = self.values["clean"], self.values["corrupted"]
-        known = ("logit_diff", "log_prob", "prob")
-        levels = [
-            statistics.destroyed(clean[:, n, 0], corrupted[:, n, 0], metric)
-            if metric in known
-            else math.nan
-            for n, metric in enumerate(self.metrics)
-        ]
-        level = torch.tensor(levels, dtype=torch.float64)
-        return Result(level, ("metric",), {"metric": self.metrics})
+        clean, corrupted = (self.values[side][..., 0] for side in ("clean", "corrupted"))
+        items = list(self.pairs.clean)
+        return destroyed_level(self.metrics, clean, corrupted, items, by=self.by, seed=self.seed)
 
     def _recovered(self, name: str, **told: Any) -> Result:
         gained = self.values[name] - self.values["corrupted"]

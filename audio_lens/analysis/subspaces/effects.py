@@ -152,7 +152,10 @@ def _warned(result: Result, metric: str) -> Iterator[str]:
         yield from dormant(one, one.controls[WHOLE], f"{metric}, {test}")
 
 
-@method("subspaces.transfer")
+@method(
+    "subspaces.transfer",
+    whole="it fits on the pairs of each value of a label: make a study of subspaces.effects",
+)
 def transfer(
     model: HookedAudioTransformer,
     pairs: Pairs[Items],

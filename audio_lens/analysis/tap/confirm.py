@@ -23,13 +23,13 @@ from audio_lens.analysis.tap.exact import (
 )
 from audio_lens.analysis.tap.grids import Grid
 from audio_lens.analysis.tap.nodes import Kind, Node
-from audio_lens.items import Items, Pairs, found, statistics
+from audio_lens.items import Items, Pairs, found
+from audio_lens.items.findings import destroyed_level
 from audio_lens.models import HookedAudioTransformer
 from audio_lens.results import Result
 
 GAP, DESTROYED = "gap", "destroyed"
 BROUGHT = (OTHER, NORM)  # sources that must not bring the answer; removing it they may well do
-LEVELS = ("logit_diff", "log_prob", "prob")  # metrics whose destroyed level is known
 
 
 def exact_map(pairs: Pairs[Items], kind: Kind, measured: Grid, metrics: Sequence[str]) -> Result:
@@ -121,14 +121,7 @@ def of_effects(
     placed = axes | {"direction": list(DIRECTIONS), "node": names}
     results = {name: found(x, placed, items, denominators=gap) for name, x in effects.items()}
     result = results.pop(TRUE)
-    levels = [
-        statistics.destroyed(told.clean[:, i], told.corrupted[:, i], name)
-        if name in LEVELS
-        else torch.nan
-        for i, name in enumerate(told.metrics)
-    ]
-    level = torch.tensor(levels, dtype=torch.float64)
-    results[DESTROYED] = Result(level, ("metric",), {"metric": told.metrics})
+    results[DESTROYED] = destroyed_level(told.metrics, told.clean, told.corrupted, items)
     results[GAP] = found(gap, axes, items)
     result.controls = results
     result.n_kept, result.dropped = len(items), pairs.dropped.counts
