@@ -25,7 +25,7 @@ class Sounds:
         layers: their numbers.
 
     Raises:
-        InputError: numbers that do not fit together.
+        InputError: numbers that do not fit together, NaN, or infinite ones.
     """
 
     labels: Sequence[str]
@@ -39,6 +39,8 @@ class Sounds:
                 f"values of {shape[0]} sounds at {shape[1]} layers have that shape and a third "
                 f"axis, got {list(self.values.shape)}"
             )
+        if not bool(self.values.isfinite().all()):
+            raise InputError("activations of sounds are NaN or infinite")
 
     def of(self, label: str) -> list[int]:
         """The rows of a sound."""
