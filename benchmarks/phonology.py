@@ -47,7 +47,7 @@ def main(
     columns |= {f"area{name}": one for name, one in _named(alike)}
     table = Table("block", *columns, box=None)
     for row, layer in enumerate(said.layers):
-        table.add_row(str(layer), *(f"{one.estimate[row]:.2f}" for one in columns.values()))
+        table.add_row(str(layer), *(f"{one.mean().values[row]:.2f}" for one in columns.values()))
     console.print(f"{len(said.labels)} sounds, those of {least} samples or more")
     console.print(table)
     for result in (added, alike):
