@@ -6,9 +6,9 @@
 An autoencoder for every block, trained on speech without alignments (read sentences, one speaker's
 ways of speaking) and evaluated on aligned speech of other recordings: what it loses there, with how
 many latents. Then, of the last block, the 20 strongest moments of each latent in the aligned
-speech: how many fall on one phone. The five shown are the purest of all that have 20 moments, which
-is a choice; beside them stand five drawn at random, the mean of all, and 20 moments drawn at random
-from all frames, many times. One thread.
+speech: how many fall on one phone. The five shown are the purest of all that have 20 moments, save
+those of silence, which is a choice; beside them stand five of all, drawn at random, the mean of
+all, and 20 moments drawn at random from all frames, many times. One thread.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main(
     if html is not None:
         from audio_lens.report import feature_page
 
-        best = sorted(told, key=lambda latent: -told[latent][1])[:SHOWN]
+        best = purest(told)[:SHOWN]
         found = autoencoders.features(model, aligned, tested, made, best, phones=phones)
         out.print(f"page written to {feature_page(found, html, title='Latents and phones')}")
 
@@ -180,12 +180,18 @@ def purities(
     }
 
 
+def purest(told: dict[int, tuple[str, float]]) -> list[int]:
+    """Latents of phones, but not of silence: those first whose moments share theirs most."""
+    of_phones = [latent for latent, (label, _) in told.items() if label != NOTHING]
+    return sorted(of_phones, key=lambda latent: -told[latent][1])
+
+
 def _print_purities(
     told: dict[int, tuple[str, float]], acts: Activations, phones: dict, seed: int
 ) -> None:
     chance, common = by_chance(acts, phones, seed)
     draw = np.random.default_rng(seed)
-    best = sorted(told, key=lambda latent: -told[latent][1])
+    best = purest(told)
     random = draw.choice(sorted(told), SHOWN, replace=False).tolist()
     table = Table("latents", "latent", "phone", "share of 20", box=None)
     for name, chosen in (("purest", best[:SHOWN]), ("random", random)):

@@ -231,6 +231,20 @@ def test_a_random_b_is_as_aligned(embedded: HookedAudioTransformer) -> None:
     assert "arithmetic" in result.report[2]
 
 
+@pytest.mark.parametrize(("filled", "width"), [(1, 192), (3, 192), (8, 192)])
+def test_how_near_a_random_b_comes_is_arithmetic(filled: int, width: int) -> None:
+    """By how many directions A's output fills evenly, and into what width B writes."""
+    draw = torch.Generator().manual_seed(filled)
+    low = torch.randn(400, 8, generator=draw, dtype=torch.float64)
+    low[:, filled:] *= 1e-3
+    found = [
+        similarity.cka(low, low @ torch.randn(8, width, generator=draw, dtype=torch.float64))
+        for _ in range(20)
+    ]
+    expected = 1 - (filled - 1) * (filled + 2) / (2 * filled * width)
+    assert sum(found) / len(found) == pytest.approx(expected, abs=0.004)
+
+
 def test_halves_are_drawn_and_given_back() -> None:
     model = adapted()
     own = {n: (one.lora_A, one.lora_B) for n, one in model.lora.linears.items()}

@@ -34,6 +34,7 @@ from bad_input import (
     gap,
     page,
     pairs,
+    phonology,
     runs,
     steered,
     studies,
@@ -47,7 +48,7 @@ CASES: list[Case] = [
     case
     for module in (
         *(audio, runs, sweeps, pairs, tables, steered, gap, adapters, tapped, studies),
-        *(autoencoders, explored),
+        *(autoencoders, explored, phonology),
         *(files, commands),
     )
     for case in module.CASES

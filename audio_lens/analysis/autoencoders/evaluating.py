@@ -190,8 +190,8 @@ def sums(
         items = block.items if isinstance(given, Activations) else block.items // each
         lost = (rows - autoencoder.decode(latents)).double().square().sum(1).cpu()
         active = (latents > 0).sum(1).double().cpu()
-        each = torch.stack([torch.ones_like(lost), lost, active, wide.square().sum(1)])
-        scalars.index_add_(1, items, each)
+        told = torch.stack([torch.ones_like(lost), lost, active, wide.square().sum(1)])
+        scalars.index_add_(1, items, told)
         first.index_add_(0, items, wide)
         fired += (latents > 0).sum(0).cpu()
     there = scalars[0] > 0

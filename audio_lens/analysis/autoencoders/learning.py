@@ -21,8 +21,9 @@ SHARPNESS = 2  # power of what is lost of a row, by which it is drawn
 LIKENESS = 4  # power of the cosine by which rows that lose the same are averaged
 DECAY = 0.99  # of the running mean of the smallest value that was kept
 PUSH = 0.01  # by which the price of activity changes in a step, at most
-START_PRICE, JUMP_PRICE = 1e-3, 0.1  # of activity, in shares of the variance
-START_THRESHOLD = 0.1  # of "jumprelu", where vectors are √d long
+START_PRICE, JUMP_PRICE = 1e-3, 0.5  # of activity, in shares of the variance
+NEAR = 0.1  # of k: a distance from it, up to which it costs its square, and beyond in proportion
+START_THRESHOLD = 0.1  # of a latent of "jumprelu" that is revived, where vectors are √d long
 TINY = 1e-12
 PARAMETERS = ("reads", "offsets", "directions", "centre")
 
@@ -90,7 +91,7 @@ class Learner:
             raise InputError("all activations are 0")
         scale = math.sqrt(d) / length
         if start is None:
-            own = _random(setting, rows.mean(0) * scale)
+            own = _random(setting, rows * scale)
         else:
             own = _continued(setting, start.to(rows.device), scale, d)
         return Learner._with(setting, own, scale)
@@ -120,9 +121,8 @@ class Learner:
         self.optimizer.step()
         with torch.no_grad():
             self._tidy()
-            active = latents > 0
-            l0 = active.sum().item() / len(rows)
-            self.silent = torch.where(active.any(0), 0, self.silent + len(rows))
+            l0 = latents.count_nonzero().item() / len(rows)
+            self.silent = torch.where(latents.amax(0) > 0, 0, self.silent + len(rows))
             self.price *= math.exp(PUSH * min(max(l0 / self.setting.k - 1, -1), 1))
             self.step += 1
             if self._revives:
@@ -147,20 +147,18 @@ class Learner:
         if kind == "topk":
             return activating.largest(values, k), free
         if kind == "batchtopk":
-            latents = activating.largest_of_all(values, k)
-            self._note_least(latents.detach())
+            latents, least = activating.largest_of_all(values, k)
+            self._note_least(least)
             return latents, free
         if kind == "relu":
             latents = values.relu()
             return latents, self.price * latents.sum() / len(latents)
-        positive, threshold = values.relu(), self.own["threshold"]
-        l0 = activating.count(positive, threshold).mean()
-        return activating.jump(positive, threshold), JUMP_PRICE * (l0 / k - 1).square()
+        latents, counts = activating.jump(values, self.own["threshold"])
+        over = counts.mean() / k - 1
+        return latents, JUMP_PRICE * F.smooth_l1_loss(over, torch.zeros_like(over), beta=NEAR)
 
-    def _note_least(self, latents: Float[Tensor, "n m"]) -> None:
-        positive = latents[latents > 0]
-        if len(positive):
-            least = positive.min().item()
+    def _note_least(self, least: float) -> None:
+        if math.isfinite(least):
             self.kept = least if self.kept < 0 else DECAY * self.kept + (1 - DECAY) * least
 
     def _tidy(self) -> None:
@@ -265,7 +263,8 @@ def found_share(
     return (cosines.max(1).values > above).float().mean().item()
 
 
-def _random(setting: Setting, centre: Float[Tensor, " d"]) -> dict[str, Tensor]:
+def _random(setting: Setting, rows: Float[Tensor, "n d"]) -> dict[str, Tensor]:
+    centre = rows.mean(0)
     draw = torch.Generator().manual_seed(setting.seed)
     drawn = torch.randn(setting.width, len(centre), generator=draw)
     directions = F.normalize(drawn, dim=1).to(centre)
@@ -276,7 +275,9 @@ def _random(setting: Setting, centre: Float[Tensor, " d"]) -> dict[str, Tensor]:
         "centre": centre,
     }
     if setting.kind == "jumprelu":
-        own["threshold"] = torch.full_like(own["offsets"], START_THRESHOLD)
+        values = (rows[: setting.rows] - centre) @ directions.mT
+        _, least = activating.largest_of_all(values, setting.k)  # so many stay from the start
+        own["threshold"] = torch.full_like(own["offsets"], least)
     return own
 
 

@@ -62,8 +62,8 @@ def train(
         activations: `Activations`, or a plain tensor ``n d``.
         width: how many latents.
         k: how many of them are active: of each row ("topk"), or on average. "relu" changes the
-            price of activity (L1) on its way so that there are so many, "jumprelu" pays the
-            squared distance from it.
+            price of activity (L1) on its way so that there are so many, "jumprelu" pays for
+            the distance from it.
         kind: "topk", "batchtopk", "relu" or "jumprelu", as `Autoencoder` has them.
         steps: of Adam.
         batch: rows of a step.
