@@ -221,7 +221,7 @@ def test_all_listed_methods_can_be_had() -> None:
         (["test_blokked"], "there is no method 'test_blokked'; nearest names: test_blocked"),
         (["test_blocked", "--items", "none.jsonl"], "there is no file none.jsonl"),
         (["test_blocked", "--items", "."], "is a folder: name the table in it"),
-        (["test_blocked", "--save", "nowhere/r.nc"], "nowhere"),
+        (["test_blocked", "--save", "/proc/nowhere/r.nc"], "nowhere"),
         (["test_blocked", "--out", "."], "is a folder"),
         (["test_blocked", "--out", "x", "--save", "x"], "are one file"),
         (["--out", "x.html"], "--out is of a method: name one"),

@@ -92,7 +92,7 @@ def test_json_has_claims(run: Callable[..., Any], command: tuple[str, ...]) -> N
 def test_what_cannot_be_used_is_refused_before_the_model_runs(run: Callable[..., Any]) -> None:
     for arguments, why in (
         (("--items", "gone.jsonl"), "there is no file"),
-        (("--save", "nowhere/tap.zip"), "nowhere"),
+        (("--save", "/proc/nowhere/tap.zip"), "nowhere"),
         (("--out", "a", "--save", "a"), "--save"),
     ):
         result = run("tap", *arguments)

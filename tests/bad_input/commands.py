@@ -51,7 +51,7 @@ COMMANDS = {
         "--clean", wav("own.wav", np.ones(16_000)), "--corrupted", shipped().corrupted,
         "--answer", "a", "--against", "b", "--out", "own.wav",
     ),
-    "map to no folder": lambda: _map("--out", "nowhere/map.html"),
+    "map to a folder that cannot be made": lambda: _map("--out", "/proc/nowhere/map.html"),
     "map with a model that is not there": lambda: _map("--model", "./nowhere"),
     "map with an unknown device": lambda: _map("--device", "nowhere"),
     "map with an unknown dtype": lambda: _map("--dtype", "float33"),

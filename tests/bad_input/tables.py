@@ -120,7 +120,9 @@ COMMANDS = {
     ),
     "analyse --items .": lambda: run("analyse", "bad_input", "--items", "."),
     "analyse --out of no method": lambda: run("analyse", "--out", "page.html"),
-    "analyse --save to no folder": lambda: run("analyse", "bad_input", "--save", "nowhere/a.nc"),
+    "analyse --save to a folder that cannot be made": lambda: run(
+        "analyse", "bad_input", "--save", "/proc/nowhere/a.nc"
+    ),
     "analyse --seed -1": lambda: run("analyse", "bad_input", "--seed", "-1"),
     "analyse one item": _analysed(_row()),
     "analyse a table without rows": _analysed(),

@@ -56,7 +56,9 @@ COMMANDS = {
     "tap --items of a file that is not there": lambda: run("tap", "--items", "nothing.jsonl"),
     "tap --k 0": lambda: run("tap", "--k", "0"),
     "tap --window 0": lambda: run("tap", "--window", "0"),
-    "tap --save to no folder": lambda: run("tap", "--save", "nowhere/tap.zip"),
+    "tap --save to a folder that cannot be made": lambda: run(
+        "tap", "--save", "/proc/nowhere/t.zip"
+    ),
     "tap --out and --save of one name": lambda: run("tap", "--out", "a", "--save", "a"),
 }
 
