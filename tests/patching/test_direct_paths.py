@@ -71,7 +71,7 @@ def spread(logits: torch.Tensor) -> torch.Tensor:
 def held_in(model, part: str) -> list[str]:
     """What every block of a part writes."""
     names = [n for n in model.hook_dict if n.startswith(f"{part}.blocks.")]
-    return [n for n in names if n.endswith((".hook_z", ".hook_mlp_out"))]
+    return [n for n in names if n.endswith((".hook_z", ".hook_mlp_out", ".hook_adapter_out"))]
 
 
 def by_hooks(model, part, pair, caches, source, receiver, component):
