@@ -21,7 +21,7 @@ def _study(out: str = "study", items: Any = "demo", **options: Any) -> Any:
 
 
 def _method(name: str, **options: Any) -> Any:
-    return studies.Study("demo", out="method", method=name, **options)
+    return studies.Study("demo", out="method", method=name, **{"unit": 2, "batch": 1, **options})
 
 
 def _again(**options: Any) -> Any:
@@ -41,7 +41,7 @@ def _in_memory() -> Items:
     return Items([Item(clip(), "what?", answer="two", sampling_rate=RATE)])
 
 
-FILE = 'items = "demo"\nout = "filed"\nsite = "decoder.resid_pre"\naxes = "layer"\n'
+FILE = 'items = "demo"\nout = "filed"\nsite = "decoder.resid_pre"\naxes = "layer"\nunit = 2\nbatch = 1\n'
 
 STUDIES = {
     "an argument that sweeps do not take": lambda: _study(axis="layer"),
@@ -67,13 +67,15 @@ STUDIES = {
     "explain(workers=0)": lambda: _study().explain(workers=0),
     "explain(tflops=nan)": lambda: _study().explain(tflops=NAN),
     "explain of a harvest": lambda: harvest_study("demo", out="acts").explain(),
-    "explain of a method that goes by right answers": lambda: _method("fusion.trace").explain(),
     "a method that is of all items at once": lambda: _method("grounding.hand_over"),
     "explain of a model that is not there": lambda: _study("p", model="./nowhere").explain(),
     "Ray(workers=0)": lambda: studies.Ray(workers=0),
     "Slurm(workers=0)": lambda: studies.Slurm(workers=0),
     "Slurm(hours=0)": lambda: studies.Slurm(hours=0),
     "Slurm without logs": lambda: studies.Slurm().run("s3://bucket/study", [0]),
+}
+COUNTED = {  # on a small stand-in of the model, which runs
+    "explain of a method that goes by right answers": lambda: _method("fusion.trace").explain(),
 }
 HARVESTS = {
     "keep='half a byte'": lambda: _harvest(keep="half a byte"),
@@ -99,6 +101,7 @@ FILES = {
 
 CASES: list[Case] = [
     *named("Studies", STUDIES),
+    *named("What a study costs", COUNTED),
     *named("Activations as a study", HARVESTS),
     *named("Studies from a shell", FILES),
 ]

@@ -286,7 +286,7 @@ def test_a_study_of_which_much_fails_is_stopped(table, tmp_path, monkeypatch):
         ({"source": torch.nn.Identity()}, "no file holds source"),
         ({"case": "studied"}, "'module:function'"),
         ({"case": "studied:nothing"}, "can be imported"),
-        ({"dtype": "float"}, None),
+        ({"dtype": "float", "unit": 2, "batch": 1}, None),
         ({"dtype": "half precision"}, "dtype is a name"),
         ({"unit": 0}, "unit"),
     ],
