@@ -270,7 +270,7 @@ def test_items_without_numbers_are_told_by_reason(table, tmp_path):
 def test_a_study_of_which_much_fails_is_stopped(table, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "LOOKED_AT", 3)
     study = studies.Study(
-        table, out=tmp_path / "out", unit=2, site="decoder.resid_pre", axes="layer"
+        table, out=tmp_path / "out", unit=2, batch=1, site="decoder.resid_pre", axes="layer"
     )
     with pytest.raises(StudyError, match=r"4 of the first 4 items have no numbers.*choose stream="):
         study.run()
