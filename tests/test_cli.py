@@ -564,7 +564,9 @@ def test_an_interrupted_map_goes_on_from_its_checkpoint(run, clips, monkeypatch)
     assert "kept in map.ckpt; the same command goes on from there" in stopped.stderr
     rest = run(*command)
     assert rest.exit_code == 0 and "of 6 cells were done before" in rest.stderr
-    assert json.loads(rest.stdout)["top"] == whole["top"]
+    tops = json.loads(rest.stdout)["top"], whole["top"]
+    values = [{cell["layer"]: cell["value"] for cell in top} for top in tops]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_the_interval_of_checkpoints_is_an_option(run, clips, monkeypatch):

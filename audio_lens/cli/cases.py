@@ -82,7 +82,7 @@ class Case:
             raise ValueError(f"your own clips also need {', '.join(missing)}")
         from audio_lens.patching.clip_pair import ClipPair
 
-        clean, corrupted = clips
+        clean, corrupted = (Path(str(clip)) for clip in clips)
         pair = ClipPair(clean, corrupted, question, language)
         return Case(pair, str(answers[0]), answers[1], [_said(x) for x in textgrids], metric)
 
@@ -147,7 +147,7 @@ def _said(textgrid: Path | None) -> dict[str, Sequence[Any]]:
         return {}
     from audio_lens.alignment import read_textgrid
 
-    tiers = read_textgrid(textgrid)
+    tiers: dict[str, Sequence[Any]] = {**read_textgrid(textgrid)}
     known = {name: spans for name, spans in tiers.items() if name in (WORDS, PHONES)}
     return known or dict(zip((WORDS,), tiers.values(), strict=False))
 

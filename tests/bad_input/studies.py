@@ -41,7 +41,14 @@ def _in_memory() -> Items:
     return Items([Item(clip(), "what?", answer="two", sampling_rate=RATE)])
 
 
-FILE = 'items = "demo"\nout = "filed"\nsite = "decoder.resid_pre"\naxes = "layer"\nunit = 2\nbatch = 1\n'
+FILE = """
+items = "demo"
+out = "filed"
+site = "decoder.resid_pre"
+axes = "layer"
+unit = 2
+batch = 1
+"""
 
 STUDIES = {
     "an argument that sweeps do not take": lambda: _study(axis="layer"),

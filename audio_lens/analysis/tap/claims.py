@@ -192,7 +192,7 @@ def _trials(
             leads = {n: _bounds(moved[""] - moved[n], gap[m], level, seed).low for n in asked}
             apart = statistics.bootstrap(gap[m], level=level, resamples=RESAMPLES, seed=seed)
             means = {n: x.nanmean(0) / gap[m].mean() for n, x in moved.items() if n}
-            level_of = {DESTROYED: float(result.controls[DESTROYED].estimate[m])}
+            level_of = {DESTROYED: float(result.controls[DESTROYED].mean().values[m])}
             for i in nodes:
                 controls = {n: float(x[i]) for n, x in means.items()}
                 if direction == DENOISE:
