@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,27 +33,27 @@ Sources = Callable[["Stretch"], Any]
 
 
 @dataclass(frozen=True)
-class Touch:
+class Touch(ABC):
     """One thing done to the clip or the model."""
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def check(self, model: HookedAudioTransformer) -> None:
         """Raise for what the model does not have.
 
         Raises:
             InputError, SiteError: saying what there is.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def edit(self, sources: Sources) -> Edit | None:
         """The edit of the model; None where the sound is changed instead."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """What is done, in words."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; `touch_of` reads it."""

@@ -218,10 +218,7 @@ def _view(attention: ClipAttention, rows: Rows) -> dict[str, Any]:
         "layers": attention.layers,
         "heads": attention.heads,
         "edges": attention.edges.round(6).tolist(),
-        "queries": [
-            {"label": query.label, "drawn": escaped(query.label), "span": query.span}
-            for query in attention.queries
-        ],
+        "queries": [{"label": query.label, "span": query.span} for query in attention.queries],
         "decides": [] if attention.is_timed or attention.is_read else _decided(attention),
         "shares": letters_of(attention),
         "peaks": attention.peaks().tolist(),
